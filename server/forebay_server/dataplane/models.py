@@ -1,0 +1,177 @@
+"""From a request's model reference to a model that can be called."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+from forebay.errors import ForebayError, Internal, InvalidArgument, PermissionDenied
+
+from forebay_server.core.call import Call
+from forebay_server.core.interfaces import Completion, EngineClient, EngineRequest
+from forebay_server.dataplane.tokenization import TextEncoder
+from forebay_server.repository import LoadedModel, ModelRepository
+from forebay_server.repository.manifest import Manifest
+
+log = logging.getLogger("forebay.dataplane")
+
+
+class ItemCache(Protocol):
+    """The response cache, by item. Never across versions."""
+
+    @property
+    def enabled(self) -> bool: ...
+
+    def get_many(
+        self, model: str, version: int, keys: Sequence[bytes]
+    ) -> Sequence[bytes | None]: ...
+
+    def put_many(self, model: str, version: int, values: Mapping[bytes, bytes]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel:
+    """A loaded version with its tokenizer. `encoder` raises for models without texts."""
+
+    loaded: LoadedModel
+    text_encoder: TextEncoder | None
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def version(self) -> int:
+        return self.loaded.version
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.loaded.manifest
+
+    @property
+    def client(self) -> EngineClient:
+        return self.loaded.client
+
+    @property
+    def cache_enabled(self) -> bool:
+        return self.loaded.config.cache.enabled
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The tokenizer with its limits."""
+        if self.text_encoder is None:
+            raise Internal(f"model {self.name!r} has no tokenizer")
+        return self.text_encoder
+
+
+class ModelAccess:
+    """Resolves references, and submits to engines.
+
+    Args:
+        repository: the models.
+        loop: the event loop that the repository lives on; loads run there.
+        executor: threads that go on with calls whose model had to be loaded first.
+    """
+
+    def __init__(
+        self, repository: ModelRepository, loop: asyncio.AbstractEventLoop, executor: Executor
+    ) -> None:
+        self.repository = repository
+        self._loop = loop
+        self._executor = executor
+
+    def resolve(
+        self,
+        call: Call,
+        ref: str,
+        tasks: Sequence[str],
+        sticky_key: str,
+        then: Callable[[ServedModel], None],
+    ) -> ServedModel | None:
+        """The model, when it is loaded. Otherwise None: `then` runs after the load, or the call
+        is ended with the error."""
+        key = sticky_key or call.principal.key_id
+        try:
+            loaded = self.repository.resolve_loaded(ref, tasks, key)
+            if loaded is not None:
+                return self._serve(call, loaded)
+        except ForebayError as e:
+            call.fail(e)
+            return None
+
+        async def load() -> None:
+            try:
+                loaded = await self.repository.resolve(ref, tasks, key)
+                served = self._serve(call, loaded)
+            except ForebayError as e:
+                call.fail(e)
+                return
+            self._executor.submit(guarded, call, lambda: then(served))
+
+        asyncio.run_coroutine_threadsafe(load(), self._loop)
+        return None
+
+    async def resolve_async(
+        self, call: Call, ref: str, tasks: Sequence[str], sticky_key: str = ""
+    ) -> ServedModel:
+        """The model, loaded when need be. For handlers that run on the event loop."""
+        loaded = await self.repository.resolve(ref, tasks, sticky_key or call.principal.key_id)
+        return self._serve(call, loaded)
+
+    def submit(
+        self, model: ServedModel, requests: Sequence[EngineRequest]
+    ) -> Sequence[Completion]:
+        """Queue the requests, and a copy for the shadow version where there is one."""
+        if not requests:
+            return []
+        self.repository.shadow(model.loaded, requests)
+        return model.client.submit(requests)
+
+    def _serve(self, call: Call, loaded: LoadedModel) -> ServedModel:
+        if not call.principal.may_use(loaded.name):
+            raise PermissionDenied(
+                f"this key may not use the model {loaded.name!r}", reason="MODEL_NOT_ALLOWED"
+            )
+        served = loaded.attachment
+        if not isinstance(served, ServedModel):
+            served = ServedModel(loaded, _encoder(loaded))
+            loaded.attachment = served
+        return served
+
+
+def _encoder(loaded: LoadedModel) -> TextEncoder | None:
+    limit = loaded.manifest.max_tokens
+    if loaded.tokenizer is None or limit is None:
+        return None
+    type_ids = any(t.name == "token_type_ids" for t in loaded.manifest.inputs)
+    return TextEncoder(loaded.tokenizer, limit, type_ids)
+
+
+def guarded(call: Call, run: Callable[[], None]) -> None:
+    """Run a step of a call; whatever it raises ends the call."""
+    try:
+        run()
+    except ForebayError as e:
+        call.fail(e)
+    except Exception as e:
+        log.exception("call %s of %s failed", call.request_id, call.method.path)
+        call.fail(
+            Internal(
+                f"internal error; the log has more under request id {call.request_id}",
+                metadata={"request_id": call.request_id},
+            ),
+            cause=e,
+        )
+
+
+def located(error: BaseException, path: str | None) -> ForebayError:
+    """An engine's error as the caller sees it: with the path of the item that is to blame."""
+    if isinstance(error, InvalidArgument) and path is not None:
+        return InvalidArgument.at(path, error.message, reason=error.reason)
+    if isinstance(error, ForebayError):
+        return error
+    return Internal("the model failed on this input", reason="ITEM_FAILED")

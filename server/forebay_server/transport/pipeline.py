@@ -1,0 +1,88 @@
+"""What every call passes, whatever its lane and its kind, outermost first:
+
+tracing, metrics, access log, errors, authentication, admission, then the service.
+
+A stage sees lists of calls, so that the fast lane pays for it once a batch. Ends run in the
+opposite order of begins, and only for stages that a call has passed: a stage that opened something
+(a span, a permit) closes it exactly once, however the call ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from forebay.errors import ForebayError, Internal
+from forebay_server.core.call import Call
+
+log = logging.getLogger("forebay.transport")
+
+
+class Stage(Protocol):
+    """One cross-cutting concern."""
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Look at calls that start. May `fail` some of them; those go no further."""
+        ...
+
+    def end(self, call: Call) -> None:
+        """Look at a call that has its status. Never raises for a good reason."""
+        ...
+
+
+class Pipeline:
+    """The stages in order."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
+
+    def begin(self, calls: Sequence[Call]) -> list[Call]:
+        """Pass all stages; returns the calls that may go on to their service."""
+        live = list(calls)
+        for depth, stage in enumerate(self.stages):
+            for call in live:
+                call.context["passed"] = depth + 1
+            try:
+                stage.begin(live)
+            except ForebayError as e:
+                for call in live:
+                    call.fail(e)
+            except Exception as e:
+                log.exception("stage %s failed", type(stage).__name__)
+                for call in live:
+                    call.fail(Internal("the call could not be admitted"), cause=e)
+            live = [c for c in live if not c.ended]
+            if not live:
+                break
+        return live
+
+    def end(self, call: Call) -> None:
+        """Tell the stages that the call has passed, innermost first."""
+        passed = int(call.context.get("passed", 0))  # type: ignore[call-overload]
+        for stage in reversed(self.stages[:passed]):
+            try:
+                stage.end(call)
+            except Exception:
+                log.exception("stage %s failed at the end of a call", type(stage).__name__)
+
+
+def guard(run: Callable[[], None], calls: Sequence[Call]) -> None:
+    """Run a service's handler; what it raises ends the calls that have no status yet."""
+    try:
+        run()
+    except ForebayError as e:
+        for call in calls:
+            call.fail(e)
+    except Exception as e:
+        log.exception("handler of %s failed", calls[0].method.path if calls else "?")
+        for call in calls:
+            call.fail(internal(call), cause=e)
+
+
+def internal(call: Call) -> Internal:
+    """The error that strangers see for our own faults: the request id, no internals."""
+    return Internal(
+        f"internal error; the log has more under request id {call.request_id}",
+        metadata={"request_id": call.request_id},
+    )
