@@ -13,4 +13,6 @@ class ContractBuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """See BuildHookInterface."""
-        subprocess.run([sys.executable, str(Path(self.root) / "tools" / "gen_protos.py")], check=True)
+        subprocess.run(
+            [sys.executable, str(Path(self.root) / "tools" / "gen_protos.py")], check=True
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -35,9 +35,9 @@ MAX_VIOLATIONS = 20
 def options_of(field: FieldDescriptor) -> constraints_pb2.FieldConstraints | None:
     """The constraints of a field, None when it has none."""
     options = field.GetOptions()
-    if options.HasExtension(constraints_pb2.field):
-        return options.Extensions[constraints_pb2.field]
-    return None
+    # The generated stub says FieldDescriptor where protobuf's typing wants its own handle.
+    extension = cast(Any, constraints_pb2.field)
+    return options.Extensions[extension] if options.HasExtension(extension) else None
 
 
 def _length_check(rule: constraints_pb2.FieldConstraints, unit: str) -> Check | None:
@@ -84,7 +84,7 @@ def _number_check(rule: constraints_pb2.FieldConstraints) -> Check | None:
 
 
 def _enum_check(field: FieldDescriptor) -> Check:
-    names = field.enum_type.values_by_number
+    names = cast(Any, field.enum_type).values_by_number
 
     def check(value: Any, path: str, out: list[FieldViolation]) -> None:
         if value not in names:
@@ -137,7 +137,7 @@ class Validator:
 
     def check(self, message: Message) -> None:
         """Raise InvalidArgument with every violation (at most 20), TooLarge for sizes."""
-        compiled = self.compile(message.DESCRIPTOR)
+        compiled = self.compile(cast(Descriptor, message.DESCRIPTOR))
         if compiled is None:
             return
         out: list[FieldViolation] = []
@@ -164,9 +164,11 @@ class Validator:
         name = field.name
         nested = None
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        own = field.message_type is not None and field.message_type.file.package.startswith("forebay")
+        own = field.message_type is not None and field.message_type.file.package.startswith(
+            "forebay"
+        )
         if own and not is_map:
-            nested = self.compile(field.message_type)
+            nested = self.compile(cast(Descriptor, field.message_type))
         if field.is_repeated:
             return self._repeated(field, rule, nested)
         element = _element_check(field, rule)

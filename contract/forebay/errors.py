@@ -109,7 +109,9 @@ class InvalidArgument(ForebayError):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.violations = [violations] if isinstance(violations, FieldViolation) else list(violations)
+        self.violations = (
+            [violations] if isinstance(violations, FieldViolation) else list(violations)
+        )
         text = message or "; ".join(f"{v.field}: {v.description}" for v in self.violations[:5])
         super().__init__(text, reason=reason, metadata=metadata)
 

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -50,9 +50,11 @@ def _kind(method: MethodDescriptor) -> Kind:
 
 
 def _method(service: ServiceDescriptor, method: MethodDescriptor) -> Method:
-    rules = method.GetOptions().Extensions[constraints_pb2.method]
+    rules = method.GetOptions().Extensions[cast(Any, constraints_pb2.method)]
     if rules.scope == constraints_pb2.SCOPE_UNSPECIFIED:
-        raise ValueError(f"{method.full_name} names no scope in its forebay.options.v1.method option")
+        raise ValueError(
+            f"{method.full_name} names no scope in its forebay.options.v1.method option"
+        )
     return Method(
         path=f"/{service.full_name}/{method.name}",
         service=service.full_name,

@@ -68,7 +68,9 @@ def top_labels(
     """Labels with scores [labels], highest first; ties keep the model's order."""
     order = np.argsort(-scores, kind="stable")[: top_k or len(labels)]
     return [
-        (labels[i], float(scores[i])) for i in order if threshold is None or scores[i] >= threshold
+        (labels[i], float(scores[i]))
+        for i in order.tolist()
+        if threshold is None or scores[i] >= threshold
     ]
 
 

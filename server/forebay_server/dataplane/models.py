@@ -122,9 +122,7 @@ class ModelAccess:
         loaded = await self.repository.resolve(ref, tasks, sticky_key or call.principal.key_id)
         return self._serve(call, loaded)
 
-    def submit(
-        self, model: ServedModel, requests: Sequence[EngineRequest]
-    ) -> Sequence[Completion]:
+    def submit(self, model: ServedModel, requests: Sequence[EngineRequest]) -> Sequence[Completion]:
         """Queue the requests, and a copy for the shadow version where there is one."""
         if not requests:
             return []

@@ -7,7 +7,7 @@ A service is one class per service of the contract, with one method per RPC in s
 - unary:          async def get_model(self, call: Call) -> Message
 - server stream:  def watch_models(self, call: Call) -> AsyncIterator[Message]
 - client stream:  async def import_version(self, call: Call, requests: AsyncIterator) -> Message
-- bidi stream:    def embed_stream(self, call: Call, requests: AsyncIterator) -> AsyncIterator[Message]
+- bidi stream:    def embed_stream(self, call: Call, requests: AsyncIterator) -> AsyncIterator
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.message import Message
-
 from forebay.constraints import Validator
 from forebay.errors import ForebayError
 from forebay.methods import Method, methods
+from google.protobuf.message import Message
+
 from forebay_server.core.call import Call, CallFacts
 
 #: Requests of one bidirectional stream that are in flight at once; more wait in the socket.
@@ -88,7 +88,7 @@ async def answers_in_order(
         future: asyncio.Future[Call] = loop.create_future()
 
         def ended(child: Call) -> None:
-            loop.call_soon_threadsafe(_resolve, future, child)
+            resolve_soon(loop, future, child)
 
         child = Call(
             method,
@@ -142,9 +142,14 @@ async def answers_in_order(
             child.cancel()
 
 
-def _resolve(future: asyncio.Future[Call], child: Call) -> None:
-    if not future.done():
-        future.set_result(child)
+def resolve_soon(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Call], call: Call) -> None:
+    """Give an ended call to the future that waits for it, from any thread."""
+
+    def resolve() -> None:
+        if not future.done():
+            future.set_result(call)
+
+    loop.call_soon_threadsafe(resolve)
 
 
 def _add(total: CallFacts, part: CallFacts) -> None:

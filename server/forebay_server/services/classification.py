@@ -105,9 +105,7 @@ def _zero_shot(call: Call, request: pb.ClassifyRequest) -> TextJob:
                 for rows in logits
             ]
         )
-        _reply(
-            call, request, scores, labels, outcome.truncated[::n], outcome.original[::n]
-        )
+        _reply(call, request, scores, labels, outcome.truncated[::n], outcome.original[::n])
 
     return TextJob(
         call,

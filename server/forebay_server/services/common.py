@@ -29,9 +29,7 @@ def served_by(call: Call) -> common_pb2.ServedBy:
 def usage(call: Call) -> common_pb2.Usage:
     """What the call consumed."""
     f = call.facts
-    return common_pb2.Usage(
-        items=f.items, tokens=f.tokens, truncated=f.truncated, cached=f.cached
-    )
+    return common_pb2.Usage(items=f.items, tokens=f.tokens, truncated=f.truncated, cached=f.cached)
 
 
 def timing(call: Call) -> common_pb2.Timing:

@@ -12,10 +12,10 @@ import threading
 from collections.abc import Mapping
 from typing import cast
 
-from google.protobuf.message import DecodeError, Message
-
 from forebay.constraints import Validator
 from forebay.errors import ForebayError, InvalidArgument
+from google.protobuf.message import DecodeError, Message
+
 from forebay_server.core.call import Call
 from forebay_server.services.base import Handler
 from forebay_server.transport.pipeline import Pipeline, guard

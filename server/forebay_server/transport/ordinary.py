@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, cast
 
 import grpc
+from forebay.constraints import Validator
+from forebay.errors import Cancelled, DeadlineExceeded, ForebayError
 from google.protobuf.message import Message
 from grpc import aio
 
-from forebay.constraints import Validator
-from forebay.errors import Cancelled, DeadlineExceeded, ForebayError
 from forebay_server.core.call import Call
 from forebay_server.services.base import Handler
 from forebay_server.transport.inbox import Inbox, parse
@@ -79,50 +79,34 @@ class OrdinaryLane(grpc.GenericRpcHandler):
         self._wakeups = Wakeups(loop)
         self._routes = {path: self._route(h) for path, h in handlers.items()}
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
         """See grpc.GenericRpcHandler; None answers UNIMPLEMENTED."""
         return self._routes.get(cast(str, handler_call_details.method))
 
     def _route(self, handler: Handler) -> grpc.RpcMethodHandler:
-        kind = handler.method.kind
+        """The lane's function for this kind of method, as grpc.aio wants it."""
+        kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+            "unary": (self._unary, grpc.unary_unary_rpc_method_handler),
+            "client_stream": (self._client_stream, grpc.stream_unary_rpc_method_handler),
+            "server_stream": (self._server_stream, grpc.unary_stream_rpc_method_handler),
+            "bidi_stream": (self._bidi_stream, grpc.stream_stream_rpc_method_handler),
+        }
+        serve, wrap = kinds[handler.method.kind]
+        if handler.method.batched:
+            serve = self._batched
 
-        if kind == "unary" and handler.method.batched:
+        async def behaviour(incoming: Any, context: aio.ServicerContext) -> Any:
+            return await serve(handler, incoming, context)
 
-            async def behaviour(message: bytes, context: aio.ServicerContext) -> bytes:
-                return await self._batched(handler, message, context)
-
-            return grpc.unary_unary_rpc_method_handler(behaviour)  # type: ignore[arg-type]
-        if kind == "unary":
-
-            async def behaviour(message: bytes, context: aio.ServicerContext) -> bytes:
-                return await self._unary(handler, message, context)
-
-            return grpc.unary_unary_rpc_method_handler(behaviour)  # type: ignore[arg-type]
-        if kind == "client_stream":
-
-            async def behaviour(messages: AsyncIterator[bytes], context: aio.ServicerContext) -> bytes:
-                return await self._client_stream(handler, messages, context)
-
-            return grpc.stream_unary_rpc_method_handler(behaviour)  # type: ignore[arg-type]
-        if kind == "server_stream":
-
-            async def behaviour(message: bytes, context: aio.ServicerContext) -> None:
-                await self._server_stream(handler, message, context)
-
-            return grpc.unary_stream_rpc_method_handler(behaviour)  # type: ignore[arg-type]
-
-        async def behaviour(messages: AsyncIterator[bytes], context: aio.ServicerContext) -> None:
-            await self._bidi_stream(handler, messages, context)
-
-        return grpc.stream_stream_rpc_method_handler(behaviour)  # type: ignore[arg-type]
+        return wrap(behaviour)
 
     def _call(
         self, handler: Handler, context: aio.ServicerContext, on_end: Callable[[Call], None]
     ) -> Call:
-        metadata = {}
-        for key, value in context.invocation_metadata() or ():
-            if isinstance(value, str):
-                metadata[key] = value
+        pairs = cast(Any, context.invocation_metadata() or ())
+        metadata = {key: value for key, value in pairs if isinstance(value, str)}
         now = time.monotonic()
         left = context.time_remaining()
 
@@ -139,7 +123,9 @@ class OrdinaryLane(grpc.GenericRpcHandler):
             on_end=end,
         )
 
-    async def _batched(self, handler: Handler, message: bytes, context: aio.ServicerContext) -> bytes:
+    async def _batched(
+        self, handler: Handler, message: bytes, context: aio.ServicerContext
+    ) -> bytes:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call = self._call(handler, context, lambda _: self._wakeups.wake(done))
         self._inbox.put(call, message)
@@ -245,7 +231,9 @@ def _nothing(_: Call) -> None:
 def _gone(call: Call) -> None:
     """gRPC cancels handlers for both reasons; the clock tells which it was."""
     late = call.deadline is not None and time.monotonic() >= call.deadline - 0.001
-    call.cancel(DeadlineExceeded("the deadline passed during the call", stage="server") if late else None)
+    call.cancel(
+        DeadlineExceeded("the deadline passed during the call", stage="server") if late else None
+    )
 
 
 async def _send_status(call: Call, context: aio.ServicerContext) -> None:

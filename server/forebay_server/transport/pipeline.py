@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from forebay.errors import ForebayError, Internal
+
 from forebay_server.core.call import Call
 
 log = logging.getLogger("forebay.transport")

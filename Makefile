@@ -1,0 +1,53 @@
+# `make help` lists the targets. PYTHON: any Python 3.11 or newer.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := server,gateway,sklearn
+
+.DEFAULT_GOAL := help
+.PHONY: help up test test-fast lint proto fmt bench bench-gpu clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(STAMP): pyproject.toml constraints.txt $(BIN)/uv $(shell find protos tools -name '*.proto' -o -name '*.py')
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.dev: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --group dev
+	@touch $@
+
+up: $(STAMP) ## Install, make the starter models on first start, serve gRPC :50051 and REST :8080
+	$(BIN)/forebay up
+
+proto: $(VENV)/.dev ## Generate the contract's Python modules
+	$(BIN)/python tools/gen_protos.py
+
+fmt: $(VENV)/.dev ## Format
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/python tools/buf_breaking.py
+
+test: $(VENV)/.dev ## All tests that this machine can run
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev ## Unit and contract tests
+	$(BIN)/python -m pytest tests/unit tests/contract -m "not slow"
+
+bench: $(VENV)/.dev ## Benchmarks; results go to benchmarks/results/
+	$(BIN)/python -m benchmarks.run
+
+clean: ## Remove what the build made
+	rm -rf $(VENV) build dist contract/forebay/v1 contract/forebay/options contract/forebay/oip contract/forebay/twin contract/forebay/contract.binpb

@@ -1,0 +1,207 @@
+"""Bare tensors: the Open Inference Protocol's datatypes as numpy, checked against a signature."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from forebay.errors import ForebayError, InvalidArgument
+from numpy.typing import NDArray
+
+from forebay_server.core.call import Call
+from forebay_server.core.interfaces import Completion, EngineRequest, Item, TensorSpec
+from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded, located
+
+#: OIP datatype -> little-endian numpy dtype; BYTES is apart.
+DTYPES: Mapping[str, str] = {
+    "BOOL": "?",
+    "UINT8": "u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
+_NAMES = {np.dtype(v).newbyteorder("="): k for k, v in DTYPES.items()}
+#: Elements of one tensor at most; the message bound holds long before for dense data.
+MAX_ELEMENTS = 1 << 28
+
+
+def datatype_of(array: NDArray[Any]) -> str:
+    """The OIP datatype of an array."""
+    if array.dtype.kind in "OSU":
+        return "BYTES"
+    return _NAMES[array.dtype.newbyteorder("=")]
+
+
+def element_count(shape: Sequence[int], path: str) -> int:
+    """Elements of a shape. Raises InvalidArgument for negative or absurd dimensions."""
+    if any(d < 0 for d in shape):
+        raise InvalidArgument.at(f"{path}.shape", f"is {list(shape)}; dimensions are at least 0")
+    n = math.prod(shape)
+    if n > MAX_ELEMENTS:
+        raise InvalidArgument.at(f"{path}.shape", f"has {n} elements; the limit is {MAX_ELEMENTS}")
+    return n
+
+
+def from_raw(datatype: str, shape: Sequence[int], data: bytes, path: str) -> NDArray[Any]:
+    """An array over raw little-endian bytes (no copy), or of byte strings for BYTES."""
+    n = element_count(shape, path)
+    if datatype == "BYTES":
+        return np.array(_split_bytes(data, n, path), object).reshape(shape)
+    dtype = DTYPES.get(datatype)
+    if dtype is None:
+        raise InvalidArgument.at(
+            f"{path}.datatype", f"is {datatype!r}; allowed are {', '.join([*DTYPES, 'BYTES'])}"
+        )
+    need = n * np.dtype(dtype).itemsize
+    if len(data) != need:
+        raise InvalidArgument.at(
+            path, f"has {len(data)} bytes; {need} are needed for {datatype} {list(shape)}"
+        )
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _split_bytes(data: bytes, n: int, path: str) -> list[bytes]:
+    out: list[bytes] = []
+    at = 0
+    for _ in range(n):
+        if at + 4 > len(data):
+            raise InvalidArgument.at(path, f"ends after {len(out)} of {n} byte strings")
+        (size,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + size > len(data):
+            raise InvalidArgument.at(
+                path, f"byte string {len(out)} says {size} bytes; {len(data) - at} are left"
+            )
+        out.append(data[at : at + size])
+        at += size
+    if at != len(data):
+        raise InvalidArgument.at(path, f"has {len(data) - at} bytes after its {n} byte strings")
+    return out
+
+
+def to_raw(array: NDArray[Any]) -> bytes:
+    """Raw little-endian bytes of an array; byte strings each behind its length."""
+    if array.dtype.kind in "OSU":
+        parts = []
+        for value in array.reshape(-1):
+            data = value if isinstance(value, bytes) else str(value).encode()
+            parts.append(struct.pack("<I", len(data)) + data)
+        return b"".join(parts)
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).tobytes()
+
+
+def check_against(
+    specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray[Any]], path: Callable[[str], str]
+) -> None:
+    """Raise InvalidArgument unless the tensors are the signature's inputs."""
+    by_name = {s.name: s for s in specs}
+    for name in by_name:
+        if name not in tensors:
+            raise InvalidArgument.at(
+                "inputs", f"lacks {name!r}; the model's inputs are {', '.join(by_name)}"
+            )
+    for name, array in tensors.items():
+        spec = by_name.get(name)
+        if spec is None:
+            raise InvalidArgument.at(
+                path(name), f"is no input of this model; its inputs are {', '.join(by_name)}"
+            )
+        got = datatype_of(array)
+        if got != spec.datatype:
+            raise InvalidArgument.at(path(name), f"is {got}; the model takes {spec.datatype}")
+        fits = len(array.shape) == len(spec.shape) and all(
+            want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise InvalidArgument.at(
+                path(name), f"has shape {list(array.shape)}; the model takes {list(spec.shape)}"
+            )
+
+
+@dataclass(slots=True)
+class TensorJob:
+    """One call's tensors. `done` gets the model's outputs by name."""
+
+    call: Call
+    model: ServedModel
+    tensors: Mapping[str, NDArray[Any]]
+    path: Callable[[str], str]
+    done: Callable[[Mapping[str, NDArray[Any]]], None]
+
+
+class TensorPipeline:
+    """Check, submit, answer. One per server."""
+
+    def __init__(self, access: ModelAccess) -> None:
+        self._access = access
+
+    def run(self, job: TensorJob) -> None:
+        """Start a job whose model is there."""
+        spec = job.model.client.spec
+        try:
+            check_against(spec.inputs, job.tensors, job.path)
+            items = _items(job.tensors, spec.batches, spec.policy.max_batch_size)
+        except ForebayError as e:
+            job.call.fail(e)
+            return
+        facts = job.call.facts
+        facts.model, facts.version = job.model.name, job.model.version
+        facts.items = sum(i.rows for i in items)
+        request = EngineRequest(items, job.call.request_id, job.call.deadline)
+        (completion,) = self._access.submit(job.model, [request])
+        job.call.on_cancel(completion.cancel)
+        completion.add_done_callback(lambda c: _completed(job, c))
+
+
+def _items(tensors: Mapping[str, NDArray[Any]], batches: bool, limit: int) -> list[Item]:
+    """Rows of a batching model in blocks of at most `limit`; otherwise the whole as one item."""
+    firsts = {a.shape[0] if a.ndim else -1 for a in tensors.values()}
+    if not batches or len(firsts) != 1 or -1 in firsts:
+        if batches and len(firsts) > 1:
+            raise InvalidArgument.at("inputs", f"differ in their first dimension: {sorted(firsts)}")
+        return [Item(tensors)]
+    rows = firsts.pop()
+    if rows == 0:
+        raise InvalidArgument.at("inputs", "have no rows")
+    group = ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(tensors.items()))
+    return [
+        Item(
+            {k: a[i : i + limit] for k, a in tensors.items()},
+            rows=min(limit, rows - i),
+            group=group,
+        )
+        for i in range(0, rows, limit)
+    ]
+
+
+def _completed(job: TensorJob, completion: Completion) -> None:
+    facts, timing = job.call.facts, completion.timing
+    facts.queue_s = timing.queue_s
+    facts.compute_s = timing.prepare_s + timing.execute_s + timing.finish_s
+    facts.batch_rows = timing.batch_rows
+    facts.engine_s = timing.execute_s * min(1.0, facts.items / max(1, timing.batch_rows))
+    error = completion.error()
+    if error is not None:
+        job.call.fail(
+            located(error, "inputs" if completion.failed_item is not None else None), error
+        )
+        return
+    blocks: Sequence[Any] = completion.result()
+    outputs = (
+        blocks[0]
+        if len(blocks) == 1
+        else {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
+    )
+    guarded(job.call, lambda: job.done(outputs))

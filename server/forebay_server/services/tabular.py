@@ -1,0 +1,172 @@
+"""TabularService: predictions from rows of named features."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+from forebay.constraints import Validator
+from forebay.errors import InvalidArgument
+from forebay.v1 import common_pb2
+from forebay.v1 import tabular_pb2 as pb
+from google.protobuf.struct_pb2 import Struct
+
+from forebay_server.core.call import Call
+from forebay_server.dataplane.models import ModelAccess
+from forebay_server.dataplane.tabular import (
+    TASKS,
+    Table,
+    TabularJob,
+    TabularOutcome,
+    TabularPipeline,
+    Value,
+)
+from forebay_server.services.base import Service, answers_in_order
+from forebay_server.services.common import exactly_one, served_by, timing, usage
+
+PREDICT = "/forebay.v1.TabularService/Predict"
+_TYPES = {
+    "number": pb.FEATURE_TYPE_NUMBER,
+    "string": pb.FEATURE_TYPE_STRING,
+    "boolean": pb.FEATURE_TYPE_BOOLEAN,
+}
+
+
+class TabularService(Service):
+    """See protos/forebay/v1/tabular.proto."""
+
+    name = "forebay.v1.TabularService"
+
+    def __init__(self, tables: TabularPipeline, access: ModelAccess, validator: Validator) -> None:
+        self._tables = tables
+        self._access = access
+        self._validator = validator
+
+    def predict(self, calls: Sequence[Call]) -> None:
+        """Predict."""
+        self._tables.run([_job(c, cast(pb.PredictRequest, c.request)) for c in calls])
+
+    def predict_stream(
+        self, call: Call, requests: AsyncIterator[pb.PredictStreamRequest]
+    ) -> AsyncIterator[object]:
+        """PredictStream."""
+        return answers_in_order(
+            call,
+            requests,
+            PREDICT,
+            self.predict,
+            self._validator,
+            lambda r: r.request,
+            lambda data: pb.PredictStreamResponse(response=pb.PredictResponse.FromString(data)),
+        )
+
+    async def get_signature(self, call: Call) -> pb.GetSignatureResponse:
+        """GetSignature."""
+        request = cast(pb.GetSignatureRequest, call.request)
+        model = await self._access.resolve_async(call, request.model, TASKS)
+        head = model.manifest.tabular_head
+        response = pb.GetSignatureResponse(
+            served_by=common_pb2.ServedBy(model=model.name, version=model.version),
+            target=pb.Target(
+                name=head.target.name, unit=head.target.unit or "", classes=head.classes or ()
+            ),
+            metrics=model.manifest.number_metrics,
+        )
+        for f in head.features:
+            response.features.add(
+                name=f.name,
+                type=_TYPES[f.type],
+                nullable=f.nullable,
+                min=f.min,
+                max=f.max,
+                categories=f.categories or (),
+                description=f.description or "",
+                unit=f.unit or "",
+            )
+        return response
+
+
+def _job(call: Call, request: pb.PredictRequest) -> TabularJob:
+    def table() -> Table:
+        if exactly_one(rows=request.rows, columns=request.columns) == "rows":
+            return _from_rows(request.rows)
+        return _from_columns(request.columns)
+
+    return TabularJob(
+        call, request.model, table, lambda o: _reply(call, o), sticky_key=request.sticky_key
+    )
+
+
+def _from_rows(rows: Sequence[Struct]) -> Table:
+    columns: dict[str, list[Value]] = {}
+    for i, row in enumerate(rows):
+        for name, value in row.fields.items():
+            kind = value.WhichOneof("kind")
+            if kind == "number_value":
+                plain: Value = value.number_value
+            elif kind == "string_value":
+                plain = value.string_value
+            elif kind == "bool_value":
+                plain = value.bool_value
+            elif kind in ("null_value", None):
+                plain = None
+            else:
+                what = "an object" if kind == "struct_value" else "a list"
+                raise InvalidArgument.at(
+                    f"rows[{i}].{name}", f"is {what}; a number, string, boolean or null is needed"
+                )
+            column = columns.get(name)
+            if column is None:
+                column = cast(list[Value], [None] * i)
+                columns[name] = column
+            elif len(column) < i:
+                column.extend([None] * (i - len(column)))
+            column.append(plain)
+    for column in columns.values():
+        column.extend([None] * (len(rows) - len(column)))
+    return Table(cast(Any, columns), len(rows), lambda name, i: f"rows[{i}].{name}")
+
+
+def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
+    out: dict[str, Sequence[Value]] = {}
+    sizes: dict[str, int] = {}
+    place = {c.name: i for i, c in enumerate(columns)}
+    for i, column in enumerate(columns):
+        if column.name in out:
+            raise InvalidArgument.at(f"columns[{i}].name", f"{column.name!r} is there twice")
+        if column.numbers and column.strings:
+            raise InvalidArgument.at(
+                f"columns[{i}]", "has numbers and strings; exactly one of them must be given"
+            )
+        kind = "strings" if column.strings else "numbers"
+        out[column.name] = getattr(column, kind)
+        sizes[column.name] = len(out[column.name])
+    rows = max(sizes.values())
+    for name, size in sizes.items():
+        if size != rows:
+            raise InvalidArgument.at(
+                f"columns[{place[name]}]", f"has {size} values; another column has {rows}"
+            )
+    if rows == 0:
+        raise InvalidArgument.at("columns[0]", "has no values")
+    return Table(out, rows, lambda name, i: f"columns[{place[name]}] value {i}")
+
+
+def _reply(call: Call, outcome: TabularOutcome) -> None:
+    head = outcome.model.manifest.tabular_head
+    response = pb.PredictResponse(served_by=served_by(call), usage=usage(call), timing=timing(call))
+    add = response.predictions.add
+    values = outcome.outputs[head.output].reshape(len(outcome.warnings))
+    if head.classes is None:
+        for value, warnings in zip(values.tolist(), outcome.warnings, strict=True):
+            add(value=value, warnings=warnings)
+        call.reply(response)
+        return
+    scores = outcome.outputs.get(head.probabilities_output or "")
+    for i, (label, warnings) in enumerate(zip(values.tolist(), outcome.warnings, strict=True)):
+        one = add(label=str(label), warnings=warnings)
+        if scores is not None:
+            for j in np.argsort(-scores[i], kind="stable").tolist():
+                one.probabilities.add(label=head.classes[j], score=float(scores[i, j]))
+    call.reply(response)
