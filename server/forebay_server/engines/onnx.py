@@ -43,8 +43,15 @@ DATATYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
-_NUMPY = {
+#: The Open Inference Protocol's datatypes -> numpy's; BYTES is object.
+NUMPY = {
     "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
     "INT32": np.int32,
     "INT64": np.int64,
     "FP16": np.float16,
@@ -149,7 +156,7 @@ class OnnxEngine:
             extra = [n for n in have if n not in promised]
             if extra:
                 raise rejected(f"{name} has inputs {extra} that its manifest does not name")
-        self._dtypes = {n: _NUMPY.get(DATATYPES[i.type]) for n, i in have.items()}
+        self._dtypes = {n: NUMPY.get(DATATYPES[i.type]) for n, i in have.items()}
         outputs = {o.name: o for o in session.get_outputs()}
         for out_name, out in outputs.items():
             if out.type not in DATATYPES and (
@@ -252,7 +259,10 @@ class OnnxEngine:
             values = session.run(self._outputs, inputs.feeds)
         else:
             values = self._run_bound(session, inputs.feeds)
-        return Executed(cast(dict[str, NDArray[Any]], dict(zip(self._outputs, values, strict=True))), inputs.mask)
+        return Executed(
+            cast(dict[str, NDArray[Any]], dict(zip(self._outputs, values, strict=True))),
+            inputs.mask,
+        )
 
     def _run_bound(
         self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]

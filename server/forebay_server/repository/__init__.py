@@ -1,0 +1,6 @@
+"""Models on disk, loaded models, and the names that lead to them."""
+
+from forebay_server.repository.loading import Defaults, LoadedModel
+from forebay_server.repository.repository import Event, ModelRepository
+
+__all__ = ["Defaults", "Event", "LoadedModel", "ModelRepository"]

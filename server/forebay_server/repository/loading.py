@@ -1,0 +1,224 @@
+"""From a version's folder to a model that serves: check, load, warm up, probe. Runs in a thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from forebay.errors import ForebayError
+
+from forebay_server.core.batcher import BatchingEngineClient, BatchReport
+from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
+from forebay_server.engines.factory import create
+from forebay_server.repository.inspect import describe
+from forebay_server.repository.manifest import (
+    TEXT_TASKS,
+    Batching,
+    Manifest,
+    ModelConfig,
+    check_files,
+    rejected,
+)
+
+log = logging.getLogger("forebay.repository")
+
+#: Lengths and rows that are run once before a text model serves.
+WARMUP = ((1, 16), (8, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The server's defaults for models whose model.yaml does not say."""
+
+    providers: tuple[str, ...] = ("cpu",)
+    intra_op_threads: int = 0
+    max_batch_tokens: int = 8192
+    max_batch_size: int = 32
+    max_batch_rows: int = 256
+    max_queue_size: int = 4096
+    tensorrt_cache: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class LoadedModel:
+    """A version that serves. `attachment` is room for the data plane's own view of it."""
+
+    name: str
+    version: int
+    manifest: Manifest
+    config: ModelConfig
+    client: BatchingEngineClient
+    tokenizer: Any
+    loaded_at: float
+    attachment: object = None
+    last_used: float = 0.0
+    shadow_calls: int = field(default=0)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Resident bytes, measured for processes and estimated for threads."""
+        return sum(int(e.info().get("memory_bytes", 0)) for e in self.client.engines)
+
+    @property
+    def providers(self) -> list[str]:
+        """Execution providers in force."""
+        return list(self.client.engines[0].info().get("providers", []))
+
+
+def load(
+    name: str,
+    version: int,
+    folder: Path,
+    config: ModelConfig,
+    defaults: Defaults,
+    observer: Callable[[str, int], Callable[[BatchReport], None] | None],
+) -> LoadedModel:
+    """Load a version. Raises FailedPrecondition (MODEL_REJECTED) naming the fault; leaves nothing."""
+    if config.engine == "deterministic" and not (folder / "manifest.json").exists():
+        raise rejected("the deterministic engine needs a manifest.json")
+    manifest = describe(folder)
+    check_files(folder, manifest)
+    tokenizer = _tokenizer(folder, manifest)
+    spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
+    engines: list[Engine] = []
+    try:
+        for _ in range(config.execution.instances):
+            engine = create(spec)
+            engines.append(engine)
+            engine.load()
+            _prove(engine, manifest)
+    except Exception as e:
+        for engine in engines:
+            engine.close()
+        if isinstance(e, ForebayError):
+            raise
+        raise rejected(f"the model fails on a first run: {e}") from e
+    client = BatchingEngineClient(engines, observer=observer(name, version))
+    return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
+
+
+def _tokenizer(folder: Path, manifest: Manifest) -> Any:
+    if manifest.task not in TEXT_TASKS or manifest.tokenizer_file is None:
+        return None
+    from tokenizers import Tokenizer
+
+    path = folder / manifest.tokenizer_file
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as e:
+        raise rejected(f"{path.name} cannot be read: {e}") from None
+
+
+def engine_spec(
+    name: str,
+    version: int,
+    folder: Path,
+    manifest: Manifest,
+    config: ModelConfig,
+    defaults: Defaults,
+    tokenizer: Any,
+) -> EngineSpec:
+    """The engine's view of a version: manifest, then model.yaml, then the server's defaults."""
+    head = manifest.text_head
+    embedding = manifest.embedding
+    inputs = tuple(t.spec for t in manifest.inputs)
+    outputs = tuple(t.spec for t in manifest.outputs)
+    padding = (tokenizer.padding or {}) if tokenizer is not None else {}
+    model = (folder / manifest.model_file).resolve()
+    if folder.resolve() not in model.parents:
+        raise rejected(f"model_file {manifest.model_file!r} lies outside of the model's folder")
+    execution = config.execution
+    return EngineSpec(
+        model=name,
+        version=version,
+        engine=config.engine,
+        path=str(model),
+        kind="tokens" if head else "tensors",
+        inputs=inputs,
+        outputs=outputs,
+        output=head.output if head else "",
+        pooling=embedding.pooling if embedding else "none",
+        normalize=embedding.normalize if embedding else False,
+        pad_id=int(padding.get("pad_id", _pad_id(tokenizer))),
+        pad_left=padding.get("direction") == "left",
+        batches=head is not None or all(t.shape and t.shape[0] == -1 for t in manifest.inputs),
+        policy=_policy(config.batching, defaults, head is not None, head.max_tokens if head else 1),
+        providers=tuple(execution.providers or defaults.providers),
+        intra_op_threads=(
+            execution.intra_op_threads
+            if execution.intra_op_threads is not None
+            else _threads(defaults, head is not None)
+        ),
+        isolation=execution.isolation,
+        options={"tensorrt_cache": defaults.tensorrt_cache, **config.engine_options},
+    )
+
+
+def _threads(defaults: Defaults, text: bool) -> int:
+    """Encoders use all cores; a tree ensemble is done before a second thread has woken up."""
+    if defaults.intra_op_threads:
+        return defaults.intra_op_threads
+    return (os.cpu_count() or 1) if text else 1
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for token in ("[PAD]", "<pad>", "<|endoftext|>"):
+        found = tokenizer.token_to_id(token) if tokenizer is not None else None
+        if found is not None:
+            return int(found)
+    return 0
+
+
+def _policy(batching: Batching, defaults: Defaults, text: bool, longest: int) -> BatchPolicy:
+    rows = defaults.max_batch_size if text else defaults.max_batch_rows
+    tokens = batching.max_batch_tokens or defaults.max_batch_tokens
+    return BatchPolicy(
+        # A budget below the longest text would only mean that it runs alone; say so by its number.
+        max_batch_tokens=max(tokens, longest),
+        max_batch_size=batching.max_batch_size or rows,
+        max_queue_size=batching.max_queue_size or defaults.max_queue_size,
+        max_queue_delay_s=batching.max_queue_delay_ms / 1e3,
+        length_buckets=tuple(sorted(batching.length_buckets or ())),
+    )
+
+
+def _prove(engine: Engine, manifest: Manifest) -> None:
+    """Warm up and run once: a model that cannot answer must not replace one that can."""
+    if manifest.text_head is not None:
+        longest = manifest.text_head.max_tokens
+        engine.warmup([(rows, min(length, longest)) for rows, length in WARMUP])
+        return
+    item = Item(probe_inputs(manifest))
+    batch = Batch([item], 1, 1)
+    try:
+        engine.finish(engine.execute(engine.prepare(batch)), batch)
+    except Exception as e:
+        if (
+            manifest.task == "tensor"
+        ):  # zeros need not be a good input of a model we know nothing of
+            log.warning("the probe of %s failed: %s", engine.spec.model, e)
+            return
+        raise
+
+
+def probe_inputs(manifest: Manifest) -> dict[str, Any]:
+    """One row of harmless values."""
+    features = manifest.tabular.by_name if manifest.tabular else {}
+
+    def value(spec: TensorSpec) -> Any:
+        shape = [1 if d < 0 else d for d in spec.shape]
+        feature = features.get(spec.name)
+        if spec.datatype == "BYTES":
+            text = (feature.categories or [""])[0] if feature else ""
+            return np.full(shape, text, object)
+        from forebay_server.engines.onnx import NUMPY
+
+        return np.zeros(shape, NUMPY.get(spec.datatype, np.float32))
+
+    return {t.name: value(t.spec) for t in manifest.inputs}

@@ -1,0 +1,80 @@
+"""Which version a reference means."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from forebay.errors import InvalidArgument, NotFound
+
+from forebay_server.repository.state import Routing
+
+PRODUCTION = "production"
+
+
+def parse(ref: str) -> tuple[str, str]:
+    """Name and selector of `name`, `name@3` or `name@alias`; the selector may be empty."""
+    name, _, selector = ref.partition("@")
+    return name, selector
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Known names that look like it, best first; a few of the known ones when none does."""
+    names = sorted(known)
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+
+
+def by_alias(ref: str, routings: Mapping[str, Routing]) -> str | None:
+    """`model@alias` for a bare alias that exactly one model has; None when none has it."""
+    owners = sorted(m for m, r in routings.items() if ref in r.aliases)
+    if len(owners) > 1:
+        options = ", ".join(f"{o}@{ref}" for o in owners)
+        raise InvalidArgument.at("model", f"the alias {ref!r} is that of several models: {options}")
+    return f"{owners[0]}@{ref}" if owners else None
+
+
+def select(
+    name: str, selector: str, versions: Iterable[int], routing: Routing, key: str
+) -> int | None:
+    """The version that a selector means; None = the model's newest that serves.
+
+    Args:
+        key: keeps a caller on one version of a traffic split.
+
+    Raises:
+        NotFound: no such version or alias.
+    """
+    have = sorted(versions)
+    if selector:
+        if selector.isascii() and selector.isdigit():
+            version = int(selector)
+            if version not in have:
+                raise NotFound(
+                    "model version",
+                    f"{name}@{selector}",
+                    nearest=[f"{name}@{v}" for v in have[-3:]],
+                )
+            return version
+        if selector not in routing.aliases:
+            raise NotFound(
+                "model alias",
+                f"{name}@{selector}",
+                nearest=[f"{name}@{a}" for a in nearest(selector, routing.aliases)],
+            )
+        return routing.aliases[selector]
+    if routing.shares:
+        return split(name, key, routing.shares)
+    return routing.aliases.get(PRODUCTION)
+
+
+def split(name: str, key: str, shares: Mapping[int, int]) -> int:
+    """A version by weight. The same key gets the same version as long as the weights stay."""
+    total = sum(shares.values())
+    digest = hashlib.blake2b(f"{name}\0{key}".encode(), digest_size=8).digest()
+    point = int.from_bytes(digest, "little") / 2**64 * total
+    for version, weight in sorted(shares.items()):
+        if point < weight:
+            return version
+        point -= weight
+    return max(v for v, w in shares.items() if w)

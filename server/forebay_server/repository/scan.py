@@ -1,0 +1,50 @@
+"""Which models and versions a repository folder holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class FolderModel:
+    """A model's folder with its versions' folders."""
+
+    name: str
+    folder: Path
+    versions: dict[int, Path]
+
+
+def scan(root: Path) -> dict[str, FolderModel]:
+    """Models by name. A folder without numbered ones is itself version 1.
+
+    Names with a leading dot (uploads that are not done) are left out, as are empty folders.
+    """
+    out: dict[str, FolderModel] = {}
+    if not root.is_dir():
+        return out
+    for folder in sorted(root.iterdir()):
+        if not folder.is_dir() or not NAME.fullmatch(folder.name):
+            continue
+        versions = {
+            int(p.name): p
+            for p in folder.iterdir()
+            if p.is_dir() and p.name.isascii() and p.name.isdigit() and int(p.name) > 0
+        }
+        if not versions and _is_artefact(folder):
+            versions = {1: folder}
+        if versions:
+            out[folder.name] = FolderModel(folder.name, folder, versions)
+    return out
+
+
+def _is_artefact(folder: Path) -> bool:
+    return (
+        (folder / "manifest.json").exists()
+        or (folder / "onnx" / "model.onnx").exists()
+        or any(folder.glob("*.onnx"))
+        or any(p.suffix in (".pkl", ".joblib") for p in folder.iterdir())
+    )
