@@ -66,11 +66,9 @@ def top_labels(
     scores: Floats, labels: Sequence[str], top_k: int | None, threshold: float | None
 ) -> list[tuple[str, float]]:
     """Labels with scores [labels], highest first; ties keep the model's order."""
-    order = np.argsort(-scores, kind="stable")[: top_k or len(labels)]
+    order: list[int] = np.argsort(-scores, kind="stable")[: top_k or len(labels)].tolist()
     return [
-        (labels[i], float(scores[i]))
-        for i in order.tolist()
-        if threshold is None or scores[i] >= threshold
+        (labels[i], float(scores[i])) for i in order if threshold is None or scores[i] >= threshold
     ]
 
 

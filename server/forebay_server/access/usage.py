@@ -1,0 +1,224 @@
+"""Usage by key, model, version and day; every call counted exactly once, cancelled ones included.
+
+A call's record is appended to a journal file before the call is answered: one write of some 100
+bytes to the page cache, which outlives the process (kill -9) though not the machine; the file is
+synced every second, so power loss costs one second of records at most. Every few seconds the
+journal is rolled: its records are added up and committed to the database together with the
+segment's name, and the file is removed. A segment that is found at start is committed unless its
+name is in the database, so a crash at any point counts nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from forebay_server.storage.database import Database
+from forebay_server.storage.tables import usage, usage_segments
+
+log = logging.getLogger("forebay.access")
+
+COUNTERS = ("calls", "items", "tokens", "cached", "errors", "cancelled", "engine_ms")
+ROLL_EVERY_S, SYNC_EVERY_S = 5.0, 1.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counters of use. `calls` includes failed and cancelled ones."""
+
+    calls: int = 0
+    items: int = 0
+    tokens: int = 0
+    cached: int = 0
+    errors: int = 0
+    cancelled: int = 0
+    engine_ms: float = 0.0
+
+    def add(self, values: Iterable[float]) -> None:
+        """Add counters in the order of COUNTERS."""
+        for name, value in zip(COUNTERS, values, strict=True):
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Counters of one key, model, version and day (UTC, YYYY-MM-DD)."""
+
+    key_id: str
+    model: str
+    version: int
+    day: str
+    counters: Counters
+
+
+class UsageLedger:
+    """See the module. `record` is called from any thread; the rest from one event loop."""
+
+    def __init__(
+        self, database: Database, folder: Path, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._database = database
+        self._folder = folder
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._flushing = asyncio.Lock()
+        self._file = -1
+        self._path = folder
+        self._dirty = False
+        self._today = (0, "")
+
+    async def start(self) -> None:
+        """Commit what an earlier process left, and open a new segment."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        leftovers = sorted(self._folder.glob("*.journal"))
+        self._open()
+        for path in leftovers:
+            await self._commit(path)
+
+    def record(self, key_id: str, model: str, version: int, values: tuple[float, ...]) -> None:
+        """Append one call's counters, in the order of COUNTERS."""
+        line = json.dumps([key_id, model, version, self._day(), *values]).encode() + b"\n"
+        with self._lock:
+            # One write per record with O_APPEND: a kill leaves whole lines, or a torn last one.
+            os.write(self._file, line)
+            self._dirty = True
+
+    async def keep(self) -> None:
+        """Sync and roll for ever."""
+        rolled = time.monotonic()
+        while True:
+            await asyncio.sleep(SYNC_EVERY_S)
+            try:
+                if self._dirty:
+                    self._dirty = False
+                    await asyncio.to_thread(os.fsync, self._file)
+                if time.monotonic() - rolled >= ROLL_EVERY_S:
+                    rolled = time.monotonic()
+                    await self.flush()
+            except Exception:
+                log.exception("keeping the usage journal failed; it is tried again")
+
+    async def flush(self) -> None:
+        """Bring all records so far into the database."""
+        async with self._flushing:
+            with self._lock:
+                if os.fstat(self._file).st_size == 0:
+                    return
+                old_file, old_path = self._file, self._path
+                self._open()
+            os.close(old_file)
+            await self._commit(old_path)
+
+    async def close(self) -> None:
+        """Flush and close."""
+        await self.flush()
+        os.close(self._file)
+        self._path.unlink(missing_ok=True)
+
+    async def total(self, key_id: str, from_day: str, to_day: str) -> Counters:
+        """Sums of one key over days, inclusive."""
+        await self.flush()
+        sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0) for name in COUNTERS]
+        query = sa.select(*sums).where(
+            usage.c.key_id == key_id, usage.c.day >= from_day, usage.c.day <= to_day
+        )
+        async with self._database.begin() as db:
+            row = (await db.execute(query)).one()
+        return Counters(*(int(v) for v in row[:-1]), float(row[-1]))
+
+    async def rows(
+        self,
+        key_id: str | None,
+        model: str | None,
+        from_day: str | None,
+        to_day: str | None,
+        offset: int,
+        limit: int,
+    ) -> list[UsageRow]:
+        """Rows, newest day first."""
+        await self.flush()
+        query = sa.select(usage).order_by(
+            usage.c.day.desc(), usage.c.key_id, usage.c.model, usage.c.version
+        )
+        for column, value in (("key_id", key_id), ("model", model)):
+            if value is not None:
+                query = query.where(usage.c[column] == value)
+        if from_day:
+            query = query.where(usage.c.day >= from_day)
+        if to_day:
+            query = query.where(usage.c.day <= to_day)
+        async with self._database.begin() as db:
+            found = (await db.execute(query.offset(offset).limit(limit))).all()
+        return [
+            UsageRow(
+                r.key_id, r.model, r.version, r.day, Counters(*(getattr(r, c) for c in COUNTERS))
+            )
+            for r in found
+        ]
+
+    def today(self) -> str:
+        """The day now, UTC."""
+        return self._day()
+
+    def _day(self) -> str:
+        number = int(self._clock() // 86400)
+        if number != self._today[0]:
+            self._today = (number, time.strftime("%Y-%m-%d", time.gmtime(number * 86400)))
+        return self._today[1]
+
+    def _open(self) -> None:
+        self._path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:12]}.journal"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(self._path, flags, 0o600)
+
+    async def _commit(self, path: Path) -> None:
+        """Add a segment to the database, once, and remove it."""
+        sums = await asyncio.to_thread(_add_up, path)
+        async with self._database.begin() as db:
+            seen = await db.execute(
+                sa.select(usage_segments).where(usage_segments.c.segment == path.name)
+            )
+            if seen.first() is None:
+                await db.execute(usage_segments.insert().values(segment=path.name))
+                for (key_id, model, version, day), counters in sums.items():
+                    values = {name: getattr(counters, name) for name in COUNTERS}
+                    await db.execute(
+                        _upsert(self._database.dialect).values(
+                            key_id=key_id, model=model, version=version, day=day, **values
+                        )
+                    )
+        path.unlink(missing_ok=True)
+        async with self._database.begin() as db:  # the file is gone: its name has done its work
+            await db.execute(sa.delete(usage_segments).where(usage_segments.c.segment == path.name))
+
+
+def _add_up(path: Path) -> dict[tuple[str, str, int, str], Counters]:
+    sums: dict[tuple[str, str, int, str], Counters] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            key_id, model, version, day, *values = json.loads(line)
+        except ValueError:
+            log.warning("a torn record in %s is left out", path.name)
+            continue
+        sums.setdefault((key_id, model, version, day), Counters()).add(values)
+    return sums
+
+
+def _upsert(dialect: str) -> Any:
+    insert = (postgresql if dialect == "postgresql" else sqlite).insert(usage)
+    return insert.on_conflict_do_update(
+        index_elements=["key_id", "model", "version", "day"],
+        set_={name: usage.c[name] + insert.excluded[name] for name in COUNTERS},
+    )

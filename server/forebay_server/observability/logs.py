@@ -1,0 +1,86 @@
+"""Structured logs: one JSON object a line, written by a thread, so that no call waits for a pipe."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import sys
+import time
+from typing import Any
+
+import orjson
+
+#: Lines that may wait for a slow reader of the log; beyond it lines are dropped and counted.
+BACKLOG = 10_000
+ACCESS = "forebay.access_log"
+
+
+class JsonFormatter(logging.Formatter):
+    """Time, level, logger, message, and whatever `extra={"fields": {...}}` holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line: dict[str, Any] = {
+            "time": _timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        fields = getattr(record, "fields", None)
+        if fields:
+            line.update(fields)
+        else:
+            line["message"] = record.getMessage()
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+class ConsoleFormatter(logging.Formatter):
+    """For people: time, level, message or fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and the traceback where there is one."""
+        fields = getattr(record, "fields", None)
+        text = " ".join(f"{k}={v}" for k, v in fields.items()) if fields else record.getMessage()
+        when = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{when} {record.levelname.lower():7} {text}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _BoundedHandler(logging.handlers.QueueHandler):
+    """Drops lines rather than block; says how many at the next one that fits."""
+
+    dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Hand the record over as it is: the thread that writes it formats it."""
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Never blocks."""
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+
+def configure(format_: str, level: str, access_log: bool) -> logging.handlers.QueueListener:
+    """Set the process's logging up; `stop()` the listener at the end to write what waits."""
+    out = logging.StreamHandler(sys.stderr)
+    out.setFormatter(JsonFormatter() if format_ == "json" else ConsoleFormatter())
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(BACKLOG)
+    listener = logging.handlers.QueueListener(lines, out)
+    root = logging.getLogger()
+    root.handlers = [_BoundedHandler(lines)]
+    root.setLevel(level)
+    logging.getLogger(ACCESS).disabled = not access_log
+    for noisy in ("alembic", "sqlalchemy", "asyncio", "aiosqlite", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    listener.start()
+    return listener
+
+
+def _timestamp(seconds: float) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"

@@ -1,0 +1,147 @@
+"""All metrics, in one place, with OpenTelemetry-style names. docs/metrics.md lists them.
+
+Histograms, not averages: they can be added up over replicas. Children are looked up once and kept:
+a look-up by labels costs as much as the observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from forebay_server.core.batcher import BatchReport
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+RATIO = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class Metrics:
+    """The registry and its metrics. One per server."""
+
+    def __init__(self) -> None:
+        r = self.registry = CollectorRegistry()
+        self.duration = Histogram(
+            "forebay_rpc_server_duration_seconds",
+            "Time from a call's arrival to its status",
+            ["method", "code"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        self.in_flight = Gauge(
+            "forebay_rpc_server_active_requests", "Calls in progress", ["method"], registry=r
+        )
+        self.rejected = Counter(
+            "forebay_rpc_server_rejected",
+            "Calls refused before any work",
+            ["reason"],
+            registry=r,
+        )
+        self.items = Counter(
+            "forebay_items", "Items (texts, rows, pairs) answered", ["model"], registry=r
+        )
+        self.tokens = Counter("forebay_tokens", "Tokens of answered calls", ["model"], registry=r)
+        self.cache = Counter(
+            "forebay_cache_lookups",
+            "Look-ups in the response cache",
+            ["model", "result"],
+            registry=r,
+        )
+        self.queue_time = Histogram(
+            "forebay_queue_time_seconds",
+            "Wait of a batch's oldest item in the queue",
+            ["model", "version"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        self.execute_time = Histogram(
+            "forebay_batch_execute_seconds",
+            "Time of a batch in the model",
+            ["model", "version"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        self.batch_rows = Histogram(
+            "forebay_batch_rows", "Rows of a batch", ["model", "version"], buckets=ROWS, registry=r
+        )
+        self.token_efficiency = Histogram(
+            "forebay_batch_token_efficiency",
+            "Real tokens over padded tokens of a batch",
+            ["model", "version"],
+            buckets=RATIO,
+            registry=r,
+        )
+        self.queue_depth = Gauge(
+            "forebay_queue_depth",
+            "Rows waiting after the newest batch",
+            ["model", "version"],
+            registry=r,
+        )
+        self._durations: dict[tuple[str, str], Any] = {}
+        self._active: dict[str, Any] = {}
+
+    def call_started(self, method: str) -> None:
+        """A call has arrived."""
+        child = self._active.get(method)
+        if child is None:
+            child = self._active[method] = self.in_flight.labels(method)
+        child.inc()
+
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        """A call has its status."""
+        self._active[method].dec()
+        child = self._durations.get((method, code))
+        if child is None:
+            child = self._durations[method, code] = self.duration.labels(method, code)
+        child.observe(seconds)
+
+    def batch_observer(self, model: str, version: int) -> Callable[[BatchReport], None]:
+        """The observer of one model version's batches."""
+        labels = (model, str(version))
+        queue, execute = self.queue_time.labels(*labels), self.execute_time.labels(*labels)
+        rows, depth = self.batch_rows.labels(*labels), self.queue_depth.labels(*labels)
+        efficiency = self.token_efficiency.labels(*labels)
+
+        def observe(report: BatchReport) -> None:
+            queue.observe(report.queue_s)
+            execute.observe(report.execute_s)
+            rows.observe(report.rows)
+            depth.set(report.queue_depth)
+            if report.padded_tokens:
+                efficiency.observe(report.tokens / report.padded_tokens)
+
+        return observe
+
+    def cache_looked_up(self, model: str, hits: int, misses: int) -> None:
+        """One look-up of several items."""
+        if hits:
+            self.cache.labels(model, "hit").inc(hits)
+        if misses:
+            self.cache.labels(model, "miss").inc(misses)
+
+    def watch_models(self, memory: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        """Report model, version and resident bytes of what is loaded, at each scrape."""
+        self.registry.register(_ModelMemory(memory))
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class _ModelMemory(Collector):
+    def __init__(self, memory: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        self._memory = memory
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "forebay_model_memory_bytes",
+            "Resident bytes of a loaded version",
+            labels=["model", "version"],
+        )
+        for model, version, size in self._memory():
+            family.add_metric([model, str(version)], size)
+        yield family

@@ -1,0 +1,105 @@
+"""The relational schema. Change it by a new migration in `migrations/versions/`, never in place."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(128), nullable=False),
+    # SHA-256 of a 256-bit random secret: nothing to guess, so no slow hash is needed.
+    Column("secret_hash", LargeBinary(32), nullable=False),
+    Column("scopes", String(128), nullable=False),
+    Column("models", String, nullable=False),
+    Column("requests_per_second", Float),
+    Column("burst", Integer),
+    Column("tokens_per_minute", BigInteger),
+    Column("max_concurrency", Integer),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String(128), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("calls", BigInteger, nullable=False),
+    Column("items", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("cached", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+    Column("cancelled", BigInteger, nullable=False),
+    Column("engine_ms", Float, nullable=False),
+    Index("usage_day", "day"),
+)
+
+#: Which journal segments are in `usage` already: a replay after a crash adds nothing twice.
+usage_segments = Table("usage_segments", metadata, Column("segment", String(64), primary_key=True))
+
+model_aliases = Table(
+    "model_aliases",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("alias", String(64), primary_key=True),
+    Column("version", Integer, nullable=False),
+)
+
+model_traffic = Table(
+    "model_traffic",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("weight", Integer, nullable=False),
+)
+
+model_shadows = Table(
+    "model_shadows",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("fraction", Float, nullable=False),
+)
+
+model_history = Table(
+    "model_history",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("model", String(128), nullable=False, index=True),
+    Column("time", Float, nullable=False),
+    Column("action", String(16), nullable=False),
+    Column("from_version", Integer, nullable=False),
+    Column("to_version", Integer, nullable=False),
+    Column("key_id", String(32), nullable=False),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("key_id", String(32), nullable=False),
+    Column("method", String(128), nullable=False),
+    Column("token", String(256), nullable=False),
+    Column("request_hash", LargeBinary(32), nullable=False),
+    Column("response", LargeBinary),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("key_id", "method", "token", name="idempotency_token"),
+)
