@@ -136,7 +136,7 @@ class UsageLedger:
         )
         async with self._database.begin() as db:
             row = (await db.execute(query)).one()
-        return Counters(*(int(v) for v in row[:-1]), float(row[-1]))
+        return Counters(**dict(zip(COUNTERS, row, strict=True)))
 
     async def rows(
         self,

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from forebay.errors import ForebayError, Internal, InvalidArgument, PermissionDenied
 
-from forebay_server.core.call import Call
+from forebay_server.core.call import ANONYMOUS, Call
 from forebay_server.core.interfaces import Completion, EngineClient, EngineRequest
 from forebay_server.dataplane.tokenization import TextEncoder
 from forebay_server.repository import LoadedModel, ModelRepository
@@ -94,7 +94,7 @@ class ModelAccess:
     ) -> ServedModel | None:
         """The model, when it is loaded. Otherwise None: `then` runs after the load, or the call
         is ended with the error."""
-        key = sticky_key or call.principal.key_id
+        key = _sticky(call, sticky_key)
         try:
             loaded = self.repository.resolve_loaded(ref, tasks, key)
             if loaded is not None:
@@ -119,7 +119,7 @@ class ModelAccess:
         self, call: Call, ref: str, tasks: Sequence[str], sticky_key: str = ""
     ) -> ServedModel:
         """The model, loaded when need be. For handlers that run on the event loop."""
-        loaded = await self.repository.resolve(ref, tasks, sticky_key or call.principal.key_id)
+        loaded = await self.repository.resolve(ref, tasks, _sticky(call, sticky_key))
         return self._serve(call, loaded)
 
     def submit(self, model: ServedModel, requests: Sequence[EngineRequest]) -> Sequence[Completion]:
@@ -139,6 +139,12 @@ class ModelAccess:
             served = ServedModel(loaded, _encoder(loaded))
             loaded.attachment = served
         return served
+
+
+def _sticky(call: Call, given: str) -> str:
+    """What keeps a caller on one version: its word, its key, else nothing (each call anew)."""
+    key_id = call.principal.key_id
+    return given or (key_id if key_id != ANONYMOUS.key_id else call.request_id)
 
 
 def _encoder(loaded: LoadedModel) -> TextEncoder | None:

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import forebay
 import numpy as np
-from forebay.constraints import Validator
 from forebay.errors import ForebayError, InvalidArgument
 from forebay.oip import open_inference_pb2 as pb
 from numpy.typing import NDArray
@@ -61,13 +60,11 @@ class OpenInferenceService(Service):
         registry: Registry,
         texts: TextPipeline,
         plain: tensors.TensorPipeline,
-        validator: Validator,
     ) -> None:
         self._access = access
         self._registry = registry
         self._texts = texts
         self._plain = plain
-        self._validator = validator
 
     async def server_live(self, call: Call) -> pb.ServerLiveResponse:
         """ServerLive."""

@@ -19,6 +19,7 @@ from forebay.errors import Cancelled, DeadlineExceeded, ForebayError
 from google.protobuf.message import Message
 from grpc import aio
 
+from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.core.call import Call
 from forebay_server.services.base import Handler
 from forebay_server.transport.inbox import Inbox, parse
@@ -71,11 +72,13 @@ class OrdinaryLane(grpc.GenericRpcHandler):
         pipeline: Pipeline,
         inbox: Inbox,
         validator: Validator,
+        idempotency: IdempotencyStore,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._pipeline = pipeline
         self._inbox = inbox
         self._validator = validator
+        self._idempotency = idempotency
         self._wakeups = Wakeups(loop)
         self._routes = {path: self._route(h) for path, h in handlers.items()}
 
@@ -168,7 +171,18 @@ class OrdinaryLane(grpc.GenericRpcHandler):
         async def work() -> None:
             call.request = parse(call.method.request, message)
             self._validator.check(cast(Message, call.request))
-            call.reply(await handler.function(call))
+            token = call.metadata.get("idempotency-key", "")
+            if token and handler.method.mutates:
+
+                async def act() -> bytes:
+                    return (await handler.function(call)).SerializeToString()
+
+                data = await self._idempotency.once(
+                    call.principal.key_id, call.method.path, token, message, act
+                )
+                call.reply(handler.method.response.FromString(data))
+            else:
+                call.reply(await handler.function(call))
 
         await self._run(call, context, work)
         return call.payload

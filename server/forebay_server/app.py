@@ -1,0 +1,231 @@
+"""The gRPC server, put together: settings in, a running server out, and its orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import forebay.methods
+import grpc
+from forebay.constraints import Validator
+from forebay.settings import Settings
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from forebay_server.access.cache import ProcessCache, RedisCache, ResponseCache
+from forebay_server.access.idempotency import IdempotencyStore
+from forebay_server.access.keys import KeyStore
+from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
+from forebay_server.access.usage import UsageLedger
+from forebay_server.dataplane.models import ModelAccess
+from forebay_server.dataplane.registry import Registry
+from forebay_server.dataplane.tabular import TabularPipeline
+from forebay_server.dataplane.tensors import TensorPipeline
+from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.observability.metrics import Metrics
+from forebay_server.observability.tracing import Tracer
+from forebay_server.repository import Defaults, ModelRepository
+from forebay_server.services.base import Service, handlers
+from forebay_server.services.classification import ClassificationService
+from forebay_server.services.embedding import EmbeddingService
+from forebay_server.services.key import KeyService
+from forebay_server.services.model import ModelService
+from forebay_server.services.open_inference import OpenInferenceService
+from forebay_server.services.rerank import RerankService
+from forebay_server.services.server import ServerService
+from forebay_server.services.tabular import TabularService
+from forebay_server.services.token import TokenService
+from forebay_server.services.usage import UsageService
+from forebay_server.storage.database import Database
+from forebay_server.storage.routing_state import StoredRoutingState
+from forebay_server.transport.inbox import Inbox
+from forebay_server.transport.metrics_http import MetricsListener
+from forebay_server.transport.ordinary import OrdinaryLane
+from forebay_server.transport.pipeline import Pipeline
+from forebay_server.transport.stages import Admission, standard_stages
+
+log = logging.getLogger("forebay.server")
+
+#: Threads that go on with calls whose model had to be loaded first.
+RESUME_THREADS = 4
+
+
+class Server:
+    """A running server. `start`, then `wait`, then `stop`; all on one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check_exposure()
+        self.settings = settings
+        self.metrics = Metrics()
+        self.port = 0
+        self.metrics_port = 0
+        self._grpc: aio.Server | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> None:
+        """Open state, load models, listen. Ready (health SERVING) when the models are."""
+        s = self.settings
+        Path(s.home).mkdir(parents=True, exist_ok=True, mode=0o700)
+        s.models_root.mkdir(parents=True, exist_ok=True)
+        self._database = await Database.open(s.database_url)
+        self.keys = KeyStore(self._database, s.keys_required)
+        await self.keys.reload()
+        self.ledger = UsageLedger(self._database, s.home / "usage")
+        await self.ledger.start()
+        self.repository = ModelRepository(
+            s.models_root,
+            Defaults(
+                providers=tuple(s.models.providers),
+                intra_op_threads=s.models.intra_op_threads,
+                max_batch_tokens=s.models.max_batch_tokens,
+                max_batch_size=s.models.max_batch_size,
+                max_batch_rows=s.models.max_batch_rows,
+                max_queue_size=s.models.max_queue_size,
+                tensorrt_cache=str(s.home / "tensorrt"),
+            ),
+            StoredRoutingState(self._database),
+            s.models.memory_budget_bytes,
+            self.metrics.batch_observer,
+        )
+        self.metrics.watch_models(
+            lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
+        )
+        self._tracer = Tracer(s.observability.otlp_endpoint)
+        self._admission = Admission(self.keys, self._limiter())
+        pipeline = Pipeline(
+            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
+        )
+        validator = Validator()
+        self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
+        registered = handlers(self._services(validator))
+        self._inbox = Inbox(registered, pipeline, validator, s.grpc.ingest_threads)
+        lane = OrdinaryLane(
+            registered,
+            pipeline,
+            self._inbox,
+            validator,
+            IdempotencyStore(self._database),
+            asyncio.get_running_loop(),
+        )
+        await self._listen(lane)
+        await self.repository.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._background = [
+            asyncio.create_task(self.keys.keep_fresh(s.auth.reload_s)),
+            asyncio.create_task(self.ledger.keep()),
+            asyncio.create_task(self.repository.watch_folder(s.models.poll_s)),
+        ]
+        log.info("serving gRPC on %s:%d by the ordinary lane", s.grpc.host, self.port)
+
+    def _limiter(self) -> Limiter:
+        url = self.settings.storage.redis.get_secret_value()
+        return RedisLimiter(url) if url else ProcessLimiter()
+
+    def _cache(self) -> ResponseCache:
+        storage = self.settings.storage
+        url = storage.redis.get_secret_value()
+        if url:
+            return RedisCache(url, storage.cache_ttl_s, self.metrics.cache_looked_up)
+        return ProcessCache(storage.cache_bytes, self.metrics.cache_looked_up)
+
+    def _services(self, validator: Validator) -> list[Service]:
+        most = self.settings.grpc.max_items_per_call
+        access = ModelAccess(self.repository, asyncio.get_running_loop(), self._resume)
+        registry = Registry(self.repository)
+        texts = TextPipeline(access, self._cache(), most)
+        return [
+            TabularService(TabularPipeline(access, most), access, validator),
+            ClassificationService(texts, validator),
+            EmbeddingService(texts, validator),
+            RerankService(texts),
+            TokenService(access),
+            ModelService(registry),
+            KeyService(self.keys),
+            UsageService(self.ledger),
+            ServerService(self.settings, time.time(), "ordinary"),
+            OpenInferenceService(access, registry, texts, TensorPipeline(access)),
+        ]
+
+    async def _listen(self, lane: OrdinaryLane) -> None:
+        s = self.settings.grpc
+        options = [
+            ("grpc.max_receive_message_length", s.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", int(s.keepalive_s * 1000)),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.so_reuseport", 0),
+        ]
+        if s.max_connection_age_s:
+            options.append(("grpc.max_connection_age_ms", int(s.max_connection_age_s * 1000)))
+            options.append(("grpc.max_connection_age_grace_ms", int(s.drain_s * 1000)))
+        server = self._grpc = aio.server(options=options)
+        server.add_generic_rpc_handlers((lane,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = sorted({m.service for m in forebay.methods.methods().values()})
+        reflection.enable_server_reflection(
+            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+        )
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = s.host if s.host.startswith("unix:") else f"{s.host}:{s.port}"
+        credentials = self._credentials()
+        try:
+            if credentials is not None:
+                self.port = server.add_secure_port(address, credentials)
+            else:
+                self.port = server.add_insecure_port(address)
+        except RuntimeError as e:
+            raise OSError(f"cannot listen on {address}: {e}") from None
+        await server.start()
+        if self.settings.observability.metrics_port >= 0:
+            self._metrics_listener = MetricsListener(self.metrics.exposition)
+            self.metrics_port = await self._metrics_listener.start(
+                self.settings.observability.metrics_port
+            )
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        s = self.settings.grpc
+        if s.tls_certificate is None or s.tls_key is None:
+            return None
+        roots = s.tls_client_ca.read_bytes() if s.tls_client_ca else None
+        return grpc.ssl_server_credentials(
+            [(s.tls_key.read_bytes(), s.tls_certificate.read_bytes())],
+            root_certificates=roots,
+            require_client_auth=roots is not None,
+        )
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        names = {m.service for m in forebay.methods.methods().values()}
+        for name in ["", *names]:
+            await self._health.set(name, status)
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        assert self._grpc is not None
+        await self._grpc.wait_for_termination()
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, let running calls end, then close everything."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert self._grpc is not None
+        # gRPC refuses new calls from here on; calls that it has accepted are answered.
+        await self._grpc.stop(self.settings.grpc.drain_s)
+        for task in self._background:
+            task.cancel()
+        for task in self._background:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(self._inbox.close)
+        await self.repository.close()
+        if self.settings.observability.metrics_port >= 0:
+            await self._metrics_listener.stop()
+        await self.ledger.close()
+        self._resume.shutdown(wait=False)
+        self._tracer.close()
+        await self._database.close()
+        log.info("stopped")

@@ -1,0 +1,225 @@
+"""The registry's use cases: what there is, what it does, and changes to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forebay.errors import AlreadyExists, InvalidArgument
+
+from forebay_server.core.statistics import EngineStatistics
+from forebay_server.engines.process import resident_bytes
+from forebay_server.repository import Event, LoadedModel, ModelRepository
+from forebay_server.repository.inspect import describe
+from forebay_server.repository.manifest import check_files
+from forebay_server.repository.state import HistoryEvent, Routing
+
+_OIP_STATES = {
+    "ready": "READY",
+    "loading": "LOADING",
+    "unloading": "UNLOADING",
+    "failed": "UNAVAILABLE",
+    "available": "UNAVAILABLE",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VersionView:
+    """One version as the registry shows it; `loaded` is None when it is not."""
+
+    version: int
+    state: str
+    reason: str
+    loaded: LoadedModel | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model as the registry shows it. `task` is empty where no file tells it."""
+
+    name: str
+    task: str
+    description: str
+    versions: list[VersionView]
+    routing: Routing
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsView:
+    """Counters of one loaded version."""
+
+    model: str
+    version: int
+    statistics: EngineStatistics
+    queue_depth: int
+    memory_bytes: int
+
+
+class Registry:
+    """See the module."""
+
+    def __init__(self, repository: ModelRepository) -> None:
+        self.repository = repository
+
+    @property
+    def ready(self) -> bool:
+        """Whether the preloaded models have been tried."""
+        return self.repository.started
+
+    def is_ready(self, name: str, version: int | None) -> bool:
+        """Whether a version (or any) serves."""
+        return any(k[0] == name and version in (None, k[1]) for k in self.repository.loaded)
+
+    def versions(self, name: str) -> list[int]:
+        """Versions of a model, oldest first."""
+        folder = self.repository.folders().get(name)
+        return sorted(folder.versions) if folder else []
+
+    def view(self, name: str) -> ModelView:
+        """One model. Raises NotFound."""
+        folder = self.repository._folder(name)
+        config = self.repository.config(name)
+        versions = [
+            VersionView(
+                v, *self.repository.state_of((name, v)), self.repository.loaded.get((name, v))
+            )
+            for v in sorted(folder.versions, reverse=True)
+        ]
+        described = next((v.loaded.manifest.description for v in versions if v.loaded), "")
+        return ModelView(
+            name,
+            self.repository.task_of(name),
+            config.description or described,
+            versions,
+            self.repository.routings.get(name, Routing()),
+            bool(config.default_for),
+        )
+
+    def views(self) -> list[ModelView]:
+        """All models, by name."""
+        return [self.view(name) for name in sorted(self.repository.folders())]
+
+    def index(self) -> list[tuple[str, int, str, str]]:
+        """Name, version, state and reason in the Open Inference Protocol's words."""
+        return [
+            (m.name, v.version, _OIP_STATES[v.state], v.reason)
+            for m in self.views()
+            for v in reversed(m.versions)
+        ]
+
+    def statistics(self, name: str) -> list[StatisticsView]:
+        """Counters of loaded versions of a model, or of all. Raises NotFound."""
+        if name:
+            self.repository._folder(name)
+        out = []
+        for (model, version), loaded in sorted(self.repository.loaded.items()):
+            if name in ("", model):
+                stats: Any = loaded.client.stats()
+                out.append(
+                    StatisticsView(
+                        model,
+                        version,
+                        stats["statistics"],
+                        stats["queue_depth"],
+                        loaded.memory_bytes,
+                    )
+                )
+        return out
+
+    async def load(self, name: str, version: int | None) -> ModelView:
+        """Load; raises why it could not be loaded."""
+        await self.repository.load(name, version)
+        return self.view(name)
+
+    async def unload(self, name: str, version: int | None) -> tuple[ModelView, int, int]:
+        """Unload; gives resident bytes before and after, of the server and its engines."""
+        before = self.resident_bytes()
+        await self.repository.unload(name, version)
+        return self.view(name), before, self.resident_bytes()
+
+    def resident_bytes(self) -> int:
+        """Resident bytes of the server and of its engines' processes."""
+        pids = {os.getpid()}
+        for model in self.repository.loaded.values():
+            pids.update(int(e.info().get("pid", 0)) for e in model.client.engines)
+        return sum(resident_bytes(p) for p in pids if p)
+
+    async def history(self, name: str) -> list[HistoryEvent]:
+        """Steps of the production alias, newest first."""
+        return await self.repository.history(name)
+
+    def events(self) -> AsyncIterator[Event]:
+        """Changes from now on."""
+        return self.repository.events()
+
+
+class VersionUpload:
+    """A version that arrives file by file, in a hidden folder that is renamed when it is whole."""
+
+    def __init__(self, root: Path, model: str, version: int, max_bytes: int) -> None:
+        self.model = model
+        self.version = version
+        self.bytes_written = 0
+        self._max = max_bytes
+        self._final = root / model / str(version)
+        self._folder = root / model / f".upload-{version}-{os.getpid()}-{id(self)}"
+        self._open: dict[str, Any] = {}
+        if self._final.exists():
+            raise AlreadyExists(f"version {model}@{version} is there already")
+        self._folder.mkdir(parents=True)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Append a piece to a file of the version."""
+        file = self._open.get(path)
+        if file is None:
+            target = (self._folder / path).resolve()
+            if self._folder.resolve() not in target.parents or path.startswith((".", "/")):
+                raise InvalidArgument.at(
+                    "chunk.path", f"{path!r} lies outside of the version's folder"
+                )
+            if target.suffix in (".pkl", ".joblib", ".pt", ".bin", ".so"):
+                raise InvalidArgument.at(
+                    "chunk.path", f"{path!r}: the server reads ONNX, JSON and tokenizer files only"
+                )
+            if len(self._open) >= 256:
+                raise InvalidArgument.at("chunk.path", "a version has at most 256 files")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = self._open[path] = target.open("wb")
+        file.write(data)
+        self.bytes_written += len(data)
+        if self.bytes_written > self._max:
+            raise InvalidArgument.at(
+                "chunk.data", f"the version has more than {self._max} bytes", reason="TOO_LARGE"
+            )
+
+    def commit(self) -> None:
+        """Check it and make it appear. Raises FailedPrecondition naming what is wrong."""
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        manifest = describe(self._folder)
+        check_files(self._folder, manifest)
+        if self._final.exists():
+            raise AlreadyExists(f"version {self.model}@{self.version} is there already")
+        self._folder.rename(self._final)
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        for file in self._open.values():
+            file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        parent = self._folder.parent
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+async def in_thread(function: Any, *args: Any) -> Any:
+    """File work, off the event loop."""
+    return await asyncio.to_thread(function, *args)

@@ -1,0 +1,247 @@
+"""ModelService: the registry."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import cast
+
+from forebay.errors import InvalidArgument
+from forebay.v1 import model_pb2 as pb
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from forebay_server.core.call import Call
+from forebay_server.dataplane.registry import (
+    ModelView,
+    Registry,
+    VersionUpload,
+    VersionView,
+    in_thread,
+)
+from forebay_server.services.base import Service
+from forebay_server.services.paging import page, page_size
+
+TASKS = {
+    "tabular-regression": pb.TASK_TABULAR_REGRESSION,
+    "tabular-classification": pb.TASK_TABULAR_CLASSIFICATION,
+    "text-classification": pb.TASK_TEXT_CLASSIFICATION,
+    "zero-shot-classification": pb.TASK_ZERO_SHOT_CLASSIFICATION,
+    "embedding": pb.TASK_EMBEDDING,
+    "rerank": pb.TASK_RERANK,
+    "tensor": pb.TASK_TENSOR,
+    "": pb.TASK_UNSPECIFIED,
+}
+STATES = {
+    "available": pb.MODEL_STATE_AVAILABLE,
+    "loading": pb.MODEL_STATE_LOADING,
+    "ready": pb.MODEL_STATE_READY,
+    "unloading": pb.MODEL_STATE_UNLOADING,
+    "failed": pb.MODEL_STATE_FAILED,
+}
+#: Bytes of one imported version at most.
+MAX_IMPORT_BYTES = 8 << 30
+
+
+class ModelService(Service):
+    """See protos/forebay/v1/model.proto."""
+
+    name = "forebay.v1.ModelService"
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def list_models(self, call: Call) -> pb.ListModelsResponse:
+        """ListModels."""
+        request = cast(pb.ListModelsRequest, call.request)
+        models = [m for m in self._registry.views() if request.task in (0, TASKS[m.task])]
+        chosen, token = page(models, request.page_token, page_size(request.page_size, 100))
+        return pb.ListModelsResponse(models=[message(m) for m in chosen], next_page_token=token)
+
+    async def get_model(self, call: Call) -> pb.GetModelResponse:
+        """GetModel."""
+        request = cast(pb.GetModelRequest, call.request)
+        view = self._registry.view(request.model)
+        response = pb.GetModelResponse(model=message(view))
+        for event in await self._registry.history(view.name):
+            response.history.add(
+                time=timestamp(event.time),
+                from_version=event.from_version,
+                to_version=event.to_version,
+                key_id=event.key_id,
+                action=event.action,
+            )
+        return response
+
+    async def load_model(self, call: Call) -> pb.LoadModelResponse:
+        """LoadModel."""
+        request = cast(pb.LoadModelRequest, call.request)
+        version = request.version if request.HasField("version") else None
+        return pb.LoadModelResponse(
+            model=message(await self._registry.load(request.model, version))
+        )
+
+    async def unload_model(self, call: Call) -> pb.UnloadModelResponse:
+        """UnloadModel."""
+        request = cast(pb.UnloadModelRequest, call.request)
+        version = request.version if request.HasField("version") else None
+        view, before, after = await self._registry.unload(request.model, version)
+        return pb.UnloadModelResponse(
+            model=message(view), memory_before_bytes=before, memory_after_bytes=after
+        )
+
+    async def import_version(
+        self, call: Call, requests: AsyncIterator[pb.ImportVersionRequest]
+    ) -> pb.ImportVersionResponse:
+        """ImportVersion."""
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidArgument.at("header", "must be the first message of the stream")
+        header = first.header
+        known = self._registry.versions(header.model)
+        version = header.version if header.HasField("version") else max(known, default=0) + 1
+        upload = VersionUpload(
+            self._registry.repository.root, header.model, version, MAX_IMPORT_BYTES
+        )
+        try:
+            async for request in requests:
+                if request.WhichOneof("part") != "chunk":
+                    raise InvalidArgument.at("chunk", "must be every message after the first")
+                await in_thread(upload.write, request.chunk.path, request.chunk.data)
+            await in_thread(upload.commit)
+        except BaseException:
+            upload.abort()
+            raise
+        repository = self._registry.repository
+        await repository.refresh_folders()
+        if header.load:
+            await repository.load(header.model, version)
+        return pb.ImportVersionResponse(
+            model=message(self._registry.view(header.model)),
+            version=version,
+            bytes_written=upload.bytes_written,
+        )
+
+    async def set_alias(self, call: Call) -> pb.SetAliasResponse:
+        """SetAlias."""
+        request = cast(pb.SetAliasRequest, call.request)
+        version = request.version if request.HasField("version") else None
+        await self._registry.repository.set_alias(request.model, request.alias, version)
+        return pb.SetAliasResponse(model=self._model(request.model))
+
+    async def set_traffic(self, call: Call) -> pb.SetTrafficResponse:
+        """SetTraffic."""
+        request = cast(pb.SetTrafficRequest, call.request)
+        shares: dict[int, int] = {}
+        for i, share in enumerate(request.shares):
+            if share.version in shares:
+                raise InvalidArgument.at(f"shares[{i}].version", f"{share.version} is there twice")
+            shares[share.version] = share.weight
+        if shares and not any(shares.values()):
+            raise InvalidArgument.at("shares", "have no weight above 0")
+        shadow = None
+        if request.HasField("shadow"):
+            shadow = (request.shadow.version, request.shadow.fraction)
+        await self._registry.repository.set_traffic(request.model, shares, shadow)
+        return pb.SetTrafficResponse(model=self._model(request.model))
+
+    async def promote(self, call: Call) -> pb.PromoteResponse:
+        """Promote."""
+        request = cast(pb.PromoteRequest, call.request)
+        await self._registry.repository.promote(
+            request.model, request.version, call.principal.key_id
+        )
+        return pb.PromoteResponse(model=self._model(request.model))
+
+    async def rollback(self, call: Call) -> pb.RollbackResponse:
+        """Rollback."""
+        request = cast(pb.RollbackRequest, call.request)
+        await self._registry.repository.rollback(request.model, call.principal.key_id)
+        return pb.RollbackResponse(model=self._model(request.model))
+
+    async def get_statistics(self, call: Call) -> pb.GetStatisticsResponse:
+        """GetStatistics."""
+        request = cast(pb.GetStatisticsRequest, call.request)
+        response = pb.GetStatisticsResponse()
+        for view in self._registry.statistics(request.model):
+            s = view.statistics
+            response.versions.add(
+                model=view.model,
+                version=view.version,
+                succeeded=s.success.count,
+                failed=s.fail.count,
+                cancelled=s.cancelled,
+                expired=s.expired,
+                rejected=s.rejected,
+                rows=s.rows,
+                batches=s.batches,
+                mean_batch_rows=s.rows / s.batches if s.batches else 0.0,
+                queue_seconds=s.queue.seconds,
+                execute_seconds=s.execute.seconds,
+                queue_depth=view.queue_depth,
+                token_efficiency=s.tokens / s.padded_tokens if s.padded_tokens else 0.0,
+                memory_bytes=view.memory_bytes,
+            )
+        return response
+
+    async def watch_models(self, call: Call) -> AsyncIterator[pb.WatchModelsResponse]:
+        """WatchModels."""
+        request = cast(pb.WatchModelsRequest, call.request)
+        events = self._registry.events()
+        if request.model:
+            yield pb.WatchModelsResponse(event="current", model=self._model(request.model))
+        else:
+            for view in self._registry.views():
+                yield pb.WatchModelsResponse(event="current", model=message(view))
+        async for event in events:
+            if request.model in ("", event.model):
+                yield pb.WatchModelsResponse(
+                    event=event.event,
+                    model=self._model(event.model),
+                    version=event.version,
+                    reason=event.reason,
+                    time=timestamp(event.time),
+                )
+
+    def _model(self, name: str) -> pb.Model:
+        return message(self._registry.view(name))
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Seconds since the epoch."""
+    out = Timestamp()
+    out.FromNanoseconds(int(seconds * 1e9))
+    return out
+
+
+def message(view: ModelView) -> pb.Model:
+    """A model in the contract's words."""
+    out = pb.Model(
+        name=view.name,
+        task=TASKS[view.task],
+        description=view.description,
+        versions=[_version(v) for v in view.versions],
+        aliases=view.routing.aliases,
+        is_default=view.is_default,
+    )
+    for version, weight in sorted(view.routing.shares.items()):
+        out.traffic.add(version=version, weight=weight)
+    if view.routing.shadow is not None:
+        out.shadow.version, out.shadow.fraction = view.routing.shadow
+    return out
+
+
+def _version(view: VersionView) -> pb.ModelVersion:
+    out = pb.ModelVersion(version=view.version, state=STATES[view.state], reason=view.reason)
+    loaded = view.loaded
+    if loaded is None:
+        return out
+    manifest = loaded.manifest
+    out.precision = manifest.precision
+    out.memory_bytes = loaded.memory_bytes
+    out.providers.extend(loaded.providers)
+    out.loaded_at.CopyFrom(timestamp(loaded.loaded_at))
+    for name, value in manifest.number_metrics.items():
+        out.metrics[name] = value
+    out.dimensions = manifest.embedding.dimensions if manifest.embedding else 0
+    out.max_tokens = manifest.max_tokens or 0
+    out.labels.extend(manifest.labels)
+    return out

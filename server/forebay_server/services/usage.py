@@ -1,0 +1,81 @@
+"""UsageService: what was used."""
+
+from __future__ import annotations
+
+import datetime
+from typing import cast
+
+from forebay.errors import InvalidArgument
+from forebay.v1 import usage_pb2 as pb
+
+from forebay_server.access.keys import require_scope
+from forebay_server.access.usage import COUNTERS, Counters, UsageLedger
+from forebay_server.core.call import Call
+from forebay_server.services.base import Service
+from forebay_server.services.paging import offset, page_size, token
+
+
+class UsageService(Service):
+    """See protos/forebay/v1/usage.proto."""
+
+    name = "forebay.v1.UsageService"
+
+    def __init__(self, ledger: UsageLedger) -> None:
+        self._ledger = ledger
+
+    async def get_usage(self, call: Call) -> pb.GetUsageResponse:
+        """GetUsage."""
+        request = cast(pb.GetUsageRequest, call.request)
+        key_id = request.key_id or call.principal.key_id
+        if key_id != call.principal.key_id:
+            require_scope(call.principal, "admin")
+        today = self._ledger.today()
+        first = _day(request.from_day, "from_day") or today
+        last = _day(request.to_day, "to_day") or today
+        if last < first:
+            raise InvalidArgument.at("to_day", f"is {last}, before from_day, {first}")
+        total = await self._ledger.total(key_id, first, last)
+        return pb.GetUsageResponse(key_id=key_id, total=_message(total))
+
+    async def list_usage(self, call: Call) -> pb.ListUsageResponse:
+        """ListUsage."""
+        request = cast(pb.ListUsageRequest, call.request)
+        mine = call.principal.key_id
+        admin = "admin" in call.principal.scopes
+        key_id = request.key_id or (None if admin else mine)
+        if key_id not in (None, mine):
+            require_scope(call.principal, "admin")
+        size, start = page_size(request.page_size, 100), offset(request.page_token)
+        rows = await self._ledger.rows(
+            key_id,
+            request.model or None,
+            _day(request.from_day, "from_day"),
+            _day(request.to_day, "to_day"),
+            start,
+            size + 1,
+        )
+        response = pb.ListUsageResponse(
+            next_page_token=token(start + size) if len(rows) > size else ""
+        )
+        for row in rows[:size]:
+            response.rows.add(
+                key_id=row.key_id,
+                model=row.model,
+                version=row.version,
+                day=row.day,
+                counters=_message(row.counters),
+            )
+        return response
+
+
+def _day(text: str, path: str) -> str | None:
+    if not text:
+        return None
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise InvalidArgument.at(path, f"is {text!r}; a day is YYYY-MM-DD") from None
+
+
+def _message(counters: Counters) -> pb.UsageCounters:
+    return pb.UsageCounters(**{name: getattr(counters, name) for name in COUNTERS})
