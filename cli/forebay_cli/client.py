@@ -1,0 +1,32 @@
+"""A channel to the running server, for commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import typer
+
+from forebay.settings import load_settings
+
+
+@contextmanager
+def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
+    """The server's channel and the metadata of calls; errors become one line.
+
+    The key is taken from FOREBAY_KEY.
+    """
+    environ = {k: v for k, v in os.environ.items() if k != "FOREBAY_KEY"}
+    settings = load_settings(environ=environ).settings
+    key = os.environ.get("FOREBAY_KEY", "")
+    metadata = [("authorization", f"Bearer {key}")] if key else []
+    target = f"{settings.grpc.host}:{settings.grpc.port}"
+    try:
+        with grpc.insecure_channel(target) as open_channel:
+            yield open_channel, metadata
+    except grpc.RpcError as e:
+        code, text = e.code(), e.details()  # type: ignore[attr-defined]
+        typer.secho(f"forebay: {target}: {code.name}: {text}", fg="red", err=True)
+        raise typer.Exit(1) from None

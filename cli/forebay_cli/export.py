@@ -1,0 +1,100 @@
+"""`forebay export` and `forebay pull`: from trained models to served artefacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forebay.settings import load_settings
+
+app = typer.Typer(no_args_is_help=True)
+Root = Annotated[Path | None, typer.Option("--models", help="Repository folder; default: the home's.")]
+
+
+def _root(given: Path | None) -> Path:
+    return given or load_settings().settings.models_root
+
+
+@app.command()
+def sklearn(
+    source: Annotated[Path, typer.Argument(help="A .skops file, or with --joblib a .joblib file.")],
+    data: Annotated[Path, typer.Option(help="CSV with real rows: types, ranges, parity.")],
+    name: Annotated[str, typer.Option()],
+    target: Annotated[str | None, typer.Option(help="Column of the CSV with true values.")] = None,
+    version: Annotated[int, typer.Option()] = 1,
+    models: Root = None,
+    trust: Annotated[list[str], typer.Option(help="Types of the skops file to trust.")] = [],  # noqa: B006
+    joblib: Annotated[
+        bool, typer.Option("--joblib", help="Read a joblib file in a sandboxed process.")
+    ] = False,
+) -> None:
+    """Export a fitted scikit-learn estimator or pipeline."""
+    import pandas as pd
+
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.sklearn_export import export_sklearn, load_skops
+
+    table = pd.read_csv(data)
+    truth = table.pop(target) if target else None
+    try:
+        if joblib:
+            from forebay_exporters.joblib_sandbox import joblib_to_skops
+
+            source = joblib_to_skops(source)
+        elif source.suffix in (".joblib", ".pkl"):
+            raise ExportError(
+                f"{source.name} is a pickle, which can run any code; say --joblib to read it in a "
+                "sandboxed process, or save it by skops.io.dump"
+            )
+        estimator = load_skops(source, tuple(trust))
+        path = export_sklearn(
+            estimator, table, _root(models), name, version, target=truth, target_name=target or "target"
+        )
+    except ExportError as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)
+
+
+@app.command()
+def huggingface(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face model folder with safetensors.")],
+    name: Annotated[str, typer.Option()],
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int8-static.")] = "fp32",
+    version: Annotated[int, typer.Option()] = 1,
+    models: Root = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file, one text a line.")] = None,
+) -> None:
+    """Export an encoder: embedding, classification, pairs, zero-shot. Needs the extra `export`."""
+    from forebay_exporters.artefact import ExportError
+
+    try:
+        from forebay_exporters.huggingface import export_huggingface
+
+        texts = calibration.read_text().splitlines() if calibration else None
+        path = export_huggingface(source, _root(models), name, version, precision, texts)
+    except (ExportError, ImportError) as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)
+
+
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="A model of the hub, such as org/name.")],
+    name: Annotated[str | None, typer.Option(help="Name to serve it by.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, where it is exported.")] = "fp32",
+    models: Root = None,
+) -> None:
+    """Fetch a model from the hub, and export it when it has no ONNX file."""
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.pull import pull as pull_model
+
+    try:
+        path = pull_model(repo_id, _root(models), name=name, revision=revision, precision=precision)
+    except (ExportError, ImportError) as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)

@@ -1,0 +1,78 @@
+"""`forebay keys`: made in the database itself, so that the first key needs no key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
+
+
+def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> Any:
+    from forebay.settings import load_settings
+
+    from forebay_server.access.keys import KeyStore
+    from forebay_server.storage.database import Database
+
+    settings = load_settings(config_file=config).settings
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def run() -> Any:
+        database = await Database.open(settings.database_url)
+        try:
+            store = KeyStore(database, required=True)
+            await store.reload()
+            return await work(store)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
+
+
+@app.command()
+def create(
+    name: str,
+    scope: Annotated[list[str], typer.Option(help="infer, read, admin; repeat for several.")] = ["infer", "read"],  # noqa: B006
+    rps: Annotated[float | None, typer.Option(help="Calls per second.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option()] = None,
+    max_concurrency: Annotated[int | None, typer.Option()] = None,
+    config: Config = None,
+) -> None:
+    """Make a key. Its secret is printed once and stored nowhere."""
+    from forebay_server.access.keys import SCOPES, Limits
+
+    wrong = [s for s in scope if s not in SCOPES]
+    if wrong:
+        raise typer.BadParameter(f"{wrong[0]!r}; allowed are {', '.join(SCOPES)}")
+    limits = Limits(rps, None, tokens_per_minute, max_concurrency)
+    _, secret = _with_store(config, lambda s: s.create(name, tuple(scope), limits=limits))
+    typer.echo(secret)
+
+
+@app.command("list")
+def list_keys(config: Config = None) -> None:
+    """List keys, without secrets."""
+
+    async def work(store: Any) -> Any:
+        return store.list(include_inactive=True)
+
+    for key in _with_store(config, work):
+        state = "revoked" if key.revoked_at else "active"
+        typer.echo(f"{key.id}  {state:8} {','.join(key.scopes):18} {key.name}")
+
+
+@app.command()
+def revoke(key_id: str, config: Config = None) -> None:
+    """Revoke a key, at once and for good."""
+    from forebay.errors import ForebayError
+
+    try:
+        _with_store(config, lambda s: s.revoke(key_id))
+    except ForebayError as e:
+        raise typer.BadParameter(e.message) from None
+    typer.echo(f"{key_id} is revoked; running servers see it within seconds")

@@ -1,0 +1,90 @@
+"""The `forebay` command. Each subcommand imports its part only when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from forebay.settings import Loaded, SettingsError, load_settings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Self-hosted inference: one typed gRPC contract for every AI capability.",
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of all state.")]
+GrpcPort = Annotated[int | None, typer.Option("--grpc-port", help="0 = any free port.")]
+HttpPort = Annotated[int | None, typer.Option("--http-port", help="0 = any free port.")]
+
+
+def fail(message: str) -> NoReturn:
+    """Say why, and exit with status 2."""
+    typer.secho(f"forebay: {message}", fg="red", err=True)
+    raise typer.Exit(2)
+
+
+def settings_of(config: Path | None, **flags: Any) -> Loaded:
+    """Settings from all sources; exits with the line that names a wrong one."""
+    named = {k.replace("__", "."): v for k, v in flags.items()}
+    try:
+        loaded = load_settings(named, config)
+        loaded.settings.check_exposure()
+        return loaded
+    except SettingsError as e:
+        fail(str(e))
+
+
+@app.command()
+def up(
+    config: Config = None, home: Home = None, grpc_port: GrpcPort = None, http_port: HttpPort = None
+) -> None:
+    """Make the starter models on first start, then serve gRPC and HTTP. Ctrl-C drains."""
+    from forebay_cli.up import run
+
+    flags = {"home": home, "grpc__port": grpc_port, "http__port": http_port}
+    sys.exit(run(settings_of(config, **flags), config))
+
+
+@app.command()
+def serve(config: Config = None, home: Home = None, grpc_port: GrpcPort = None) -> None:
+    """Serve gRPC."""
+    from forebay_cli.serve import run
+
+    sys.exit(run(settings_of(config, home=home, grpc__port=grpc_port).settings))
+
+
+@app.command()
+def gateway(
+    config: Config = None,
+    http_port: HttpPort = None,
+    upstream: Annotated[str | None, typer.Option(help="gRPC target, host:port.")] = None,
+) -> None:
+    """Serve HTTP: REST, Open Inference Protocol, OpenAI-compatible routes."""
+    from forebay_gateway.serve import run
+
+    run(settings_of(config, http__port=http_port, http__upstream=upstream).settings)
+
+
+@app.command("config")
+def show_config(config: Config = None) -> None:
+    """Print the settings in force and where each value came from."""
+    for name, value, source in settings_of(config).explain():
+        typer.echo(f"{name:38} {value:40} {source}")
+
+
+def _register() -> None:
+    from forebay_cli import export, keys, models
+
+    app.add_typer(keys.app, name="keys", help="Make, list and revoke API keys.")
+    app.add_typer(models.app, name="models", help="The registry of a running server.")
+    app.add_typer(export.app, name="export", help="From trained models to served artefacts.")
+    app.command("pull")(export.pull)
+
+
+_register()

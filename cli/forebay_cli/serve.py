@@ -1,0 +1,50 @@
+"""`forebay serve`: the gRPC server's process, from signals to exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+from forebay.settings import Settings
+
+log = logging.getLogger("forebay.server")
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once."""
+    import uvloop
+    from forebay_server.app import Server
+    from forebay_server.observability.logs import configure
+
+    o = settings.observability
+    listener = configure(o.log_format, o.log_level, o.access_log)
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        server = Server(settings)
+        starting = asyncio.create_task(server.start())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            return 0
+        try:
+            await starting
+        except OSError as e:
+            log.error("%s", e)
+            return 1
+        await stopping
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        await server.stop()
+        return 0
+
+    try:
+        return uvloop.run(main())
+    finally:
+        listener.stop()

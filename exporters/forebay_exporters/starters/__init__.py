@@ -1,0 +1,56 @@
+"""The starter models: made on first start, kept afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+Progress = Callable[[str, float], None]
+NAMES = ("housing", "iris", "digits", "minilm", "minilm-int8", "sentiment")
+
+
+def missing(root: Path) -> list[str]:
+    """Starter models that are not in a repository yet."""
+    return [n for n in NAMES if not (root / n / "1" / "manifest.json").exists()]
+
+
+def make_starters(
+    root: Path,
+    cache: Path,
+    data: Path | None = None,
+    progress: Progress = lambda text, share: None,
+    only: tuple[str, ...] = NAMES,
+) -> dict[str, str]:
+    """Make what is missing.
+
+    Args:
+        root: the model repository.
+        cache: folder for weights and data that are fetched.
+        data: folder with `tabular/california_housing.csv.gz`; None = fetch it, or do without.
+        progress: gets what is being done, and which share of it is.
+
+    Returns:
+        What went wrong, by model: one that cannot be made hinders no other.
+    """
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.starters import minilm, sentiment, tables
+
+    makers: dict[str, Callable[[], object]] = {
+        "housing": partial(tables.make_housing, root, cache, data, progress),
+        "iris": partial(tables.make_classifier, root, "iris", progress),
+        "digits": partial(tables.make_classifier, root, "digits", progress),
+        "minilm": partial(minilm.make, root, cache, progress),
+        "minilm-int8": partial(minilm.make_int8, root, cache, progress),
+        "sentiment": partial(sentiment.make, root, cache, progress),
+    }
+    faults: dict[str, str] = {}
+    for name in missing(root):
+        if name not in only:
+            continue
+        progress(f"making {name}", 0.0)
+        try:
+            makers[name]()
+        except (ExportError, OSError, ValueError, RuntimeError) as e:
+            faults[name] = str(e)
+    return faults
