@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import grpc
 import typer
-
 from forebay.settings import load_settings
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from forebay.settings import load_settings
 
 app = typer.Typer(no_args_is_help=True)
-Root = Annotated[Path | None, typer.Option("--models", help="Repository folder; default: the home's.")]
+Root = Annotated[
+    Path | None, typer.Option("--models", help="Repository folder; default: the home's.")
+]
 
 
 def _root(given: Path | None) -> Path:
@@ -32,7 +33,6 @@ def sklearn(
 ) -> None:
     """Export a fitted scikit-learn estimator or pipeline."""
     import pandas as pd
-
     from forebay_exporters.artefact import ExportError
     from forebay_exporters.sklearn_export import export_sklearn, load_skops
 
@@ -50,7 +50,13 @@ def sklearn(
             )
         estimator = load_skops(source, tuple(trust))
         path = export_sklearn(
-            estimator, table, _root(models), name, version, target=truth, target_name=target or "target"
+            estimator,
+            table,
+            _root(models),
+            name,
+            version,
+            target=truth,
+            target_name=target or "target",
         )
     except ExportError as e:
         typer.secho(f"forebay: {e}", fg="red", err=True)
@@ -85,7 +91,9 @@ def pull(
     repo_id: Annotated[str, typer.Argument(help="A model of the hub, such as org/name.")],
     name: Annotated[str | None, typer.Option(help="Name to serve it by.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, where it is exported.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 or int8, where it is exported.")
+    ] = "fp32",
     models: Root = None,
 ) -> None:
     """Fetch a model from the hub, and export it when it has no ONNX file."""

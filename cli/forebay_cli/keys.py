@@ -15,7 +15,6 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file with se
 
 def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> Any:
     from forebay.settings import load_settings
-
     from forebay_server.access.keys import KeyStore
     from forebay_server.storage.database import Database
 
@@ -37,7 +36,10 @@ def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> A
 @app.command()
 def create(
     name: str,
-    scope: Annotated[list[str], typer.Option(help="infer, read, admin; repeat for several.")] = ["infer", "read"],  # noqa: B006
+    scope: Annotated[list[str], typer.Option(help="infer, read, admin; repeat for several.")] = [
+        "infer",
+        "read",
+    ],
     rps: Annotated[float | None, typer.Option(help="Calls per second.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option()] = None,
     max_concurrency: Annotated[int | None, typer.Option()] = None,

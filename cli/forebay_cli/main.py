@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-
 from forebay.settings import Loaded, SettingsError, load_settings
 
 app = typer.Typer(

@@ -8,10 +8,9 @@ from pathlib import Path
 
 def main() -> int:
     """Exit status 1 when some model could not be made."""
+    from forebay_exporters.starters import make_starters, missing
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from forebay_exporters.starters import make_starters, missing
 
     root, cache = Path(sys.argv[1]), Path(sys.argv[2])
     data = Path(sys.argv[3]) if len(sys.argv) > 3 else None

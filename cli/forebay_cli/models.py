@@ -30,7 +30,9 @@ def list_models() -> None:
             state = pb.ModelState.Name(version.state).removeprefix("MODEL_STATE_").lower()
             size = f"{version.memory_bytes / 1e6:.0f} MB" if version.memory_bytes else ""
             task = pb.Task.Name(model.task).removeprefix("TASK_").lower()
-            typer.echo(f"{model.name}@{version.version:<4} {task:24} {state:10} {size:8} {version.reason}")
+            typer.echo(
+                f"{model.name}@{version.version:<4} {task:24} {state:10} {size:8} {version.reason}"
+            )
 
 
 @app.command()

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import typer
-
 from forebay.settings import Loaded, Settings
 
 #: Seconds beyond the drain time before a process is killed.
@@ -63,11 +62,19 @@ def make_starters(settings: Settings) -> None:
     root = settings.models_root
     if all((root / n / "1" / "manifest.json").exists() for n in names):
         return
-    command = [sys.executable, "-m", "forebay_cli.make_starters", str(root), str(settings.home / "cache")]
+    command = [
+        sys.executable,
+        "-m",
+        "forebay_cli.make_starters",
+        str(root),
+        str(settings.home / "cache"),
+    ]
     data = settings.data or _data_folder()
     done = subprocess.run(command + ([str(data)] if data else []))
     if done.returncode:
-        typer.echo("forebay: some starter models could not be made; the others are served", err=True)
+        typer.echo(
+            "forebay: some starter models could not be made; the others are served", err=True
+        )
 
 
 def _data_folder() -> Path | None:

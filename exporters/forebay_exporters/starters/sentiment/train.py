@@ -69,7 +69,13 @@ def main(data: Path, cache: Path) -> None:
         held, truth = polarity(data, "dev")
         x_held, y_held = minilm.embed(model, source, held), np.array(truth)
     fit = LogisticRegressionCV(
-        Cs=[1, 3, 10, 30, 100], cv=5, max_iter=2000, random_state=SEED, l1_ratios=(0,), scoring="accuracy", use_legacy_attributes=False
+        Cs=[1, 3, 10, 30, 100],
+        cv=5,
+        max_iter=2000,
+        random_state=SEED,
+        l1_ratios=(0,),
+        scoring="accuracy",
+        use_legacy_attributes=False,
     ).fit(x, y)
     scores = fit.decision_function(x_held)
     predicted = np.where(scores[:, 2] > scores[:, 0], 2, 0)

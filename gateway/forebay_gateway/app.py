@@ -1,0 +1,222 @@
+"""The HTTP application: every door on one upstream."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from forebay.errors import ForebayError, NotFound, Unimplemented
+from forebay.methods import methods
+from forebay.settings import HttpSettings
+from forebay.v1 import server_pb2
+from google.rpc import code_pb2, status_pb2
+from grpc import aio
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+from forebay_gateway import connect, http_errors, rest, schema
+from forebay_gateway.open_inference import OpenInference
+from forebay_gateway.openai import embeddings, models, moderations, rerank
+from forebay_gateway.openai.paths import PATHS
+from forebay_gateway.upstream import Upstream
+
+INFO = methods()["/forebay.v1.ServerService/GetServerInfo"]
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+Metrics = Callable[[], Awaitable[bytes]]
+
+
+def create_app(
+    settings: HttpSettings, target: str, server_metrics: Metrics | None = None
+) -> FastAPI:
+    """The application.
+
+    Args:
+        target: host:port of the gRPC server.
+        server_metrics: gives the gRPC server's exposition, which /metrics puts behind its own.
+    """
+    holder: dict[str, Upstream] = {}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # The channel belongs to the loop that serves, so it is made here.
+        yield
+        await upstream.close()
+
+    app = FastAPI(
+        title="Forebay",
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    upstream = holder["upstream"] = Upstream(target, settings.timeout_s, settings.max_body_bytes)
+    registry = CollectorRegistry()
+    add = app.router.routes.append
+
+    for route in [*rest.routes(upstream), *connect.routes(upstream)]:
+        add(route)
+    for route in OpenInference(upstream, settings.max_body_bytes).routes():
+        add(route)
+    for verb, path, endpoint in (
+        ("POST", "/v1/embeddings", embeddings.endpoint(upstream)),
+        ("GET", "/v1/models", models.list_endpoint(upstream)),
+        ("GET", "/v1/models/{model}", models.get_endpoint(upstream)),
+        ("POST", "/v1/rerank", rerank.endpoint(upstream)),
+        ("POST", "/v2/rerank", rerank.endpoint(upstream)),
+        ("POST", "/v1/moderations", moderations.endpoint(upstream, settings.flagged_labels)),
+    ):
+        add(Route(path, rest.guarded(endpoint), methods=[verb]))
+    for path, endpoint in (
+        ("/healthz", healthz),
+        ("/readyz", _readyz(upstream)),
+        ("/metrics", rest.guarded(_metrics(upstream, registry, server_metrics))),
+        ("/docs", _docs),
+    ):
+        add(Route(path, endpoint, methods=["GET"]))
+    app.mount("/docs/assets", StaticFiles(directory=_swagger_folder()), name="assets")
+    page = schema.openapi(PATHS)
+    app.openapi = lambda: page  # type: ignore[method-assign]
+    app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _our_fault)
+    app.add_middleware(Measured, registry=registry)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app
+
+
+async def healthz(request: Request) -> Response:
+    """The gateway lives."""
+    return PlainTextResponse("ok\n")
+
+
+def _readyz(upstream: Upstream) -> Callable[[Request], Awaitable[Response]]:
+    check = upstream.channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+
+    async def readyz(request: Request) -> Response:
+        """200 when the server serves."""
+        try:
+            answer = await check(health_pb2.HealthCheckRequest(), timeout=2)
+        except aio.AioRpcError as e:
+            return PlainTextResponse(
+                f"the inference server does not answer: {e.code().name}\n", 503
+            )
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            return PlainTextResponse("the inference server is not ready\n", 503)
+        return PlainTextResponse("ok\n")
+
+    return readyz
+
+
+def _metrics(
+    upstream: Upstream, registry: CollectorRegistry, server_metrics: Metrics | None
+) -> Callable[[Request], Awaitable[Response]]:
+    async def metrics(request: Request) -> Response:
+        """Both expositions, for those who may read the server's facts."""
+        message = server_pb2.GetServerInfoRequest()
+        await upstream.unary(INFO, request, message.SerializeToString())
+        text = generate_latest(registry)
+        if server_metrics is not None:
+            with contextlib.suppress(OSError, TimeoutError):
+                text += await server_metrics()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return metrics
+
+
+async def _docs(request: Request) -> Response:
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="Forebay",
+        swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="/docs/assets/swagger-ui.css",
+        swagger_favicon_url="/docs/assets/favicon-32x32.png",
+    )
+
+
+def _swagger_folder() -> Path:
+    # From a package, not from a content network: the page works without internet.
+    from swagger_ui_bundle import swagger_ui_path  # type: ignore[import-untyped]
+
+    return Path(swagger_ui_path)
+
+
+async def _http_exception(request: Request, error: HTTPException) -> Response:
+    """Unknown paths and wrong methods, in the same shape as all errors."""
+    if error.status_code == 405:
+        text = f"{request.url.path} does not take {request.method}"
+        body: ForebayError = Unimplemented(text, reason="METHOD_NOT_ALLOWED")
+        answer = http_errors.response(body.to_status(), dict(error.headers or {}))
+        answer.status_code = 405
+        return answer
+    if error.status_code == 404:
+        return http_errors.response(NotFound("path", request.url.path).to_status())
+    status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message=str(error.detail))
+    answer = http_errors.response(status)
+    answer.status_code = error.status_code
+    return answer
+
+
+async def _our_fault(request: Request, error: Exception) -> Response:
+    """Nothing of the inside leaks; the log has the traceback."""
+    status = status_pb2.Status(code=code_pb2.INTERNAL, message="internal error of the gateway")
+    return http_errors.response(status)
+
+
+class Measured:
+    """Duration and status of every HTTP request, by route."""
+
+    def __init__(self, app: Any, registry: CollectorRegistry) -> None:
+        self._app = app
+        self._duration = Histogram(
+            "forebay_http_server_duration_seconds",
+            "Time to the end of an HTTP answer",
+            ["route", "status"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._gone = Counter(
+            "forebay_http_server_client_gone", "Clients that left first", registry=registry
+        )
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            route = scope.get("route")
+            name = getattr(route, "path", "unknown")
+            self._duration.labels(name, str(status)).observe(time.monotonic() - started)
+            if status == 499:
+                self._gone.inc()

@@ -1,0 +1,151 @@
+"""Messages to JSON and back, by the field names of the contract.
+
+Field names are as in the contract (snake_case); camelCase is understood as well. 64-bit integers
+are JSON numbers: the contract's stay far below 2^53. Enums are their names. Every field is written,
+set or not, but for `optional` ones and messages that are unset. Vectors are read through the twin
+message, where packed floats are bytes, and go from numpy to text without Python floats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import orjson
+from forebay.errors import InvalidArgument
+from forebay.twin.v1 import embedding_pb2 as twin_embedding
+from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+#: Twin of a message, by full name. The twin's `bytes` stand for packed little-endian float32.
+TWINS: dict[str, type[Message]] = {"forebay.v1.EmbedResponse": twin_embedding.EmbedResponse}
+_UNKNOWN = re.compile(r'no field named "([^"]+)"(?: at "([^"]+)")?')
+_PLACE = re.compile(r'at "?[A-Za-z.]*?Request\.([^"\s]+?)"?[.:]? |at ([\w.\[\]]+)[.:]')
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises InvalidArgument with the place of the fault."""
+    if not body.strip():
+        return {}
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        raise InvalidArgument.at("body", f"is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument.at("body", f"is a {type(value).__name__}; an object is needed")
+    return value
+
+
+def to_message(kind: type[Message], data: dict[str, Any]) -> Message:
+    """A message from JSON. Raises InvalidArgument: unknown fields, wrong types, wrong enums."""
+    message = kind()
+    try:
+        json_format.ParseDict(data, message)
+    except json_format.ParseError as e:
+        raise InvalidArgument.at(*_explain(str(e))) from None
+    except (ValueError, TypeError, OverflowError, RecursionError) as e:
+        raise InvalidArgument.at("body", str(e)[:300]) from None
+    return message
+
+
+def _explain(text: str) -> tuple[str, str]:
+    unknown = _UNKNOWN.search(text)
+    if unknown is not None:
+        parent = (unknown[2] or "").partition(".")[2] if unknown[2] else ""
+        path = f"{parent}.{unknown[1]}" if parent else unknown[1]
+        return path, "is no field of this request"
+    field = re.search(r"Failed to parse (\w+) field", text)
+    detail = text.rsplit(": ", 1)[-1]
+    return (field[1] if field else "body"), detail[:300]
+
+
+def response_json(kind: type[Message], data: bytes) -> bytes:
+    """The JSON text of a response's bytes."""
+    twin = TWINS.get(kind.DESCRIPTOR.full_name)
+    message = (twin or kind).FromString(data)
+    return dumps(to_dict(message))
+
+
+def dumps(value: Any) -> bytes:
+    """JSON text; numpy arrays are written as lists, without Python floats."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def to_dict(message: Message) -> dict[str, Any]:
+    """A message as JSON-ready values."""
+    return _writer(cast(Descriptor, message.DESCRIPTOR).full_name, message.DESCRIPTOR)(message)
+
+
+Writer = Callable[[Any], dict[str, Any]]
+
+
+@cache
+def _writer(name: str, descriptor: Any) -> Writer:
+    """The function that writes one message type; compiled once."""
+    if name.startswith("google.protobuf."):
+        return lambda m: cast(dict[str, Any], json_format.MessageToDict(m))
+    in_twin = descriptor.file.package.startswith("forebay.twin")
+    fields = [_field(f, in_twin) for f in descriptor.fields]
+
+    def write(message: Any) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for add in fields:
+            add(message, out)
+        return out
+
+    return write
+
+
+def _value(field: FieldDescriptor, in_twin: bool) -> Callable[[Any], Any] | None:
+    """How one value is written; None = as it is."""
+    if field.message_type is not None:
+        nested: Any = field.message_type
+        # Looked up when it runs: types may refer to themselves.
+        return lambda v: _writer(nested.full_name, nested)(v)
+    if field.enum_type is not None:
+        names = {n: v.name for n, v in cast(Any, field.enum_type).values_by_number.items()}
+        return lambda v: names.get(v, v)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        if in_twin:
+            return lambda v: np.frombuffer(v, np.float32)
+        import base64
+
+        return lambda v: base64.b64encode(v).decode()
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
+        if field.cpp_type == FieldDescriptor.CPPTYPE_FLOAT:
+            return lambda v: np.float32(v)  # written with the digits that a float32 has
+        return None
+    return None
+
+
+def _field(field: FieldDescriptor, in_twin: bool) -> Callable[[Any, dict[str, Any]], None]:
+    name = field.name
+    value = _value(field, in_twin)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        inner = _value(cast(Any, field.message_type).fields_by_name["value"], in_twin)
+
+        def add_map(message: Any, out: dict[str, Any]) -> None:
+            entries = getattr(message, name)
+            out[name] = {str(k): inner(v) if inner else v for k, v in entries.items()}
+
+        return add_map
+    if field.is_repeated:
+
+        def add_list(message: Any, out: dict[str, Any]) -> None:
+            values = getattr(message, name)
+            out[name] = [value(v) for v in values] if value else list(values)
+
+        return add_list
+    presence = field.has_presence
+
+    def add(message: Any, out: dict[str, Any]) -> None:
+        if presence and not message.HasField(name):
+            return
+        v = getattr(message, name)
+        out[name] = value(v) if value else v
+
+    return add

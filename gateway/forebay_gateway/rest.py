@@ -1,0 +1,246 @@
+"""REST from the contract: one route per annotated method, by its kind.
+
+unary: JSON in, JSON out. Server stream: SSE, or NDJSON by Accept. Client stream: multipart, whose
+form fields are the header message and whose files are sent as chunks. Bidirectional: WebSocket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
+
+import orjson
+from forebay.errors import ForebayError, InvalidArgument
+from forebay.methods import Method
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from grpc import aio
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from forebay_gateway import http_errors
+from forebay_gateway.contract import Binding, bindings
+from forebay_gateway.json_codec import dumps, parse_json, response_json, to_dict, to_message
+from forebay_gateway.upstream import ClientGone, Upstream, returned, with_heartbeats
+
+HEARTBEAT_S = 10.0
+#: Bytes of a file per message of an upload.
+CHUNK = 256 << 10
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def routes(upstream: Upstream) -> list[BaseRoute]:
+    """All routes of the contract."""
+    out: list[BaseRoute] = []
+    for binding in bindings():
+        if binding.method.kind == "bidi_stream":
+            out.append(WebSocketRoute(binding.path, websocket(upstream, binding)))
+            continue
+        kinds = {"unary": unary, "server_stream": server_stream, "client_stream": upload}
+        endpoint = guarded(kinds[binding.method.kind](upstream, binding))
+        out.append(Route(binding.path, endpoint, methods=[binding.verb]))
+    return out
+
+
+def guarded(endpoint: Endpoint) -> Endpoint:
+    """Errors of every kind become the contract's error object."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except aio.AioRpcError as e:
+            headers = returned(e.trailing_metadata())
+            return http_errors.response(http_errors.from_rpc(e), headers)
+        except ForebayError as e:
+            return http_errors.response(http_errors.from_error(e))
+        except ClientGone:
+            return Response(status_code=499)
+
+    return run
+
+
+def unary(upstream: Upstream, binding: Binding) -> Endpoint:
+    """JSON in, JSON out."""
+    method = binding.method
+
+    async def endpoint(request: Request) -> Response:
+        message = await read(upstream, binding, request)
+        data, headers = await upstream.unary(method, request, message.SerializeToString())
+        return Response(
+            response_json(method.response, data), media_type="application/json", headers=headers
+        )
+
+    return endpoint
+
+
+async def read(upstream: Upstream, binding: Binding, request: Request) -> Message:
+    """The request message: the body, then what the path says, then the query."""
+    data: dict[str, Any] = {}
+    if binding.body:
+        data = parse_json(await upstream.body(request))
+    elif request.query_params:
+        data = _from_query(binding.method, request)
+    for name, value in request.path_params.items():
+        given = data.get(name)
+        if given not in (None, "", value):
+            raise InvalidArgument.at(name, f"is {given!r} in the body and {value!r} in the path")
+        data[name] = value
+    return to_message(binding.method.request, data)
+
+
+def _from_query(method: Method, request: Request) -> dict[str, Any]:
+    fields = cast(Any, method.request.DESCRIPTOR).fields_by_name
+    out: dict[str, Any] = {}
+    for name in request.query_params:
+        field = fields.get(name)
+        if field is None:
+            known = ", ".join(fields) or "none"
+            raise InvalidArgument.at(name, f"is no parameter of this method; known are {known}")
+        values = request.query_params.getlist(name)
+        if field.message_type is not None:
+            raise InvalidArgument.at(name, "cannot be given in the query")
+        if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+            wrong = [v for v in values if v not in ("true", "false")]
+            if wrong:
+                raise InvalidArgument.at(name, f"is {wrong[0]!r}; allowed are true and false")
+            values = [v == "true" for v in values]  # type: ignore[misc]
+        out[name] = values if field.is_repeated else values[-1]
+    return out
+
+
+def server_stream(upstream: Upstream, binding: Binding) -> Endpoint:
+    """SSE or NDJSON. The first message is read before 200 is said."""
+    method = binding.method
+
+    async def endpoint(request: Request) -> Response:
+        message = await read(upstream, binding, request)
+        call = upstream.start(method, request.headers, message.SerializeToString())
+        stream = aiter(call)
+        first = await anext(stream, None)  # an error of the start is a real HTTP status
+        ndjson = "application/x-ndjson" in request.headers.get("accept", "")
+
+        async def body() -> AsyncIterator[bytes]:
+            try:
+                if first is not None:
+                    yield frame(response_json(method.response, first), ndjson)
+                async for part in with_heartbeats(stream, HEARTBEAT_S, lambda: b""):
+                    if part:
+                        yield frame(response_json(method.response, part), ndjson)
+                    else:
+                        yield b"\n" if ndjson else b": heartbeat\n\n"
+            except aio.AioRpcError as e:
+                _, error = http_errors.error_object(http_errors.from_rpc(e))
+                text = orjson.dumps(error)
+                yield text + b"\n" if ndjson else b"event: error\ndata: " + text + b"\n\n"
+            finally:
+                call.cancel()
+
+        kind = "application/x-ndjson" if ndjson else "text/event-stream"
+        return StreamingResponse(body(), media_type=kind, headers={"cache-control": "no-cache"})
+
+    return endpoint
+
+
+def frame(text: bytes, ndjson: bool) -> bytes:
+    """One message of a stream."""
+    return text + b"\n" if ndjson else b"data: " + text + b"\n\n"
+
+
+def upload(upstream: Upstream, binding: Binding) -> Endpoint:
+    """Multipart: the form's fields are the header message, its files follow as chunks."""
+    method = binding.method
+    parts = cast(Any, method.request.DESCRIPTOR).fields_by_name
+    header_fields = parts["header"].message_type.fields_by_name
+
+    async def endpoint(request: Request) -> Response:
+        kind = request.headers.get("content-type", "")
+        if not kind.startswith("multipart/form-data"):
+            raise InvalidArgument.at("content-type", f"is {kind!r}; multipart/form-data is needed")
+        try:
+            form = await request.form(max_files=256, max_fields=64)
+        except Exception as e:
+            raise InvalidArgument.at("body", f"is no multipart form: {e}") from None
+        try:
+            header: dict[str, Any] = {}
+            files = []
+            for name, value in form.multi_items():
+                if isinstance(value, str):
+                    if name not in header_fields:
+                        known = ", ".join(header_fields)
+                        raise InvalidArgument.at(
+                            name, f"is no field of this upload; known are {known}"
+                        )
+                    flag = header_fields[name].cpp_type == FieldDescriptor.CPPTYPE_BOOL
+                    header[name] = value == "true" if flag else value
+                else:
+                    files.append((value.filename or name, value))
+            first = to_message(method.request, {"header": header}).SerializeToString()
+
+            async def messages() -> AsyncIterator[bytes]:
+                yield first
+                for path, file in files:
+                    while data := await file.read(CHUNK):
+                        part = method.request(chunk={"path": path, "data": data})  # type: ignore[call-arg]
+                        yield part.SerializeToString()
+
+            call = upstream.start(method, request.headers, messages())
+            data = await call
+            return Response(response_json(method.response, data), media_type="application/json")
+        finally:
+            await form.close()
+
+    return endpoint
+
+
+def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awaitable[None]]:
+    """JSON messages both ways; an error is a last message with `error`, then a close."""
+    method = binding.method
+
+    async def endpoint(socket: WebSocket) -> None:
+        await socket.accept()
+        fault: list[ForebayError] = []
+
+        async def requests() -> AsyncIterator[bytes]:
+            while True:
+                try:
+                    text = await socket.receive_text()
+                except (WebSocketDisconnect, KeyError):
+                    return
+                if not text.strip():  # an empty message is the client's half-close
+                    return
+                try:
+                    yield to_message(method.request, parse_json(text.encode())).SerializeToString()
+                except ForebayError as e:
+                    fault.append(e)
+                    return
+
+        call = upstream.start(method, socket.headers, requests())
+        try:
+            async for data in call:
+                await socket.send_text(response_json(method.response, data).decode())
+            if fault:
+                raise fault[0]
+            await socket.close(1000)
+        except (aio.AioRpcError, ForebayError) as e:
+            status = http_errors.from_rpc(e) if isinstance(e, aio.AioRpcError) else e.to_status()
+            _, body = http_errors.error_object(status)
+            await _close(socket, body)
+        except (WebSocketDisconnect, RuntimeError):
+            return
+        finally:
+            call.cancel()
+
+    return endpoint
+
+
+async def _close(socket: WebSocket, body: dict[str, Any]) -> None:
+    try:
+        await socket.send_text(orjson.dumps(body).decode())
+        await socket.close(1011, body["error"]["message"][:120])
+    except (WebSocketDisconnect, RuntimeError):
+        return
+
+
+__all__ = ["dumps", "guarded", "routes", "to_dict"]

@@ -1,0 +1,175 @@
+"""The way to the gRPC server: one channel, bytes in, bytes out, cancelled when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+from forebay.errors import InvalidArgument, TooLarge
+from forebay.methods import Method
+from grpc import aio
+from starlette.requests import Request
+
+#: Headers that become metadata of the call.
+FORWARDED = ("authorization", "x-request-id", "traceparent", "tracestate", "idempotency-key")
+#: Trailing metadata that becomes headers of the answer.
+RETURNED = re.compile(r"x-request-id|x-ratelimit-.*")
+_TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
+_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client has left; nobody waits for an answer."""
+
+
+class Upstream:
+    """One channel of this worker.
+
+    Args:
+        target: host:port of the gRPC server.
+        timeout_s: deadline of calls whose caller names none.
+        max_body_bytes: bound of request bodies.
+    """
+
+    def __init__(self, target: str, timeout_s: float, max_body_bytes: int) -> None:
+        self._timeout_s = timeout_s
+        self._max_body = max_body_bytes
+        self.channel = aio.insecure_channel(
+            target,
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+            ],
+        )
+        self._stubs: dict[str, Any] = {}
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self.channel.close()
+
+    def _stub(self, method: Method) -> Any:
+        stub = self._stubs.get(method.path)
+        if stub is None:
+            makers = {
+                "unary": self.channel.unary_unary,
+                "server_stream": self.channel.unary_stream,
+                "client_stream": self.channel.stream_unary,
+                "bidi_stream": self.channel.stream_stream,
+            }
+            stub = self._stubs[method.path] = makers[method.kind](method.path)
+        return stub
+
+    def start(self, method: Method, headers: Mapping[str, str], messages: Any) -> Any:
+        """Begin a call. `messages` is the message's bytes, or an iterator of them for streams."""
+        metadata = [(k, v) for k in FORWARDED if (v := headers.get(k)) and _printable(v)]
+        return self._stub(method)(messages, metadata=metadata, timeout=self._timeout(headers))
+
+    def _timeout(self, headers: Mapping[str, str]) -> float:
+        text = headers.get("grpc-timeout")
+        if text is not None:
+            match = _TIMEOUT.fullmatch(text)
+            if match is None:
+                raise InvalidArgument.at("grpc-timeout", "is not a number and one of H M S m u n")
+            return int(match[1]) * _UNITS[match[2]]
+        text = headers.get("x-forebay-timeout-ms") or headers.get("connect-timeout-ms")
+        if text is not None:
+            if not text.isascii() or not text.isdigit() or len(text) > 10:
+                raise InvalidArgument.at("x-forebay-timeout-ms", "is not a number of milliseconds")
+            return int(text) / 1e3
+        return self._timeout_s
+
+    async def unary(
+        self, method: Method, request: Request, message: bytes
+    ) -> tuple[bytes, dict[str, str]]:
+        """One unary call: the answer's bytes, and headers for it.
+
+        Raises:
+            grpc.aio.AioRpcError: the upstream's error.
+            ClientGone: the client left; the call was cancelled.
+        """
+        call = self.start(method, request.headers, message)
+        data = await unless_gone(request, call)
+        return data, returned(await call.trailing_metadata())
+
+    async def body(self, request: Request) -> bytes:
+        """The request's body, refused as soon as it is over the bound."""
+        length = request.headers.get("content-length")
+        if length and length.isdigit() and int(length) > self._max_body:
+            raise TooLarge("body", size=int(length), limit=self._max_body, unit="bytes")
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self._max_body:
+                raise TooLarge("body", size=size, limit=self._max_body, unit="bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+
+async def unless_gone(request: Request, call: Any) -> bytes:
+    """The call's answer; the call is cancelled when the client leaves first."""
+    watcher = asyncio.ensure_future(_disconnected(request))
+    answer = asyncio.ensure_future(_answer(call))
+    try:
+        await asyncio.wait((answer, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            call.cancel()
+            answer.cancel()
+            raise ClientGone
+        return answer.result()
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def _answer(call: Awaitable[bytes]) -> bytes:
+    return await call
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def returned(trailers: Any) -> dict[str, str]:
+    """Headers of an answer, from the call's trailing metadata."""
+    return {k: v for k, v in trailers or () if isinstance(v, str) and RETURNED.fullmatch(k)}
+
+
+def _printable(value: str) -> bool:
+    return value.isascii() and value.isprintable()
+
+
+async def with_heartbeats(
+    stream: AsyncIterator[T], every_s: float, beat: Callable[[], T]
+) -> AsyncIterator[T]:
+    """A stream's values, and a heartbeat whenever none has come for a while."""
+    source = aiter(stream)
+    pending: asyncio.Future[T] | None = None
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(anext(source))  # type: ignore[arg-type]
+            done, _ = await asyncio.wait((pending,), timeout=every_s)
+            if not done:
+                yield beat()
+                continue
+            try:
+                value = pending.result()
+            except StopAsyncIteration:
+                return
+            pending = None
+            yield value
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+__all__ = ["ClientGone", "Upstream", "grpc", "returned", "unless_gone", "with_heartbeats"]
