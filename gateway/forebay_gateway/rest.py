@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from forebay_gateway import http_errors
 from forebay_gateway.contract import Binding, bindings
-from forebay_gateway.json_codec import dumps, parse_json, response_json, to_dict, to_message
+from forebay_gateway.json_codec import parse_json, response_json, to_message
 from forebay_gateway.upstream import ClientGone, Upstream, returned, with_heartbeats
 
 HEARTBEAT_S = 10.0
@@ -241,6 +241,3 @@ async def _close(socket: WebSocket, body: dict[str, Any]) -> None:
         await socket.close(1011, body["error"]["message"][:120])
     except (WebSocketDisconnect, RuntimeError):
         return
-
-
-__all__ = ["dumps", "guarded", "routes", "to_dict"]

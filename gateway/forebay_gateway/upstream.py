@@ -7,7 +7,6 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-import grpc
 from forebay.errors import InvalidArgument, TooLarge
 from forebay.methods import Method
 from grpc import aio
@@ -38,20 +37,29 @@ class Upstream:
     def __init__(self, target: str, timeout_s: float, max_body_bytes: int) -> None:
         self._timeout_s = timeout_s
         self._max_body = max_body_bytes
-        self.channel = aio.insecure_channel(
-            target,
-            options=[
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-        )
+        self._target = target
+        self._channel: aio.Channel | None = None
         self._stubs: dict[str, Any] = {}
+
+    @property
+    def channel(self) -> aio.Channel:
+        """The channel, made at first use: it belongs to the event loop that serves."""
+        if self._channel is None:
+            self._channel = aio.insecure_channel(
+                self._target,
+                options=[
+                    ("grpc.max_receive_message_length", -1),
+                    ("grpc.max_send_message_length", -1),
+                    ("grpc.initial_reconnect_backoff_ms", 100),
+                    ("grpc.max_reconnect_backoff_ms", 1000),
+                ],
+            )
+        return self._channel
 
     async def close(self) -> None:
         """Close the channel."""
-        await self.channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     def _stub(self, method: Method) -> Any:
         stub = self._stubs.get(method.path)
@@ -170,6 +178,3 @@ async def with_heartbeats(
     finally:
         if pending is not None:
             pending.cancel()
-
-
-__all__ = ["ClientGone", "Upstream", "grpc", "returned", "unless_gone", "with_heartbeats"]
