@@ -1,0 +1,109 @@
+"""What tests share: the data folder, the starter models, a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from forebay.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Starter models are made once and kept between runs.
+KEPT = ROOT / ".forebay"
+
+
+def data_folder() -> Path | None:
+    """The folder with real data, where it is."""
+    given = os.environ.get("FOREBAY_DATA")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real data; the test skips where there is none."""
+    folder = data_folder()
+    if folder is None:
+        pytest.skip("no data folder: set FOREBAY_DATA, or put it at ../shared/data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starters() -> Path:
+    """A model repository with all starter models, made by the product's own code."""
+    from forebay_exporters.starters import make_starters
+
+    faults = make_starters(KEPT / "models", KEPT / "cache", data_folder())
+    assert not faults, faults
+    return KEPT / "models"
+
+
+def copy_models(source: Path, target: Path, *names: str) -> Path:
+    """A repository of its own with some of the models."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copytree(source / name, target / name, copy_function=os.link)
+    return target
+
+
+class Live:
+    """A server on a loop of its own thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        from forebay_server.app import Server
+
+        self.settings = settings
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.server = Server(settings)
+        self.run(self.server.start())
+        self.target = f"127.0.0.1:{self.server.port}"
+        self.channel = grpc.insecure_channel(self.target)
+
+    def run(self, work: Any, timeout: float = 60) -> Any:
+        """Run a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+
+    def stop(self) -> None:
+        """Drain and stop. Idempotent."""
+        if not self.loop.is_running():
+            return
+        self.channel.close()
+        self.run(self.server.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(5)
+
+
+Start = Callable[..., Live]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers: `start(models_root, **settings)`; they stop after the module."""
+    running: list[Live] = []
+
+    def run(models: Path, **flags: Any) -> Live:
+        home = flags.pop("home", None) or tmp_path_factory.mktemp("home")
+        values = {"home": home, "models.root": models, "grpc.port": 0, "models.poll_s": 3600}
+        values |= {k.replace("__", "."): v for k, v in flags.items()}
+        live = Live(load_settings(values, environ={}).settings)
+        running.append(live)
+        return live
+
+    yield run
+    for live in running:
+        live.stop()
+
+
+@pytest.fixture(scope="module")
+def live(starters: Path, start: Start) -> Live:
+    """A server with the starter models."""
+    return start(starters)
