@@ -1,0 +1,158 @@
+"""The contract itself: scopes, bindings, comments, twins, constraints, the error table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from forebay import errors
+from forebay.constraints import Validator
+from forebay.methods import methods
+from forebay.twin.v1 import embedding_pb2 as twin
+from forebay.v1 import embedding_pb2, rerank_pb2, tabular_pb2, usage_pb2
+from forebay_gateway import schema
+from forebay_gateway.contract import bindings, comments
+from forebay_gateway.json_codec import response_json, to_dict
+from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.rpc import code_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_every_method_has_a_scope_and_batched_ones_are_unary() -> None:
+    found = methods()
+    assert len(found) == 40
+    for method in found.values():
+        assert method.scope in ("public", "infer", "read", "admin")
+        assert not method.batched or method.kind == "unary"
+
+
+def test_every_method_of_ours_has_a_route_and_no_two_share_one() -> None:
+    ours = [m for m in methods().values() if m.service.startswith("forebay.v1.")]
+    bound = {b.method.path for b in bindings()}
+    assert {m.path for m in ours} == bound
+    places = [(b.verb, b.path) for b in bindings()]
+    assert len(set(places)) == len(places)
+
+
+def test_the_openapi_page_describes_every_route_in_words() -> None:
+    page = schema.openapi({})
+    for path, operations in page["paths"].items():
+        for verb, operation in operations.items():
+            assert operation["summary"], (verb, path)
+    for name, component in page["components"]["schemas"].items():
+        for field, described in component.get("properties", {}).items():
+            assert name == "Error" or described["description"], f"{name}.{field}"
+    assert len(comments()) > 300
+
+
+def sample(kind: Any, depth: int = 0) -> Any:
+    """A message with every field set, to values that depend on the field alone."""
+    message = kind()
+    for i, field in enumerate(kind.DESCRIPTOR.fields, 1):
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            if field.message_type.fields_by_name["value"].message_type is None:
+                value = field.message_type.fields_by_name["value"]
+                number = value.cpp_type != FieldDescriptor.CPPTYPE_STRING
+                getattr(message, field.name)["key"] = i if number else "value"
+            continue
+        if field.message_type is not None:
+            name = field.message_type.full_name
+            if depth > 3:
+                continue
+            if name == "google.protobuf.Timestamp":
+                getattr(message, field.name).FromSeconds(1_700_000_000)
+                continue
+            if name == "google.protobuf.Struct":
+                message.rows.add().update({"a": 1.5, "b": "text", "c": None})
+                continue
+            inner = sample(field.message_type._concrete_class, depth + 1)
+            target = getattr(message, field.name)
+            if field.is_repeated:
+                target.add().CopyFrom(inner)
+            else:
+                target.CopyFrom(inner)
+            continue
+        value = {
+            FieldDescriptor.CPPTYPE_STRING: b"by" if field.type == 12 else field.name,
+            FieldDescriptor.CPPTYPE_BOOL: True,
+            FieldDescriptor.CPPTYPE_FLOAT: i + 0.25,
+            FieldDescriptor.CPPTYPE_DOUBLE: i + 0.5,
+            FieldDescriptor.CPPTYPE_ENUM: 1,
+        }.get(field.cpp_type, i)
+        if field.is_repeated:
+            getattr(message, field.name).append(value)
+        else:
+            setattr(message, field.name, value)
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(p for p in methods() if "/forebay.v1." in p))
+def test_the_json_of_every_message_is_as_it_was(path: str) -> None:
+    method = methods()[path]
+    for kind in (method.request, method.response):
+        message = sample(kind)
+        text = json.dumps(json.loads(response_json(kind, message.SerializeToString())), indent=1)
+        file = GOLDEN / f"{cast(Any, kind.DESCRIPTOR).full_name}.json"
+        if not file.exists():  # a new message: write it, look at it, and commit it
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text + "\n")
+        assert json.loads(file.read_text()) == json.loads(text), f"the JSON of {kind} has changed"
+        back = json_format.ParseDict(json.loads(text), kind())
+        assert to_dict(back) == to_dict(kind.FromString(message.SerializeToString()))
+
+
+@given(st.lists(st.lists(st.floats(width=32, allow_nan=False), max_size=20), max_size=5))
+def test_twin_and_original_are_the_same_bytes(vectors: list[list[float]]) -> None:
+    original = embedding_pb2.EmbedResponse(dimensions=3)
+    double = twin.EmbedResponse(dimensions=3)
+    for v in vectors:
+        original.embeddings.add(values=v, tokens=2, truncated=True)
+        double.embeddings.add(values=np.array(v, "<f4").tobytes(), tokens=2, truncated=True)
+    assert original.SerializeToString(deterministic=True) == double.SerializeToString(
+        deterministic=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (embedding_pb2.EmbedRequest(model="m" * 300, texts=["a"]), "model"),
+        (embedding_pb2.EmbedRequest(dimensions=-1), "dimensions"),
+        (embedding_pb2.EmbedRequest(token_ids=[{"ids": [5, -1]}]), "token_ids[0].ids[1]"),
+        (rerank_pb2.RerankRequest(documents=["a"]), "query"),
+        (rerank_pb2.RerankRequest(query="q"), "documents"),
+        (usage_pb2.GetUsageRequest(from_day="yesterday"), "from_day"),
+        (tabular_pb2.PredictRequest(columns=[{"numbers": [1]}]), "columns[0].name"),
+        (tabular_pb2.PredictStreamRequest(), "request"),
+    ],
+)
+def test_constraints_name_the_field(message: Any, field: str) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        Validator().check(message)
+    assert field in [v.field for v in caught.value.violations]
+
+
+def test_constraints_pass_good_messages() -> None:
+    Validator().check(embedding_pb2.EmbedRequest(texts=["a"], dimensions=3))
+    Validator().check(usage_pb2.GetUsageRequest(from_day="2026-01-31"))
+
+
+def test_the_error_table_knows_every_code() -> None:
+    assert set(errors.HTTP_BY_CODE) == set(code_pb2.Code.keys())
+
+
+def test_errors_survive_the_wire() -> None:
+    status = errors.RateLimited(
+        "spent", violations=[errors.QuotaViolation("key:1", "10 a second")], retry_after_s=1.5
+    ).to_status()
+    found = errors.http_error(status)
+    assert (found.status, found.reason, found.retry_after_s) == (429, "RATE_LIMITED", 1.5)
+    large = errors.http_error(errors.TooLarge("body", size=9, limit=5, unit="bytes").to_status())
+    assert (large.status, large.param) == (413, "body")

@@ -1,0 +1,307 @@
+"""Every door of the gateway, against the real server on the real models."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from forebay.settings import HttpSettings
+from forebay_gateway.app import create_app
+from websockets.sync.client import connect
+
+from tests.conftest import Live, Start
+from tests.integration.test_inference import ROW
+
+
+class Gateway:
+    """uvicorn in a thread."""
+
+    def __init__(self, target: str, **settings) -> None:
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        app = create_app(HttpSettings(**settings), target)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
+        )
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        deadline = time.monotonic() + 10
+        while not self._server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.http.close()
+        self._server.should_exit = True
+        self._thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def gateway(live: Live) -> Iterator[Gateway]:
+    running = Gateway(live.target, max_body_bytes=1 << 20)
+    yield running
+    running.stop()
+
+
+def error_of(response: httpx.Response) -> dict:
+    return response.json()["error"]
+
+
+def test_rest_predict(gateway: Gateway) -> None:
+    response = gateway.http.post("/api/v1/tabular:predict", json={"rows": [ROW]})
+    assert response.status_code == 200
+    body = response.json()
+    assert body["predictions"][0]["value"] > 10_000
+    assert body["served_by"] == {"model": "housing", "version": 1}
+    assert response.headers["x-request-id"]
+
+
+def test_rest_takes_path_and_query_parameters(gateway: Gateway) -> None:
+    assert gateway.http.get("/api/v1/models/iris").json()["model"]["name"] == "iris"
+    listed = gateway.http.get("/api/v1/models", params={"task": "TASK_EMBEDDING"}).json()
+    assert {m["name"] for m in listed["models"]} == {"minilm", "minilm-int8"}
+    first = gateway.http.get("/api/v1/models", params={"page_size": 2}).json()
+    assert len(first["models"]) == 2
+    params = {"page_size": 100, "page_token": first["next_page_token"]}
+    rest = gateway.http.get("/api/v1/models", params=params).json()
+    assert len(rest["models"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/api/v1/tabular:predict", {"rows": [ROW], "colour": 1}, "colour"),
+        ("/api/v1/embeddings:embed", {"texts": "a"}, None),
+        ("/api/v1/embeddings:embed", {"texts": ["a"], "truncation": "NOPE"}, "truncation"),
+        ("/api/v1/embeddings:embed", {"texts": ["a"], "dimensions": 7}, "dimensions"),
+        ("/api/v1/classification:classify", {}, "texts"),
+        ("/v1/embeddings", {"input": "a"}, "model"),
+        ("/v1/embeddings", {"input": [], "model": "minilm"}, "input"),
+        ("/v1/embeddings", {"input": [1.5], "model": "minilm"}, "input[0]"),
+        ("/v1/embeddings", {"input": "a", "model": "minilm", "foo": 1}, "foo"),
+        ("/v1/rerank", {"query": "q", "documents": [1]}, "documents[0]"),
+    ],
+)
+def test_bad_requests_are_400_and_name_the_field(gateway, path, body, param) -> None:
+    response = gateway.http.post(path, json=body)
+    assert response.status_code == 400
+    if param is not None:
+        assert error_of(response)["param"] == param
+
+
+def test_errors_by_the_table(gateway: Gateway) -> None:
+    http = gateway.http
+    assert http.post("/api/v1/embeddings:embed", content=b"{oops").status_code == 400
+    assert http.post("/api/v1/embeddings:embed", content=b"[1]").status_code == 400
+    assert http.get("/api/v1/models/nope").status_code == 404
+    assert http.get("/nowhere").status_code == 404
+    assert http.get("/v1/embeddings").status_code == 405
+    big = http.post("/api/v1/embeddings:embed", content=b"x" * (2 << 20))
+    assert big.status_code == 413
+    late = http.post(
+        "/api/v1/embeddings:embed",
+        json={"texts": ["word " * 250] * 200},
+        headers={"x-forebay-timeout-ms": "50"},
+    )
+    assert late.status_code == 504
+    wrong = http.post("/api/v1/embeddings:embed", json={"texts": ["a"], "model": "housing"})
+    assert wrong.status_code == 400
+
+
+def test_server_streams_are_sse_or_ndjson(gateway: Gateway) -> None:
+    with gateway.http.stream("GET", "/api/v1/models:watch", params={"model": "iris"}) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        line = next(stream.iter_lines())
+        assert json.loads(line.removeprefix("data: "))["event"] == "current"
+    headers = {"accept": "application/x-ndjson"}
+    with gateway.http.stream("GET", "/api/v1/models:watch", headers=headers) as stream:
+        assert json.loads(next(stream.iter_lines()))["event"] == "current"
+    missing = gateway.http.get("/api/v1/models:watch", params={"model": "nope"})
+    assert missing.status_code == 404
+
+
+def test_bidirectional_streams_are_websockets(gateway: Gateway) -> None:
+    url = f"ws://127.0.0.1:{gateway.port}/api/v1/embeddings:embedStream"
+    with connect(url) as socket:
+        for text in ("one", "two"):
+            socket.send(json.dumps({"request": {"texts": [text]}}))
+            answer = json.loads(socket.recv())
+            assert len(answer["response"]["embeddings"][0]["values"]) == 384
+        socket.send(json.dumps({"request": {"texts": []}}))
+        assert "error" in json.loads(socket.recv())
+
+
+def test_uploads_are_multipart(gateway: Gateway, starters: Path) -> None:
+    source = starters / "iris" / "1"
+    files = [("files", (p.name, p.read_bytes())) for p in source.iterdir()]
+    name = f"uploaded-{time.time_ns()}"
+    response = gateway.http.post(
+        "/api/v1/models:import", data={"model": name, "load": "true"}, files=files
+    )
+    try:
+        assert response.status_code == 200, response.text
+        row = {"sepal_length": 5, "sepal_width": 3, "petal_length": 1, "petal_width": 0.2}
+        answer = gateway.http.post("/api/v1/tabular:predict", json={"model": name, "rows": [row]})
+        assert answer.json()["predictions"][0]["label"] == "setosa"
+    finally:
+        import shutil
+
+        shutil.rmtree(starters / name, ignore_errors=True)
+    assert gateway.http.post("/api/v1/models:import", json={}).status_code == 400
+
+
+def test_connect_protocol(gateway: Gateway) -> None:
+    path = "/forebay.v1.ServerService/GetServerInfo"
+    answer = gateway.http.post(path, json={})
+    assert answer.json()["contractVersion"]
+    bad = gateway.http.post("/forebay.v1.EmbeddingService/Embed", json={"texts": []})
+    assert bad.status_code == 400
+    assert bad.json()["code"] == "invalid_argument"
+    assert bad.json()["details"]
+    plain = gateway.http.post(path, content=b"", headers={"content-type": "text/plain"})
+    assert plain.status_code == 415
+
+
+def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none")
+    default = client.embeddings.create(model="minilm", input=["hello", "world"])
+    floats = client.embeddings.create(model="minilm", input="hello", encoding_format="float")
+    assert np.allclose(default.data[0].embedding, floats.data[0].embedding, atol=1e-6)
+    assert default.usage.total_tokens == 6
+    ids = client.embeddings.create(model="minilm", input=[[101, 7592, 102]])
+    assert np.allclose(ids.data[0].embedding, floats.data[0].embedding, atol=1e-5)
+    assert "minilm" in [m.id for m in client.models.list()]
+    assert client.models.retrieve("minilm").object == "model"
+    result = client.moderations.create(model="sentiment", input=["This is awful.", "Lovely!"])
+    assert [r.flagged for r in result.results] == [True, False]
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="nope", input="a")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="minilm", input="a", dimensions=3)
+    assert "384" in str(caught.value)
+
+
+def test_base64_and_float_are_the_same_numbers(gateway: Gateway) -> None:
+    body = {"model": "minilm", "input": "same"}
+    floats = gateway.http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    coded = gateway.http.post("/v1/embeddings", json=body | {"encoding_format": "base64"})
+    raw = base64.b64decode(coded.json()["data"][0]["embedding"])
+    assert np.array_equal(np.frombuffer(raw, np.float32), np.array(floats, np.float32))
+
+
+def test_rerank_in_coheres_shape(gateway: Gateway) -> None:
+    body = {
+        "model": "minilm",
+        "query": "vaccines",
+        "documents": ["cars", {"text": "immunity by vaccination"}],
+        "top_n": 1,
+        "return_documents": True,
+    }
+    result = gateway.http.post("/v1/rerank", json=body).json()["results"]
+    assert [r["index"] for r in result] == [1]
+    assert result[0]["document"]["text"] == "immunity by vaccination"
+
+
+def test_open_inference_json_and_binary(gateway: Gateway) -> None:
+    names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
+    inputs = [
+        {"name": n, "datatype": "FP32", "shape": [2, 1], "data": [[5.1], [6.9]]} for n in names
+    ]
+    answer = gateway.http.post("/v2/models/iris/infer", json={"id": "x", "inputs": inputs}).json()
+    assert answer["id"] == "x"
+    outputs = {o["name"]: o for o in answer["outputs"]}
+    assert outputs["label"]["shape"] == [2]
+    assert sum(outputs["probabilities"]["data"][:3]) == pytest.approx(1, abs=1e-5)
+    raw = np.array([5.1, 6.9], "<f4").tobytes()
+    for one in inputs:
+        del one["data"]
+        one["parameters"] = {"binary_data_size": len(raw)}
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    binary = gateway.http.post(
+        "/v2/models/iris/infer",
+        content=head + raw * 4,
+        headers={"inference-header-content-length": str(len(head))},
+    )
+    size = int(binary.headers["inference-header-content-length"])
+    described = json.loads(binary.content[:size])["outputs"]
+    assert sum(o["parameters"]["binary_data_size"] for o in described) == len(binary.content) - size
+    assert gateway.http.get("/v2/health/ready").status_code == 200
+    assert gateway.http.get("/v2/models/nope").status_code == 404
+    assert "error" in gateway.http.post("/v2/models/iris/infer", json={"inputs": 3}).json()
+
+
+def test_a_client_that_leaves_cancels_the_call(gateway: Gateway, live: Live) -> None:
+    statistics = live.server.repository.loaded[("minilm", 1)].client.statistics
+    before = statistics.cancelled
+    body = json.dumps({"texts": ["word " * 250] * 300}).encode()
+    with socket.create_connection(("127.0.0.1", gateway.port)) as raw:
+        raw.sendall(
+            b"POST /api/v1/embeddings:embed HTTP/1.1\r\nHost: x\r\nContent-Length: "
+            + str(len(body)).encode()
+            + b"\r\n\r\n"
+            + body
+        )
+        time.sleep(0.5)
+    deadline = time.monotonic() + 5
+    while statistics.cancelled == before:
+        assert time.monotonic() < deadline, "the call went on without its client"
+        time.sleep(0.02)
+
+
+def test_operations(gateway: Gateway) -> None:
+    assert gateway.http.get("/healthz").status_code == 200
+    assert gateway.http.get("/readyz").status_code == 200
+    assert "forebay_http_server_duration_seconds" in gateway.http.get("/metrics").text
+    assert "swagger" in gateway.http.get("/docs").text
+    assert gateway.http.get("/docs/assets/swagger-ui-bundle.js").status_code == 200
+    page = gateway.http.get("/openapi.json").json()
+    assert "/api/v1/embeddings:embed" in page["paths"]
+
+
+def test_a_gateway_without_a_server_is_alive_and_not_ready() -> None:
+    alone = Gateway("127.0.0.1:1")
+    try:
+        assert alone.http.get("/healthz").status_code == 200
+        assert alone.http.get("/readyz").status_code == 503
+        answer = alone.http.post("/api/v1/embeddings:embed", json={"texts": ["a"]})
+        assert answer.status_code == 503
+    finally:
+        alone.stop()
+
+
+def test_limits_and_keys_through_http(starters: Path, start: Start) -> None:
+    from forebay_server.access.keys import Limits
+
+    server = start(starters, auth__required="always")
+    limits = Limits(requests_per_second=0.5, burst=1)
+    _, secret = server.run(server.server.keys.create("k", ("infer",), limits=limits))
+    door = Gateway(server.target)
+    try:
+        body = {"model": "minilm", "input": "a"}
+        assert door.http.post("/v1/embeddings", json=body).status_code == 401
+        assert door.http.get("/metrics").status_code == 401
+        headers = {"authorization": f"Bearer {secret}"}
+        good = door.http.post("/v1/embeddings", json=body, headers=headers)
+        assert good.status_code == 200
+        assert good.headers["x-ratelimit-limit-requests"] == "1"
+        assert good.headers["x-ratelimit-remaining-requests"] == "0"
+        refused = door.http.post("/v1/embeddings", json=body, headers=headers)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 2
+        assert door.http.get("/api/v1/models", headers=headers).status_code in (403, 429)
+    finally:
+        door.stop()
