@@ -13,6 +13,8 @@ from forebay_exporters.artefact import ExportError, version_folder, write_manife
 from forebay_exporters.parity import Bounds, report
 
 LIBRARIES = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime")
+#: Types that skops does not list as safe though nothing can be done with them.
+HARMLESS = ("numpy.dtype",)
 #: String columns with more values than this are free text, not categories.
 MAX_CATEGORIES = 1000
 
@@ -164,10 +166,11 @@ def load_skops(path: Path, trusted: tuple[str, ...] = ()) -> Any:
     """A model from a skops file. Types beyond skops' own safe list must be named in `trusted`."""
     import skops.io
 
-    unknown = [t for t in skops.io.get_untrusted_types(file=path) if t not in trusted]
+    accepted = (*HARMLESS, *trusted)
+    unknown = [t for t in skops.io.get_untrusted_types(file=path) if t not in accepted]
     if unknown:
         raise ExportError(
             f"{path.name} holds types that are not trusted: {', '.join(unknown)}; "
             "name them with --trust after a look at what they are"
         )
-    return skops.io.load(path, trusted=list(trusted))
+    return skops.io.load(path, trusted=list(accepted))

@@ -43,9 +43,7 @@ def bearer(secret: str) -> list[tuple[str, str]]:
 
 def make_key(live: Live, admin: str, **fields) -> tuple[str, str]:
     stub = key_pb2_grpc.KeyServiceStub(live.channel)
-    answer = stub.CreateKey(
-        key_pb2.CreateKeyRequest(name="test", **fields), metadata=bearer(admin)
-    )
+    answer = stub.CreateKey(key_pb2.CreateKeyRequest(name="test", **fields), metadata=bearer(admin))
     return answer.key.id, answer.secret
 
 
@@ -161,9 +159,7 @@ def test_a_revoked_key_is_refused_at_once(guarded: Live, admin: str) -> None:
 
 
 def test_a_rate_limit_refuses_with_a_true_delay(guarded: Live, admin: str) -> None:
-    _, secret = make_key(
-        guarded, admin, limits=key_pb2.KeyLimits(requests_per_second=4, burst=2)
-    )
+    _, secret = make_key(guarded, admin, limits=key_pb2.KeyLimits(requests_per_second=4, burst=2))
     stub = embedding_pb2_grpc.EmbeddingServiceStub(guarded.channel)
     _, call = stub.Embed.with_call(EMBED, metadata=bearer(secret))
     headers = dict(call.trailing_metadata())
@@ -210,9 +206,7 @@ def test_usage_counts_each_call_once_cancelled_ones_too(guarded: Live, admin: st
     assert (total.calls, total.errors, total.cancelled) == (5, 1, 1)
     assert total.items >= 6
     assert total.tokens >= 18
-    rows = usage.ListUsage(
-        usage_pb2.ListUsageRequest(key_id=key_id), metadata=bearer(admin)
-    ).rows
+    rows = usage.ListUsage(usage_pb2.ListUsageRequest(key_id=key_id), metadata=bearer(admin)).rows
     assert sum(r.counters.calls for r in rows) == 5
 
 

@@ -89,9 +89,7 @@ def test_a_split_shares_callers_and_keeps_each_on_one_version(versions: Live) ->
 def test_a_shadow_computes_and_nobody_sees_it(versions: Live) -> None:
     stub = stub_of(versions)
     stub.Promote(pb.PromoteRequest(model="iris", version=1))
-    stub.SetTraffic(
-        pb.SetTrafficRequest(model="iris", shadow=pb.Shadow(version=3, fraction=1.0))
-    )
+    stub.SetTraffic(pb.SetTrafficRequest(model="iris", shadow=pb.Shadow(version=3, fraction=1.0)))
     for _ in range(5):
         assert served_version(versions) == 1
     deadline = time.monotonic() + 5
@@ -182,9 +180,7 @@ def test_a_memory_budget_evicts_what_was_used_longest_ago(
     stub.LoadModel(pb.LoadModelRequest(model="iris"))
     stub.LoadModel(pb.LoadModelRequest(model="housing"))
     stub.LoadModel(pb.LoadModelRequest(model="second"))
-    states = {
-        m.name: m.versions[0].state for m in stub.ListModels(pb.ListModelsRequest()).models
-    }
+    states = {m.name: m.versions[0].state for m in stub.ListModels(pb.ListModelsRequest()).models}
     assert states["second"] == pb.MODEL_STATE_READY
     assert states["housing"] == pb.MODEL_STATE_AVAILABLE
 

@@ -1,0 +1,115 @@
+"""scikit-learn to ONNX: held equal, refused when unequal; skops and joblib."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import skops.io
+from forebay_exporters.artefact import ExportError
+from forebay_exporters.joblib_sandbox import joblib_to_skops
+from forebay_exporters.parity import Bounds, report
+from forebay_exporters.sklearn_export import export_sklearn, load_skops
+from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"size": rng.normal(80, 20, 300), "rooms": rng.integers(1, 6, 300).astype(float)}
+    )
+    frame["town"] = rng.choice(["Bath", "York", ""], 300)
+    frame.loc[::7, "size"] = np.nan
+    return frame
+
+
+def mixed(final) -> Pipeline:
+    parts = ColumnTransformer(
+        [
+            ("numbers", make_pipeline(SimpleImputer(), StandardScaler()), ["size", "rooms"]),
+            ("town", OneHotEncoder(handle_unknown="ignore"), ["town"]),
+        ]
+    )
+    return Pipeline([("parts", parts), ("final", final)])
+
+
+def test_a_pipeline_with_gaps_and_categories_is_the_same_in_onnx(
+    table: pd.DataFrame, tmp_path: Path
+) -> None:
+    target = table["rooms"] * 1000 + table["town"].str.len() * 50
+    model = mixed(Ridge()).fit(table, target)
+    folder = export_sklearn(model, table, tmp_path, "prices", target=target)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    features = {f["name"]: f for f in manifest["tabular"]["features"]}
+    assert features["size"]["nullable"]
+    assert not features["rooms"]["nullable"]
+    assert features["town"]["categories"] == ["Bath", "York"]
+    metric = manifest["parity"]["task_metric"]
+    assert metric["exported"] == pytest.approx(metric["original"], abs=1e-4)
+    with pytest.raises(ExportError, match="already"):
+        export_sklearn(model, table, tmp_path, "prices")
+
+
+def test_a_classifier_keeps_classes_and_probabilities(table: pd.DataFrame, tmp_path: Path) -> None:
+    label = np.where(table["rooms"] > 3, "large", "small")
+    model = mixed(GradientBoostingClassifier(n_estimators=20)).fit(table, label)
+    folder = export_sklearn(model, table, tmp_path, "kinds", target=label)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["tabular"]["classes"] == ["large", "small"]
+    assert manifest["parity"]["max_abs_diff"] < 1e-3
+
+
+def test_bounds_that_are_missed_fail_the_export_and_leave_nothing(
+    table: pd.DataFrame, tmp_path: Path
+) -> None:
+    model = mixed(Ridge()).fit(table, table["rooms"])
+    with pytest.raises(ExportError, match="not the model"):
+        export_sklearn(model, table, tmp_path, "m", bounds=Bounds(max_abs_diff=-1.0))
+    assert not list((tmp_path / "m").iterdir())
+
+
+def test_nan_is_out_of_bounds() -> None:
+    with pytest.raises(ExportError):
+        report(np.array([1.0]), np.array([np.nan]), Bounds(max_abs_diff=1.0))
+
+
+def test_skops_types_must_be_trusted(table: pd.DataFrame, tmp_path: Path) -> None:
+    model = mixed(Ridge()).fit(table, table["rooms"])
+    skops.io.dump(model, tmp_path / "m.skops")
+    loaded = load_skops(tmp_path / "m.skops")
+    assert np.allclose(loaded.predict(table), model.predict(table))
+
+
+class Evil:
+    """A pickle that runs a command."""
+
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/forebay-evil-was-here; exit 3",)
+
+
+def test_joblib_is_read_in_a_sandbox_only(table: pd.DataFrame, tmp_path: Path) -> None:
+    model = mixed(Ridge()).fit(table, table["rooms"])
+    joblib.dump(model, tmp_path / "m.joblib")
+    loaded = load_skops(joblib_to_skops(tmp_path / "m.joblib"))
+    assert np.allclose(loaded.predict(table), model.predict(table))
+    joblib.dump(Evil(), tmp_path / "evil.joblib")
+    mark = Path("/tmp/forebay-evil-was-here")
+    mark.unlink(missing_ok=True)
+    joblib_to_skops_result = None
+    try:
+        joblib_to_skops_result = joblib_to_skops(tmp_path / "evil.joblib")
+    except ExportError:
+        pass
+    assert not mark.exists(), joblib_to_skops_result
