@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-fast lint proto fmt bench bench-gpu clean
+.PHONY: help up test test-fast test-export lint proto docs fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,14 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 
 test: $(VENV)/.dev ## All tests that this machine can run
 	$(BIN)/python -m pytest
+
+test-export: $(VENV)/.dev ## Tests that need torch, in an environment of their own (3 GB)
+	$(PYTHON) -m venv .venv-export
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export]" pytest
+	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py
+
+docs: $(VENV)/.dev ## Write the contract reference to build/docs
+	$(BIN)/python tools/gen_docs.py
 
 test-fast: $(VENV)/.dev ## Unit and contract tests
 	$(BIN)/python -m pytest tests/unit tests/contract -m "not slow"

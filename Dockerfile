@@ -1,0 +1,29 @@
+# Forebay on CPU: server and gateway, no torch.
+FROM python:3.11-slim AS build
+WORKDIR /src
+RUN pip install --no-cache-dir uv
+COPY pyproject.toml constraints.txt README.md ./
+COPY protos protos
+COPY tools tools
+COPY contract contract
+COPY server server
+COPY gateway gateway
+COPY exporters exporters
+COPY cli cli
+RUN uv venv /opt/forebay \
+ && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[server,gateway,sklearn,redis,otel]" pip
+
+FROM python:3.11-slim
+RUN useradd --create-home --uid 10001 forebay
+COPY --from=build /opt/forebay /opt/forebay
+ENV PATH=/opt/forebay/bin:$PATH \
+    FOREBAY_HOME=/data \
+    FOREBAY_GRPC__HOST=0.0.0.0 \
+    FOREBAY_HTTP__HOST=0.0.0.0
+RUN mkdir /data && chown forebay /data
+USER forebay
+VOLUME /data
+EXPOSE 50051 8080
+HEALTHCHECK --start-period=180s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz')"]
+# Beyond loopback keys are asked for: `docker exec ... forebay keys create NAME` makes the first.
+CMD ["forebay", "up"]

@@ -1,0 +1,8 @@
+"""`make bench`: every benchmark of the repository, one after the other."""
+
+from __future__ import annotations
+
+from benchmarks import embedding_overhead
+
+if __name__ == "__main__":
+    embedding_overhead.main()
