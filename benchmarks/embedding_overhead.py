@@ -12,7 +12,6 @@ import argparse
 import json
 import threading
 import time
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 

@@ -27,12 +27,22 @@ def main() -> None:
             facts = [method.kind.replace("_", " "), f"scope `{method.scope}`"]
             if path in places:
                 facts.append(f"`{places[path].verb} {places[path].path}`")
-            lines += [f"{', '.join(facts)}; `{descriptor.input_type.name}` to `{descriptor.output_type.name}`.", ""]
+            lines += [
+                f"{', '.join(facts)}; `{descriptor.input_type.name}` to `{descriptor.output_type.name}`.",
+                "",
+            ]
             for message in (descriptor.input_type, descriptor.output_type):
                 _collect(message, seen)
     lines += ["## Messages", ""]
     for name in sorted(seen):
-        lines += [f"### {name}", "", words.get(name, ""), "", "| field | type | meaning | constraints |", "|---|---|---|---|"]
+        lines += [
+            f"### {name}",
+            "",
+            words.get(name, ""),
+            "",
+            "| field | type | meaning | constraints |",
+            "|---|---|---|---|",
+        ]
         lines += [_row(f, words) for f in seen[name].fields] + [""]
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text("\n".join(lines))
@@ -51,7 +61,11 @@ def _collect(message: Any, seen: dict[str, Any]) -> None:
 
 
 def _row(field: Any, words: Any) -> str:
-    names = {v: k.removeprefix("TYPE_").lower() for k, v in vars(cast(Any, type(field))).items() if k.startswith("TYPE_")}
+    names = {
+        v: k.removeprefix("TYPE_").lower()
+        for k, v in vars(cast(Any, type(field))).items()
+        if k.startswith("TYPE_")
+    }
     kind = field.message_type or field.enum_type
     text = kind.name if kind is not None else names.get(field.type, "")
     rule = options_of(field)

@@ -36,10 +36,9 @@ def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> A
 @app.command()
 def create(
     name: str,
-    scope: Annotated[list[str], typer.Option(help="infer, read, admin; repeat for several.")] = [
-        "infer",
-        "read",
-    ],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="infer, read, admin; default: infer and read.")
+    ] = None,
     rps: Annotated[float | None, typer.Option(help="Calls per second.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option()] = None,
     max_concurrency: Annotated[int | None, typer.Option()] = None,
@@ -48,11 +47,12 @@ def create(
     """Make a key. Its secret is printed once and stored nowhere."""
     from forebay_server.access.keys import SCOPES, Limits
 
-    wrong = [s for s in scope if s not in SCOPES]
+    scopes = tuple(scope or ("infer", "read"))
+    wrong = [s for s in scopes if s not in SCOPES]
     if wrong:
         raise typer.BadParameter(f"{wrong[0]!r}; allowed are {', '.join(SCOPES)}")
     limits = Limits(rps, None, tokens_per_minute, max_concurrency)
-    _, secret = _with_store(config, lambda s: s.create(name, tuple(scope), limits=limits))
+    _, secret = _with_store(config, lambda s: s.create(name, scopes, limits=limits))
     typer.echo(secret)
 
 

@@ -55,8 +55,8 @@ def export_huggingface(
         ImportError: the extra `export` is not installed.
     """
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise ImportError(f"{e.name} is not installed: pip install 'forebay[export]'") from None
     if precision not in PRECISIONS:
@@ -93,9 +93,7 @@ def export_huggingface(
         elif precision == "int8":
             quantize.int8_dynamic(fused, final)
         elif precision == "int8-static":
-            quantize.int8_static(
-                fused, final, (encoder.feeds(t, final=False) for t in calibration or ())
-            )
+            quantize.int8_static(fused, final, (encoder.feeds(t) for t in calibration or ()))
         else:
             shutil.copy(fused, final)
         parity = report(
@@ -131,7 +129,7 @@ class _Encoder:
         types = getattr(model.config, "type_vocab_size", 0) or 0
         self.names = ["input_ids", "attention_mask"] + (["token_type_ids"] if types > 1 else [])
 
-    def feeds(self, text: str, final: bool = True) -> dict[str, Any]:
+    def feeds(self, text: str) -> dict[str, Any]:
         """One text as the model's inputs."""
         encoding = self.tokenizer.encode(text)
         values = {
@@ -143,7 +141,7 @@ class _Encoder:
 
     def original(self, texts: Sequence[str], output: str) -> Any:
         """The first token's vector, or the logits, of each text."""
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         rows = []
         with torch.no_grad():
@@ -171,7 +169,7 @@ def _row(values: Any) -> Any:
 
 
 def _to_onnx(model: Any, encoder: _Encoder, output: str, path: Path) -> None:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     class Wrapped(torch.nn.Module):
         """Positional inputs in, one tensor out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -60,7 +60,9 @@ def export_sklearn(
     ]
     options = {"zipmap": False} if classifier else None
     try:
-        model = to_onnx(estimator, initial_types=types, options=_options(estimator, options))
+        model = cast(Any, to_onnx)(
+            estimator, initial_types=types, options=_options(estimator, options)
+        )
     except Exception as e:
         raise ExportError(f"{type(estimator).__name__} cannot be converted to ONNX: {e}") from e
     with version_folder(root, name, version) as folder:
@@ -69,7 +71,7 @@ def export_sklearn(
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         outputs = [o.name for o in session.get_outputs()]
         feeds = to_feeds(features, sample)
-        values = session.run(outputs, feeds)
+        values: list[Any] = list(session.run(outputs, feeds))
         tabular: dict[str, Any] = {
             "features": features,
             "layout": "columns",
@@ -128,7 +130,7 @@ def describe_features(sample: pd.DataFrame, units: Mapping[str, str]) -> list[di
     """Types, ranges and categories, as seen in the sample."""
     out: list[dict[str, Any]] = []
     for name in sample.columns:
-        column = sample[name]
+        column: Any = sample[name]
         one: dict[str, Any] = {"name": str(name), "unit": units.get(str(name), "")}
         if pd.api.types.is_bool_dtype(column):
             one |= {"type": "boolean", "nullable": False}

@@ -8,6 +8,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import forebay.methods
 import grpc
@@ -66,7 +67,7 @@ class Server:
         self.metrics_port = 0
         self._grpc: aio.Server | None = None
         self._background: list[asyncio.Task[None]] = []
-        self._health = health.aio.HealthServicer()
+        self._health: Any = cast(Any, health).aio.HealthServicer()
 
     async def start(self) -> None:
         """Open state, load models, listen. Ready (health SERVING) when the models are."""

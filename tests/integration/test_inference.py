@@ -218,7 +218,7 @@ def test_rerank_with_an_embedding_model(live: Live) -> None:
             return_documents=True,
         )
     )
-    assert [r.index for r in answer.results][0] == 1
+    assert next(r.index for r in answer.results) == 1
     assert len(answer.results) == 2
     assert answer.results[0].document == "Vaccines train the immune system."
 
@@ -260,7 +260,7 @@ def test_stream_gives_earlier_answers_before_its_error(live: Live) -> None:
     )
     got = []
     with pytest.raises(grpc.RpcError) as caught:
-        for answer in stub.PredictStream(requests):
+        for answer in stub.PredictStream(requests):  # noqa: PERF402
             got.append(answer)
     assert len(got) == 1
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -22,13 +22,14 @@ HOUSING_UNITS = {
 }
 
 
-def housing_data(data: Path | None, cache: Path) -> tuple[pd.DataFrame, pd.Series[Any], str] | None:
+def housing_data(data: Path | None, cache: Path) -> tuple[pd.DataFrame, Any, str] | None:
     """California housing: features, price, and where it is from; None when it cannot be had."""
     for folder in [data, cache] if data else [cache]:
         path = (folder / "tabular" / "california_housing.csv.gz") if folder else None
         if path is not None and path.exists():
             table = pd.read_csv(path)
-            return table.drop(columns="median_house_value"), table["median_house_value"], path.name
+            target: Any = table["median_house_value"]
+            return table.drop(columns="median_house_value"), target, path.name
     try:
         from sklearn.datasets import fetch_california_housing
 
@@ -104,7 +105,7 @@ def _with_gaps(sample: pd.DataFrame, whole: pd.DataFrame) -> pd.DataFrame:
     """The held-out rows; a column with gaps anywhere in the data may have gaps in requests."""
     out = sample.copy()
     for column in whole.columns[whole.isna().any()]:
-        if not out[column].isna().any():
+        if not bool(out[column].isna().any()):
             out.iloc[0, out.columns.get_loc(column)] = np.nan
     return out
 

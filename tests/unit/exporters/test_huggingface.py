@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from forebay_exporters.huggingface import export_huggingface  # noqa: E402
 
 WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] a short sentence the quick brown fox jumps over lazy dog and".split()
+    ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "short", "sentence", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and"]
 )
 
 
