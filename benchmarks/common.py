@@ -21,7 +21,22 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".forebay"
 PROTOSET = ROOT / "contract" / "forebay" / "contract.binpb"
 RESULTS = ROOT / "benchmarks" / "results"
-WORDS = ["the", "of", "a", "time", "river", "water", "power", "house", "light", "stone", "field", "wind", "city", "paper"]
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "time",
+    "river",
+    "water",
+    "power",
+    "house",
+    "light",
+    "stone",
+    "field",
+    "wind",
+    "city",
+    "paper",
+]
 
 
 def starters() -> Path:

@@ -128,6 +128,15 @@ def _packed_bounds(rule: constraints_pb2.FieldConstraints) -> Check | None:
     return check
 
 
+def _timestamp(value: Any, path: str, out: list[FieldViolation]) -> None:
+    """Years 1 to 9999, as protobuf's JSON has them: any other bits can be sent, but mean no time."""
+    if not -62135596800 <= value.seconds <= 253402300799 or not 0 <= value.nanos <= 999_999_999:
+        out.append(FieldViolation(path.rstrip("."), "is no time between the years 1 and 9999"))
+
+
+_WELL_KNOWN: dict[str, Check] = {"google.protobuf.Timestamp": _timestamp}
+
+
 class Validator:
     """Compiled constraints of one message type. Recursive types are compiled once."""
 
@@ -169,6 +178,8 @@ class Validator:
         )
         if own and not is_map:
             nested = self.compile(cast(Descriptor, field.message_type))
+        elif field.message_type is not None:
+            nested = _WELL_KNOWN.get(field.message_type.full_name)
         if field.is_repeated:
             return self._repeated(field, rule, nested)
         element = _element_check(field, rule)

@@ -260,8 +260,8 @@ def test_stream_gives_earlier_answers_before_its_error(live: Live) -> None:
     )
     got = []
     with pytest.raises(grpc.RpcError) as caught:
-        for answer in stub.PredictStream(requests):  # noqa: PERF402
-            got.append(answer)
+        for answer in stub.PredictStream(requests):
+            got.append(answer)  # noqa: PERF402
     assert len(got) == 1
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from forebay.errors import ForebayError, Internal, InvalidArgument, PermissionDenied
 
@@ -18,6 +19,7 @@ from forebay_server.repository import LoadedModel, ModelRepository
 from forebay_server.repository.manifest import Manifest
 
 log = logging.getLogger("forebay.dataplane")
+T = TypeVar("T")
 
 
 class ItemCache(Protocol):
@@ -170,6 +172,19 @@ def guarded(call: Call, run: Callable[[], None]) -> None:
             ),
             cause=e,
         )
+
+
+def attempt(call: Call, make: Callable[[], T]) -> T | None:
+    """A step's value; None when it failed, which has ended this call and no other."""
+    out: list[T] = []
+    guarded(call, lambda: out.append(make()))
+    return out[0] if out else None
+
+
+def jobs_of(calls: Sequence[Call], make: Callable[[Call], T]) -> list[T]:
+    """One job per call; a call whose job cannot be made is ended alone."""
+    made = [attempt(call, partial(make, call)) for call in calls]
+    return [job for job in made if job is not None]
 
 
 def located(error: BaseException, path: str | None) -> ForebayError:

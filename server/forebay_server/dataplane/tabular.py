@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from forebay.errors import FieldViolation, ForebayError, InvalidArgument, TooLarge
+from forebay.errors import FieldViolation, InvalidArgument, TooLarge
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
 from forebay_server.core.interfaces import Completion, EngineRequest, Item
-from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded, located
+from forebay_server.dataplane.models import (
+    ModelAccess,
+    ServedModel,
+    attempt,
+    guarded,
+    located,
+)
 from forebay_server.repository.manifest import Feature, TabularHead
 
 TASKS = ("tabular-regression", "tabular-classification")
@@ -73,20 +80,24 @@ class TabularPipeline:
         for model, group in groups.values():
             self._start(model, group)
 
+    def _checked(
+        self, head: TabularHead, job: TabularJob
+    ) -> tuple[Table, dict[str, NDArray[Any]], list[list[str]]]:
+        table = job.table()
+        if table.rows > self._max_items:
+            raise TooLarge("rows", size=table.rows, limit=self._max_items, unit="rows")
+        return table, *to_tensors(head, table)
+
     def _start(self, model: ServedModel, jobs: list[TabularJob]) -> None:
         head = model.manifest.tabular_head
         batch = model.client.spec.policy.max_batch_size
         live: list[tuple[TabularJob, list[list[str]]]] = []
         requests: list[EngineRequest] = []
         for job in jobs:
-            try:
-                table = job.table()
-                if table.rows > self._max_items:
-                    raise TooLarge("rows", size=table.rows, limit=self._max_items, unit="rows")
-                tensors, warnings = to_tensors(head, table)
-            except ForebayError as e:
-                job.call.fail(e)
+            checked = attempt(job.call, partial(self._checked, head, job))
+            if checked is None:
                 continue
+            table, tensors, warnings = checked
             facts = job.call.facts
             facts.model, facts.version, facts.items = model.name, model.version, table.rows
             items = [

@@ -10,14 +10,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from forebay.errors import ForebayError, InvalidArgument, TooLarge
+from forebay.errors import InvalidArgument, TooLarge
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
 from forebay_server.core.interfaces import Completion, EngineRequest, Item
-from forebay_server.dataplane.models import ItemCache, ModelAccess, ServedModel, guarded, located
+from forebay_server.dataplane.models import (
+    ItemCache,
+    ModelAccess,
+    ServedModel,
+    attempt,
+    guarded,
+    located,
+)
 from forebay_server.dataplane.tokenization import Encoded, TextInput, Truncate
 
 
@@ -86,19 +94,20 @@ class TextPipeline:
         for model, group in ready.values():
             self._start(model, group)
 
+    def _inputs_of(self, job: TextJob, model: ServedModel) -> Sequence[TextInput]:
+        inputs = job.inputs(model)
+        if len(inputs) > self._max_items:
+            raise TooLarge(job.path, size=len(inputs), limit=self._max_items, unit="items")
+        return inputs
+
     def _start(self, model: ServedModel, jobs: list[TextJob]) -> None:
         """Tokenise the jobs of one model as one batch and submit them."""
         live, inputs, truncate, paths = [], [], [], []
         for job in jobs:
-            try:
-                job._inputs = job.inputs(model)
-                if len(job._inputs) > self._max_items:
-                    raise TooLarge(
-                        job.path, size=len(job._inputs), limit=self._max_items, unit="items"
-                    )
-            except ForebayError as e:
-                job.call.fail(e)
+            found = attempt(job.call, partial(self._inputs_of, job, model))
+            if found is None:
                 continue
+            job._inputs = found
             live.append(job)
             inputs.extend(job._inputs)
             truncate.extend([job.truncate] * len(job._inputs))

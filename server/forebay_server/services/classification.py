@@ -7,12 +7,12 @@ from typing import cast
 
 import numpy as np
 from forebay.constraints import Validator
-from forebay.errors import ForebayError, InvalidArgument
+from forebay.errors import InvalidArgument
 from forebay.v1 import classification_pb2 as pb
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane import heads
-from forebay_server.dataplane.models import ServedModel
+from forebay_server.dataplane.models import ServedModel, jobs_of
 from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
 from forebay_server.dataplane.tokenization import TextInput
 from forebay_server.services.base import Service, answers_in_order
@@ -32,16 +32,7 @@ class ClassificationService(Service):
 
     def classify(self, calls: Sequence[Call]) -> None:
         """Classify."""
-        jobs = []
-        for call in calls:
-            request = cast(pb.ClassifyRequest, call.request)
-            try:
-                jobs.append(
-                    _zero_shot(call, request) if request.candidate_labels else _plain(call, request)
-                )
-            except ForebayError as e:
-                call.fail(e)
-        self._texts.run(jobs)
+        self._texts.run(jobs_of(calls, _job))
 
     def classify_stream(
         self, call: Call, requests: AsyncIterator[pb.ClassifyStreamRequest]
@@ -56,6 +47,11 @@ class ClassificationService(Service):
             lambda r: r.request,
             lambda data: pb.ClassifyStreamResponse(response=pb.ClassifyResponse.FromString(data)),
         )
+
+
+def _job(call: Call) -> TextJob:
+    request = cast(pb.ClassifyRequest, call.request)
+    return _zero_shot(call, request) if request.candidate_labels else _plain(call, request)
 
 
 def _plain(call: Call, request: pb.ClassifyRequest) -> TextJob:

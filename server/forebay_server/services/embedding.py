@@ -7,13 +7,13 @@ from typing import cast
 
 import numpy as np
 from forebay.constraints import Validator
-from forebay.errors import ForebayError, InvalidArgument
+from forebay.errors import InvalidArgument
 from forebay.twin.v1 import embedding_pb2 as twin
 from forebay.v1 import embedding_pb2
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane import heads
-from forebay_server.dataplane.models import ServedModel
+from forebay_server.dataplane.models import ServedModel, jobs_of
 from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
 from forebay_server.dataplane.tokenization import TextInput
 from forebay_server.services.base import Service, answers_in_order
@@ -33,13 +33,8 @@ class EmbeddingService(Service):
 
     def embed(self, calls: Sequence[Call]) -> None:
         """Embed."""
-        jobs = []
-        for call in calls:
-            try:
-                jobs.append(_job(call, cast(embedding_pb2.EmbedRequest, call.request)))
-            except ForebayError as e:
-                call.fail(e)
-        self._texts.run(jobs)
+        make = lambda c: _job(c, cast(embedding_pb2.EmbedRequest, c.request))  # noqa: E731
+        self._texts.run(jobs_of(calls, make))
 
     def embed_stream(
         self, call: Call, requests: AsyncIterator[embedding_pb2.EmbedStreamRequest]

@@ -11,7 +11,7 @@ from forebay.v1 import rerank_pb2 as pb
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane import heads
-from forebay_server.dataplane.models import ServedModel
+from forebay_server.dataplane.models import ServedModel, jobs_of
 from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
 from forebay_server.dataplane.tokenization import TextInput
 from forebay_server.services.base import Service
@@ -28,7 +28,7 @@ class RerankService(Service):
 
     def rerank(self, calls: Sequence[Call]) -> None:
         """Rerank."""
-        self._texts.run([_job(c, cast(pb.RerankRequest, c.request)) for c in calls])
+        self._texts.run(jobs_of(calls, lambda c: _job(c, cast(pb.RerankRequest, c.request))))
 
 
 def _job(call: Call, request: pb.RerankRequest) -> TextJob:

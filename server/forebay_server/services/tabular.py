@@ -13,7 +13,7 @@ from forebay.v1 import tabular_pb2 as pb
 from google.protobuf.struct_pb2 import Struct
 
 from forebay_server.core.call import Call
-from forebay_server.dataplane.models import ModelAccess
+from forebay_server.dataplane.models import ModelAccess, jobs_of
 from forebay_server.dataplane.tabular import (
     TASKS,
     Table,
@@ -45,7 +45,7 @@ class TabularService(Service):
 
     def predict(self, calls: Sequence[Call]) -> None:
         """Predict."""
-        self._tables.run([_job(c, cast(pb.PredictRequest, c.request)) for c in calls])
+        self._tables.run(jobs_of(calls, lambda c: _job(c, cast(pb.PredictRequest, c.request))))
 
     def predict_stream(
         self, call: Call, requests: AsyncIterator[pb.PredictStreamRequest]
@@ -150,7 +150,12 @@ def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
             )
     if rows == 0:
         raise InvalidArgument.at("columns[0]", "has no values")
-    return Table(out, rows, lambda name, i: f"columns[{place[name]}] value {i}")
+
+    def path(name: str, i: int) -> str:
+        # A feature without a column is missing in every row.
+        return f"columns[{place[name]}] value {i}" if name in place else f"columns ({name})"
+
+    return Table(out, rows, path)
 
 
 def _reply(call: Call, outcome: TabularOutcome) -> None:

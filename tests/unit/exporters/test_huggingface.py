@@ -12,9 +12,24 @@ transformers = pytest.importorskip("transformers")
 
 from forebay_exporters.huggingface import export_huggingface  # noqa: E402
 
-WORDS = (
-    ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "short", "sentence", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and"]
-)
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "short",
+    "sentence",
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "and",
+]
 
 
 def tokenizer(folder: Path) -> None:
