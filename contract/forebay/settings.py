@@ -3,20 +3,33 @@
 In rising order: defaults, a YAML file (`--config` or FOREBAY_CONFIG), environment variables, flags.
 A variable names its setting with two underscores between levels: FOREBAY_GRPC__PORT is `grpc.port`.
 FOREBAY_HOME, FOREBAY_GRPC_PORT and FOREBAY_HTTP_PORT are short names. An unknown key, in the file
-or in the environment, stops the start as a wrong value does, with a line that names it.
+or in the environment, stops the start as a wrong value does, with a line that names it. Lists are
+given as YAML in variables: FOREBAY_MODELS__PROVIDERS='[cuda, cpu]'. Variables that Kubernetes makes
+for a service named forebay (FOREBAY_SERVICE_HOST, FOREBAY_PORT=tcp://...) are nobody's settings and
+are passed over.
 """
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 PREFIX = "FOREBAY_"
 #: Short names of the settings that everybody sets.
@@ -27,6 +40,13 @@ SHORT = {
     "FOREBAY_CONFIG": "",
     "FOREBAY_DATA": "data",
 }
+#: Settings that may hold passwords: never shown, not even in an error.
+SECRET = ("storage.database", "storage.redis")
+#: What Kubernetes puts into the environment of pods for each service of their namespace.
+_SERVICE_LINK = re.compile(
+    r"FOREBAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
 
 
 class SettingsError(Exception):
@@ -34,7 +54,13 @@ class SettingsError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        """Paths may start with ~."""
+        return value.expanduser() if isinstance(value, Path) else value
 
 
 class GrpcSettings(_Section):
@@ -51,6 +77,15 @@ class GrpcSettings(_Section):
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> GrpcSettings:
+        """Half of a TLS setting would listen in the clear: refuse it."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; one of them is missing")
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
 
 
 class HttpSettings(_Section):
@@ -77,7 +112,7 @@ class ModelSettings(_Section):
     memory_budget_bytes: int = Field(default=0, ge=0, description="0 = no bound")
     providers: list[Literal["tensorrt", "cuda", "cpu"]] = ["cpu"]
     intra_op_threads: int = Field(default=0, ge=0, description="0 = by the model's kind")
-    max_batch_tokens: int = Field(default=0, ge=0, description="0 = by the device")
+    max_batch_tokens: int = Field(default=8192, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
     max_batch_rows: int = Field(default=256, ge=1, description="for models on rows and tensors")
     max_queue_size: int = Field(default=4096, ge=1)
@@ -119,7 +154,7 @@ class ObservabilitySettings(_Section):
 class Settings(_Section):
     """The whole tree."""
 
-    home: Path = Path("~/.forebay")
+    home: Path = Path("~/.forebay").expanduser()
     data: Path | None = Field(default=None, description="folder with data for the starter models")
     grpc: GrpcSettings = GrpcSettings()
     http: HttpSettings = HttpSettings()
@@ -149,7 +184,10 @@ class Settings(_Section):
 
     def check_exposure(self) -> None:
         """Raise SettingsError for a server that listens beyond loopback and asks for no keys."""
-        for name, host in (("grpc.host", self.grpc.host), ("http.host", self.http.host)):
+        bound = [("grpc.host", self.grpc.host)]
+        if self.http.enabled:
+            bound.append(("http.host", self.http.host))
+        for name, host in bound:
             if (
                 not is_loopback(host)
                 and not self.keys_required
@@ -211,26 +249,45 @@ def load_settings(
     for variable, value in env.items():
         if not variable.startswith(PREFIX) or (variable in SHORT and not SHORT[variable]):
             continue
+        if _SERVICE_LINK.fullmatch(variable) or _SERVICE_URL.match(value):
+            continue
         name = SHORT.get(variable) or variable.removeprefix(PREFIX).lower().replace("__", ".")
         if name not in _NAMES:
-            raise SettingsError(f"{variable} names no setting; `forebay config` lists them all")
-        values[name], sources[name] = _typed(value), variable
+            raise SettingsError(f"{variable} names no setting.{_hint(name)}")
+        values[name], sources[name] = _typed(name, value), variable
     for name, value in (flags or {}).items():
         if value is not None:
             values[name], sources[name] = value, "--" + name.replace(".", "-")
     try:
         settings = Settings.model_validate(_nest(values))
     except ValidationError as e:
-        first = e.errors()[0]
-        parts = [str(p) for p in first["loc"]]
-        name = ".".join(parts)
-        source = next((s for n, s in sources.items() if name.startswith(n) or n == name), "default")
-        secret = parts[-1] in ("database", "redis")
-        shown = "" if secret else f" is {first.get('input')!r}"
-        raise SettingsError(f"{name}{shown} (from {source}): {first['msg']}") from None
-    home = settings.home.expanduser()
-    home = home if home.is_absolute() else Path.cwd() / home
-    return Loaded(settings.model_copy(update={"home": home}), sources)
+        raise SettingsError(_complaint(e, values, sources)) from None
+    return Loaded(settings.model_copy(update={"home": settings.home.absolute()}), sources)
+
+
+def _complaint(
+    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]
+) -> str:
+    """One line on the first fault: key, value, source, what is allowed."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = ".".join(str(p) for p in first["loc"])
+    given = next((n for n in values if name == n or name.startswith(f"{n}.")), None)
+    if given is None:  # a rule about a whole section: blame what was given of it
+        given = next((n for n in values if n.startswith(f"{name}.")), None)
+    source = sources[given] if given is not None else "default"
+    if first["type"] == "extra_forbidden":
+        return f"{name} (from {source}) names no setting.{_hint(name)}"
+    said = first["msg"].removeprefix("Value error, ")
+    if given is None or not name.startswith(given):
+        return f"{name} (from {source}): {said}"
+    secret = any(name == s or s.startswith(f"{name}.") for s in SECRET)
+    return f"{name} is {'<hidden>' if secret else repr(values[given])} (from {source}): {said}"
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, _NAMES, n=3)
+    meant = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"{meant} `forebay config` lists them all"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -243,19 +300,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _typed(text: str) -> Any:
-    """A variable's value as YAML would read it, so that lists and booleans can be set."""
+def _typed(name: str, text: str) -> Any:
+    """A variable's value: lists as YAML, everything else as text, which Pydantic converts."""
+    if name not in _LISTS:
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    return text if value is None or isinstance(value, dict) else value
+    return [value] if isinstance(value, str) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     out: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if value is None and not prefix and name in _SECTIONS:
+            continue  # `grpc:` with nothing below it
         out.extend(_flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)])
     return out
 
@@ -266,9 +327,20 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
         at = out
         *parents, last = name.split(".")
         for part in parents:
-            at = at.setdefault(part, {})
-        at[last] = value
+            below = at.setdefault(part, {})
+            if not isinstance(below, dict):  # `grpc: 5` in the file: let Pydantic name it
+                break
+            at = below
+        else:
+            at[last] = value
     return out
 
 
-_NAMES = {name for name, _ in _flatten(Settings().model_dump(mode="json"))}
+_SECTIONS = frozenset(
+    name
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+)
+_DEFAULTS = dict(_flatten(Settings().model_dump(mode="json")))
+_NAMES = frozenset(_DEFAULTS)
+_LISTS = frozenset(name for name, value in _DEFAULTS.items() if isinstance(value, list))
