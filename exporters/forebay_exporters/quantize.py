@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ def int8_dynamic(source: Path, target: Path, leave_out: Sequence[str] = ()) -> N
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # It warns of pre-processing and of types that it cannot infer: the graph is fused already.
+    logging.getLogger().addFilter(_quiet)
     quantize_dynamic(
         source,
         target,
@@ -31,6 +34,13 @@ def int8_dynamic(source: Path, target: Path, leave_out: Sequence[str] = ()) -> N
         nodes_to_exclude=list(leave_out),
         # Shape inference does not know the fused operators; every tensor here is a float.
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": 1},
+    )
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not text.startswith(
+        ("Please consider to run pre-processing", "Failed to infer data type")
     )
 
 

@@ -168,8 +168,13 @@ def make_int8(root: Path, cache: Path, progress: Progress, name: str = "minilm-i
 
 
 def sensitive_layers(config: dict[str, Any]) -> list[str]:
-    """Nodes that stay fp32: the narrowing product after each GELU, whose inputs have outliers."""
-    return [f"l{i}.narrow" for i in range(int(config["num_hidden_layers"]))]
+    """Nodes that stay fp32: both products around each GELU, where activations have outliers.
+
+    Measured on 400 SST sentences, least cosine to fp32: 0.976 with all int8, 0.983 with the second
+    product fp32, 0.994 with both.
+    """
+    layers = range(int(config["num_hidden_layers"]))
+    return [f"l{i}.{which}" for i in layers for which in ("wide", "narrow")]
 
 
 def _head(limit: int) -> dict[str, Any]:

@@ -106,12 +106,12 @@ def load(
         if isinstance(e, ForebayError):
             raise
         raise rejected(f"the model fails on a first run: {e}") from e
-    _trim()
+    trim()
     client = BatchingEngineClient(engines, observer=observer(name, version))
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give memory that loading freed back to the system: 70 MB with the starter models (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

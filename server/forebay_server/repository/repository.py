@@ -7,6 +7,7 @@ read dictionaries that are replaced as a whole. Loads run in threads.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
@@ -19,7 +20,7 @@ from forebay.errors import FailedPrecondition, ForebayError, NotFound, Unavailab
 from forebay_server.core.batcher import BatchReport
 from forebay_server.core.interfaces import EngineRequest
 from forebay_server.repository import routing
-from forebay_server.repository.loading import Defaults, LoadedModel, load
+from forebay_server.repository.loading import Defaults, LoadedModel, load, trim
 from forebay_server.repository.manifest import Manifest, ModelConfig, read_config
 from forebay_server.repository.scan import FolderModel, scan
 from forebay_server.repository.state import HistoryEvent, RepositoryState, Routing
@@ -97,6 +98,9 @@ class ModelRepository:
         """Read state and folders, load what is to be preloaded. A bad model hurts no other."""
         self.routings = await self._state.load()
         await self.refresh(first=True)
+        gc.collect()
+        gc.freeze()  # what was made at start lives as long as the server: no need to look at it again
+        trim()
         self.started = True
 
     async def close(self, timeout_s: float = 10.0) -> None:

@@ -36,7 +36,7 @@ def make(root: Path, cache: Path, progress: minilm.Progress, name: str = "sentim
         full = folder / "full.onnx"
         onnx.save(graph.build((head["weight"], head["bias"])), full)
         quantize.int8_dynamic(
-            full, folder / "model.onnx", [*minilm.sensitive_layers(config), "embed", "logits"]
+            full, folder / "model.onnx", [*minilm.sensitive_layers(config), "logits"]
         )
         shutil.copy(source / "tokenizer.json", folder)
         _, limit = minilm.encoder(source)
