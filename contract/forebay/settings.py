@@ -112,7 +112,7 @@ class ModelSettings(_Section):
     memory_budget_bytes: int = Field(default=0, ge=0, description="0 = no bound")
     providers: list[Literal["tensorrt", "cuda", "cpu"]] = ["cpu"]
     intra_op_threads: int = Field(default=0, ge=0, description="0 = by the model's kind")
-    max_batch_tokens: int = Field(default=8192, ge=1)
+    max_batch_tokens: int = Field(default=0, ge=0, description="0 = by the device")
     max_batch_size: int = Field(default=32, ge=1)
     max_batch_rows: int = Field(default=256, ge=1, description="for models on rows and tensors")
     max_queue_size: int = Field(default=4096, ge=1)
