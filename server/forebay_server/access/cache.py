@@ -8,6 +8,7 @@ away costs a metric and nothing else.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +21,8 @@ log = logging.getLogger("forebay.access")
 ENTRY_BYTES = 300
 #: Seconds without trying after Redis failed.
 REST_S = 5.0
+#: Puts that may wait for the writer; beyond it they are dropped: a cache may forget.
+MAX_PUTS = 1000
 
 Observe = Callable[[str, int, int], None]
 
@@ -68,6 +71,8 @@ class ProcessCache:
 
     def put_many(self, model: str, version: int, values: Mapping[bytes, bytes]) -> None:
         """Keep values; the least recently used ones go when there is no room."""
+        if not self._max:
+            return
         with self._lock:
             for key, value in values.items():
                 full = (model, version, key)
@@ -82,7 +87,16 @@ class ProcessCache:
 
 
 class RedisCache:
-    """Values in Redis, each with an expiry. Short timeouts; after a failure it rests a while."""
+    """Values in Redis, each with an expiry. Short timeouts; after a failure it rests a while.
+
+    Look-ups run on ingest threads; values are written by a thread of its own, so that no engine
+    waits for the network.
+
+    Args:
+        ttl_s: seconds for which a value is kept.
+        observe: told model, hits and misses of each look-up.
+        bypassed: told of each look-up or write that failed or was left out.
+    """
 
     def __init__(
         self,
@@ -90,6 +104,7 @@ class RedisCache:
         ttl_s: int,
         observe: Observe = lambda m, h, x: None,
         clock: Callable[[], float] = time.monotonic,
+        bypassed: Callable[[], None] = lambda: None,
     ) -> None:
         import redis
 
@@ -97,8 +112,12 @@ class RedisCache:
         self._error = redis.RedisError
         self._ttl = ttl_s
         self._observe = observe
+        self._bypassed = bypassed
         self._clock = clock
         self._resting_until = 0.0
+        self._puts: queue.Queue[dict[bytes, bytes] | None] = queue.Queue(MAX_PUTS)
+        self._writer = threading.Thread(target=self._write, name="cache-writer", daemon=True)
+        self._writer.start()
 
     @property
     def enabled(self) -> bool:
@@ -107,26 +126,55 @@ class RedisCache:
 
     def get_many(self, model: str, version: int, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """Values in the order of the keys; None where there is none."""
-        try:
-            out = self._redis.mget([_name(model, version, k) for k in keys])
-        except self._error as e:
-            self._rest(e)
-            out = [None] * len(keys)
+        out: Sequence[bytes | None] = [None] * len(keys)
+        if not self.enabled:
+            self._bypassed()
+        elif keys:
+            try:
+                out = self._redis.mget([_name(model, version, k) for k in keys])
+            except self._error as e:
+                self._rest(e)
         hits = sum(v is not None for v in out)
         self._observe(model, hits, len(out) - hits)
         return out
 
     def put_many(self, model: str, version: int, values: Mapping[bytes, bytes]) -> None:
-        """Keep values for the time to live."""
+        """Hand values to the writer. Never blocks."""
+        if not values:
+            return
         try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for key, value in values.items():
-                    pipe.set(_name(model, version, key), value, ex=self._ttl)
-                pipe.execute()
-        except self._error as e:
-            self._rest(e)
+            self._puts.put_nowait({_name(model, version, k): v for k, v in values.items()})
+        except queue.Full:
+            self._bypassed()
+
+    def flush(self) -> None:
+        """Wait until all values so far are written or given up."""
+        self._puts.join()
+
+    def close(self) -> None:
+        """Write what waits, and end the writer."""
+        self._puts.put(None)
+        self._writer.join(timeout=5)
+        self._redis.close()
+
+    def _write(self) -> None:
+        while (values := self._puts.get()) is not None:
+            try:
+                if self.enabled:
+                    with self._redis.pipeline(transaction=False) as pipe:
+                        for name, value in values.items():
+                            pipe.set(name, value, ex=self._ttl)
+                        pipe.execute()
+                else:
+                    self._bypassed()
+            except self._error as e:
+                self._rest(e)
+            finally:
+                self._puts.task_done()
+        self._puts.task_done()
 
     def _rest(self, error: Exception) -> None:
+        self._bypassed()
         self._resting_until = self._clock() + REST_S
         log.warning("the shared cache is away (%s); it is left alone for %g s", error, REST_S)
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from forebay.errors import NotFound, PermissionDenied, Unauthenticated
@@ -73,17 +75,20 @@ class KeyStore:
         self._database = database
         self.required = required
         self._clock = clock
-        self._keys: dict[str, ApiKey] = {}
-        self._principals: dict[str, Principal] = {}
+        # Replaced as a whole, so that other threads see keys and principals of one moment.
+        self._keys: dict[str, tuple[ApiKey, Principal]] = {}
+        # One reload at a time: an older look at the table must not end up over a newer one, which
+        # would bring a key back that was just revoked.
+        self._reloading = asyncio.Lock()
 
     async def reload(self) -> None:
         """Read all keys anew."""
-        async with self._database.begin() as db:
-            keys = [_from_row(r) for r in await db.execute(sa.select(api_keys))]
-        self._keys = {k.id: k for k in keys}
-        self._principals = {
-            k.id: Principal(k.id, frozenset(k.scopes), frozenset(k.models)) for k in keys
-        }
+        async with self._reloading:
+            async with self._database.read() as db:
+                keys = [_from_row(r) for r in await db.execute(sa.select(api_keys))]
+            self._keys = {
+                k.id: (k, Principal(k.id, frozenset(k.scopes), frozenset(k.models))) for k in keys
+            }
 
     async def keep_fresh(self, every_s: float) -> None:
         """Reload for ever."""
@@ -112,24 +117,24 @@ class KeyStore:
         if not self.required and not token.startswith("fbk_"):
             return None
         key_id, _, secret = token.removeprefix("fbk_").partition("_")
-        key = self._keys.get(key_id)
+        key, principal = self._keys.get(key_id, (None, None))
         given = hashlib.sha256(secret.encode()).digest()
         good = hmac.compare_digest(given, key.secret_hash if key else b"\0" * 32)
-        if kind.lower() != "bearer" or key is None or not good:
+        if kind.lower() != "bearer" or key is None or principal is None or not good:
             raise Unauthenticated("the key is not known", reason="KEY_UNKNOWN")
         if not key.active(self._clock()):
             raise Unauthenticated("the key was revoked or has expired", reason="KEY_INACTIVE")
-        return self._principals[key_id]
+        return principal
 
     def limits(self, key_id: str) -> Limits | None:
         """A key's limits; None for strangers."""
-        key = self._keys.get(key_id)
-        return key.limits if key else None
+        known = self._keys.get(key_id)
+        return known[0].limits if known else None
 
     def list(self, include_inactive: bool) -> list[ApiKey]:
         """Keys, newest first."""
         now = self._clock()
-        keys = [k for k in self._keys.values() if include_inactive or k.active(now)]
+        keys = [k for k, _ in self._keys.values() if include_inactive or k.active(now)]
         return sorted(keys, key=lambda k: (-k.created_at, k.id))
 
     async def create(
@@ -158,31 +163,22 @@ class KeyStore:
         return key, f"fbk_{key_id}_{secret}"
 
     async def revoke(self, key_id: str) -> ApiKey:
-        """Revoke at once and for good. A key that is revoked stays so."""
-        key = self._get(key_id)
-        if key.revoked_at is None:
-            key = replace(key, revoked_at=self._clock())
-            await self._update(key)
-        return key
+        """Revoke at once and for good. A key that is revoked keeps its first time."""
+        when = sa.func.coalesce(api_keys.c.revoked_at, self._clock())
+        return await self._update(key_id, {"revoked_at": when})
 
     async def set_limits(self, key_id: str, limits: Limits) -> ApiKey:
         """Replace a key's limits."""
-        key = replace(self._get(key_id), limits=limits)
-        await self._update(key)
-        return key
+        return await self._update(key_id, asdict(limits))
 
-    def _get(self, key_id: str) -> ApiKey:
-        key = self._keys.get(key_id)
-        if key is None:
-            raise NotFound("key", key_id)
-        return key
-
-    async def _update(self, key: ApiKey) -> None:
+    async def _update(self, key_id: str, columns: dict[str, Any]) -> ApiKey:
+        """Change only these columns: another process may be changing others of the same key."""
+        changed = sa.update(api_keys).where(api_keys.c.id == key_id).values(**columns)
         async with self._database.begin() as db:
-            await db.execute(
-                sa.update(api_keys).where(api_keys.c.id == key.id).values(**_to_row(key))
-            )
+            if (await db.execute(changed)).rowcount == 0:
+                raise NotFound("key", key_id)
         await self.reload()
+        return self._keys[key_id][0]
 
 
 def require_scope(principal: Principal, scope: str) -> None:
@@ -201,11 +197,8 @@ def _to_row(key: ApiKey) -> dict[str, object]:
         "name": key.name,
         "secret_hash": key.secret_hash,
         "scopes": ",".join(key.scopes),
-        "models": ",".join(key.models),
-        "requests_per_second": key.limits.requests_per_second,
-        "burst": key.limits.burst,
-        "tokens_per_minute": key.limits.tokens_per_minute,
-        "max_concurrency": key.limits.max_concurrency,
+        "models": json.dumps(key.models),
+        **asdict(key.limits),
         "created_at": key.created_at,
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
@@ -219,7 +212,7 @@ def _from_row(row: sa.Row[tuple[object, ...]]) -> ApiKey:
         r["name"],
         r["secret_hash"],
         tuple(s for s in r["scopes"].split(",") if s),
-        tuple(m for m in r["models"].split(",") if m),
+        tuple(json.loads(r["models"])),
         Limits(r["requests_per_second"], r["burst"], r["tokens_per_minute"], r["max_concurrency"]),
         r["created_at"],
         r["expires_at"],

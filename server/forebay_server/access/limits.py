@@ -2,16 +2,18 @@
 
 Token buckets, refilled continuously. In process by default; with Redis or Valkey the buckets are
 shared by all servers, each decision one atomic script. Tokens are not known before the work is
-done: a call is admitted while the bucket is positive and its tokens are taken afterwards, so a
+done: a call is admitted while the bucket holds one and its tokens are taken afterwards, so a
 bucket may go into debt by the calls in flight, and later callers wait the debt out.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,22 +24,63 @@ from forebay_server.access.keys import Limits
 
 log = logging.getLogger("forebay.access")
 
+#: What floating-point sums may lack of a whole call: who waited as told is not refused for it. The
+#: bucket keeps the difference as debt, so nothing is overspent.
+SLACK = 1e-6
+#: Seconds without trying after Redis failed: else each call would wait for its timeout.
+REST_S = 2.0
+#: Seconds after which a full house may have room. A guess: no clock says when calls end.
+CONCURRENCY_RETRY_S = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a key stands, for x-ratelimit headers. None = no such limit."""
+    """Where a key stands, for x-ratelimit headers. None = no such limit.
+
+    `reset_*_s`: seconds until the bucket is full again, if nobody calls.
+    """
 
     limit_requests: int | None = None
     remaining_requests: int | None = None
     limit_tokens: int | None = None
     remaining_tokens: int | None = None
+    reset_requests_s: float | None = None
+    reset_tokens_s: float | None = None
+
+    def headers(self) -> list[tuple[str, str]]:
+        """The x-ratelimit headers, named as OpenAI's; resets in seconds as `1.5s`."""
+        values = (
+            ("limit-requests", self.limit_requests, ""),
+            ("remaining-requests", self.remaining_requests, ""),
+            ("reset-requests", self.reset_requests_s, "s"),
+            ("limit-tokens", self.limit_tokens, ""),
+            ("remaining-tokens", self.remaining_tokens, ""),
+            ("reset-tokens", self.reset_tokens_s, "s"),
+        )
+        return [
+            (f"x-ratelimit-{name}", f"{round(value, 3):g}s" if unit else str(value))
+            for name, value, unit in values
+            if value is not None
+        ]
+
+
+class LimitSpent(RateLimited):
+    """A refusal, with where the key stands."""
+
+    def __init__(self, key_id: str, violation: str, wait_s: float, standing: Standing) -> None:
+        super().__init__(
+            f"the key's limit of {violation} is spent; retry after {wait_s:.3f} s",
+            violations=[QuotaViolation(f"key:{key_id}", violation)],
+            retry_after_s=max(wait_s, 0.001),
+        )
+        self.standing = standing
 
 
 class Limiter(Protocol):
     """Admission by key."""
 
     def acquire(self, key_id: str, limits: Limits) -> Standing:
-        """Take one call. Raises RateLimited with a true retry delay; then nothing was taken."""
+        """Take one call. Raises LimitSpent with a true retry delay; then nothing was taken."""
         ...
 
     def release(self, key_id: str, limits: Limits, tokens: int) -> None:
@@ -92,7 +135,7 @@ class ProcessLimiter:
                 if state.requests is None:
                     state.requests = _Bucket(full, now)
                 state.requests.refill(rate, full, now)
-                if state.requests.level < 1:
+                if state.requests.level < 1 - SLACK:
                     wait = (1 - state.requests.level) / rate
                     violation = f"{rate:g} calls per second"
             per_minute = limits.tokens_per_minute
@@ -100,23 +143,19 @@ class ProcessLimiter:
                 if state.tokens is None:
                     state.tokens = _Bucket(float(per_minute), now)
                 state.tokens.refill(per_minute / 60, float(per_minute), now)
-                if state.tokens.level <= 0:
+                if state.tokens.level < 1 - SLACK:
                     needed = (1 - state.tokens.level) / (per_minute / 60)
                     if needed > wait:
                         wait, violation = needed, f"{per_minute} tokens per minute"
             if limits.max_concurrency is not None and state.in_flight >= limits.max_concurrency:
-                wait = max(wait, 0.05)
+                wait = max(wait, CONCURRENCY_RETRY_S)
                 violation = violation or f"{limits.max_concurrency} calls in flight"
             if violation is not None:
-                raise refusal(key_id, violation, wait)
+                raise LimitSpent(key_id, violation, wait, _standing(limits, *_levels(state)))
             if state.requests is not None and rate is not None:
                 state.requests.level -= 1
             state.in_flight += 1
-            return _standing(
-                limits,
-                state.requests.level if state.requests else 0.0,
-                state.tokens.level if state.tokens else 0.0,
-            )
+            return _standing(limits, *_levels(state))
 
     def release(self, key_id: str, limits: Limits, tokens: int) -> None:
         """See Limiter."""
@@ -129,91 +168,136 @@ class ProcessLimiter:
                 state.tokens.level -= tokens
 
 
-def refusal(key_id: str, violation: str, wait: float) -> RateLimited:
-    """The error of a limit that is spent."""
-    return RateLimited(
-        f"the key's limit of {violation} is spent; retry after {wait:.3f} s",
-        violations=[QuotaViolation(f"key:{key_id}", violation)],
-        retry_after_s=max(wait, 0.001),
+def _levels(state: _State) -> tuple[float, float]:
+    return (
+        state.requests.level if state.requests else 0.0,
+        state.tokens.level if state.tokens else 0.0,
     )
 
 
 def _standing(limits: Limits, requests: float, tokens: float) -> Standing:
-    limited = limits.requests_per_second is not None
-    metered = limits.tokens_per_minute is not None
+    rate, per_minute = limits.requests_per_second, limits.tokens_per_minute
+    full = capacity(limits) if rate is not None else 0.0
     return Standing(
-        int(capacity(limits)) if limited else None,
-        max(0, int(requests)) if limited else None,
-        limits.tokens_per_minute,
-        max(0, int(tokens)) if metered else None,
+        int(full) if rate is not None else None,
+        max(0, int(requests + SLACK)) if rate is not None else None,
+        per_minute,
+        max(0, int(tokens + SLACK)) if per_minute is not None else None,
+        max(0.0, full - requests) / rate if rate is not None else None,
+        max(0.0, per_minute - tokens) * 60 / per_minute if per_minute is not None else None,
     )
 
 
-#: KEYS: requests bucket, tokens bucket, calls in flight. ARGV: now, rate, burst, tokens/min, most
-#: in flight, id of the call. -1 = no such limit. Calls in flight are a sorted set with expiry, so
-#: that a server that dies does not hold its permits for ever.
-_ACQUIRE = """
-local now = tonumber(ARGV[1])
-local function bucket(key, rate, full)
-  local v = redis.call('HMGET', key, 'l', 't')
-  local level = tonumber(v[1]) or full
-  local t = tonumber(v[2]) or now
-  return math.min(full, level + math.max(0, now - t) * rate)
+#: What both scripts share. Redis's own clock counts: servers' clocks differ. A bucket that has not
+#: been touched for as long as it takes to fill is forgotten, which changes nothing.
+_LUA = """
+local function clock()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) + tonumber(t[2]) / 1e6
 end
-local rate, burst, tpm, most = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local function level(key, rate, full, now)
+  local v = redis.call('HMGET', key, 'l', 't')
+  local l, t = tonumber(v[1]) or full, tonumber(v[2]) or now
+  return math.min(full, l + math.max(0, now - t) * rate)
+end
+local function keep(key, l, rate, full, now)
+  redis.call('HSET', key, 'l', string.format('%.9f', l), 't', string.format('%.6f', now))
+  redis.call('PEXPIRE', key, math.ceil(math.max(0, full - l) / rate * 1000) + 60000)
+end
+"""
+#: KEYS: requests bucket, tokens bucket, calls in flight. ARGV: rate, burst, tokens/min, most in
+#: flight, id of the call. -1 = no such limit. Calls in flight are a sorted set with a lease, so that
+#: a server that dies does not hold its permits for ever.
+_ACQUIRE = (
+    _LUA
+    + """
+local now = clock()
+local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
+local tpm, most = tonumber(ARGV[3]), tonumber(ARGV[4])
 local wait, what, rl, tl = 0, '', 0, 0
 if rate > 0 then
-  rl = bucket(KEYS[1], rate, burst)
-  if rl < 1 then wait = (1 - rl) / rate; what = 'r' end
+  rl = level(KEYS[1], rate, burst, now)
+  if rl < 1 - 1e-6 then wait = (1 - rl) / rate; what = 'r' end
 end
 if tpm > 0 then
-  tl = bucket(KEYS[2], tpm / 60, tpm)
-  if tl <= 0 and (1 - tl) / (tpm / 60) > wait then wait = (1 - tl) / (tpm / 60); what = 't' end
+  tl = level(KEYS[2], tpm / 60, tpm, now)
+  if tl < 1 - 1e-6 and (1 - tl) / (tpm / 60) > wait then wait = (1 - tl) / (tpm / 60); what = 't' end
 end
 if most > 0 then
   redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - 3600)
-  if redis.call('ZCARD', KEYS[3]) >= most and what == '' then wait = math.max(wait, 0.05); what = 'c' end
+  if redis.call('ZCARD', KEYS[3]) >= most then
+    wait = math.max(wait, 0.05)
+    if what == '' then what = 'c' end
+  end
 end
-if what ~= '' then return {what, tostring(wait), tostring(rl), tostring(tl)} end
-if rate > 0 then
-  rl = rl - 1
-  redis.call('HSET', KEYS[1], 'l', tostring(rl), 't', ARGV[1]); redis.call('EXPIRE', KEYS[1], 3600)
+if what == '' then
+  if rate > 0 then rl = rl - 1; keep(KEYS[1], rl, rate, burst, now) end
+  if most > 0 then redis.call('ZADD', KEYS[3], now, ARGV[5]); redis.call('EXPIRE', KEYS[3], 3600) end
 end
-if tpm > 0 then redis.call('HSET', KEYS[2], 'l', tostring(tl), 't', ARGV[1]); redis.call('EXPIRE', KEYS[2], 3600) end
-if most > 0 then redis.call('ZADD', KEYS[3], now, ARGV[6]); redis.call('EXPIRE', KEYS[3], 3600) end
-return {'', '0', tostring(rl), tostring(tl)}
+return {what, string.format('%.9f', wait), string.format('%.9f', rl), string.format('%.9f', tl)}
 """
+)
+#: KEYS: tokens bucket, calls in flight. ARGV: tokens/min or -1, tokens used, ids of ended calls.
+_RELEASE = (
+    _LUA
+    + """
+local tpm, used = tonumber(ARGV[1]), tonumber(ARGV[2])
+if tpm > 0 and used > 0 then
+  local now = clock()
+  keep(KEYS[1], level(KEYS[1], tpm / 60, tpm, now) - used, tpm / 60, tpm, now)
+end
+for i = 3, #ARGV do redis.call('ZREM', KEYS[2], ARGV[i]) end
+return 0
+"""
+)
 
 
 class RedisLimiter:
-    """Buckets that all servers share. When Redis is away, this process's own buckets decide."""
+    """Buckets that all servers share. When Redis is away, this process's own buckets decide.
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+    Synchronous, with short timeouts: it runs on ingest threads, never on the event loop.
+
+    Args:
+        observe: told of each decision that was made without Redis.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[], None] = lambda: None,
+    ) -> None:
         import redis
 
         self._clock = clock
+        self._observe = observe
         self._redis: Any = redis.Redis.from_url(
             url, socket_timeout=0.25, socket_connect_timeout=0.25
         )
         self._acquire = self._redis.register_script(_ACQUIRE)
+        self._release = self._redis.register_script(_RELEASE)
         self._error = redis.RedisError
-        self._fallback = ProcessLimiter()
-        self._mine: dict[str, list[bytes]] = {}
-        self._sequence = 0
+        self._own = ProcessLimiter(clock)
         self._lock = threading.Lock()
-        self._origin = hex(id(self) ^ int(time.time_ns()))
+        self._sequence = itertools.count()
+        self._origin = uuid.uuid4().hex
+        self._resting_until = -math.inf
+        # Permits of a key are alike, so ended calls give back any one of them.
+        self._shared: dict[str, list[str]] = {}
+        self._owned: dict[str, int] = {}
+        self._ended: dict[str, list[str]] = {}
 
     def acquire(self, key_id: str, limits: Limits) -> Standing:
         """See Limiter."""
-        with self._lock:
-            self._sequence += 1
-            member = f"{self._origin}:{self._sequence}".encode()
+        if self._clock() < self._resting_until:
+            return self._acquire_own(key_id, limits)
         rate = limits.requests_per_second
+        member = f"{self._origin}:{next(self._sequence)}"
         try:
             what, wait, requests, tokens = self._acquire(
                 keys=_names(key_id),
                 args=[
-                    self._clock(),
                     -1 if rate is None else rate,
                     -1 if rate is None else capacity(limits),
                     limits.tokens_per_minute or -1,
@@ -222,37 +306,63 @@ class RedisLimiter:
                 ],
             )
         except self._error as e:
-            log.warning("the shared limiter is away (%s); this server's own limits hold", e)
-            return self._fallback.acquire(key_id, limits)
+            self._rest(e)
+            return self._acquire_own(key_id, limits)
+        standing = _standing(limits, float(requests), float(tokens))
         if what:
             violation = {
                 b"r": f"{rate:g} calls per second" if rate is not None else "",
                 b"t": f"{limits.tokens_per_minute} tokens per minute",
                 b"c": f"{limits.max_concurrency} calls in flight",
             }[what]
-            raise refusal(key_id, violation, float(wait))
+            raise LimitSpent(key_id, violation, float(wait), standing)
         if limits.max_concurrency is not None:
             with self._lock:
-                self._mine.setdefault(key_id, []).append(member)
-        return _standing(limits, float(requests), float(tokens))
+                self._shared.setdefault(key_id, []).append(member)
+        return standing
 
     def release(self, key_id: str, limits: Limits, tokens: int) -> None:
-        """See Limiter."""
+        """See Limiter. What Redis does not take now is given back with a later call."""
         with self._lock:
-            mine = self._mine.get(key_id)
-            member = mine.pop() if mine else None
-        _, bucket, flight = _names(key_id)
+            owned = self._owned.get(key_id, 0)
+            if owned:
+                self._owned[key_id] = owned - 1
+            elif members := self._shared.get(key_id):
+                self._ended.setdefault(key_id, []).append(members.pop())
+        if owned:
+            self._own.release(key_id, limits, tokens)
+            return
+        metered = limits.tokens_per_minute is not None and tokens > 0
+        with self._lock:
+            ended = self._ended.pop(key_id, [])
+        if not ended and not metered:
+            return
         try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                if member is not None:
-                    pipe.zrem(flight, member)
-                if tokens and limits.tokens_per_minute is not None:
-                    pipe.hincrbyfloat(bucket, "l", -tokens)
-                if pipe.command_stack:
-                    pipe.execute()
+            if self._clock() < self._resting_until:
+                raise self._error("it is left alone for a moment")
+            self._release(
+                keys=_names(key_id)[1:], args=[limits.tokens_per_minute or -1, tokens, *ended]
+            )
         except self._error as e:
-            log.warning("the shared limiter is away (%s)", e)
-            self._fallback.release(key_id, limits, tokens)
+            self._rest(e)
+            with self._lock:
+                self._ended.setdefault(key_id, []).extend(ended)
+
+    def _acquire_own(self, key_id: str, limits: Limits) -> Standing:
+        self._observe()
+        standing = self._own.acquire(key_id, limits)
+        with self._lock:
+            self._owned[key_id] = self._owned.get(key_id, 0) + 1
+        return standing
+
+    def _rest(self, error: Exception) -> None:
+        if self._clock() >= self._resting_until:
+            self._resting_until = self._clock() + REST_S
+            log.warning(
+                "the shared limiter is away (%s); for %g s this server's own limits hold",
+                error,
+                REST_S,
+            )
 
 
 def _names(key_id: str) -> list[str]:

@@ -5,12 +5,18 @@ bytes to the page cache, which outlives the process (kill -9) though not the mac
 synced every second, so power loss costs one second of records at most. Every few seconds the
 journal is rolled: its records are added up and committed to the database together with the
 segment's name, and the file is removed. A segment that is found at start is committed unless its
-name is in the database, so a crash at any point counts nothing twice.
+name is in the database, so a crash at any point counts nothing twice. Each segment is locked while
+it is written: of two servers with one home, neither takes the other's.
+
+A full disk keeps no call from its answer: records that cannot be written wait in memory, up to
+MAX_UNWRITTEN, and are written as soon as there is room. Only these are lost by a kill.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -23,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from forebay.errors import Unavailable
 from sqlalchemy.dialects import postgresql, sqlite
 
 from forebay_server.storage.database import Database
@@ -32,6 +39,8 @@ log = logging.getLogger("forebay.access")
 
 COUNTERS = ("calls", "items", "tokens", "cached", "errors", "cancelled", "engine_ms")
 ROLL_EVERY_S, SYNC_EVERY_S = 5.0, 1.0
+#: Records that wait in memory while the disk is full; beyond it they are lost, and the log says so.
+MAX_UNWRITTEN = 100_000
 
 
 @dataclass(slots=True)
@@ -77,23 +86,57 @@ class UsageLedger:
         self._file = -1
         self._path = folder
         self._dirty = False
+        self._unwritten: list[bytes] = []
+        self._torn = False
+        self._pending: list[Path] = []
         self._today = (0, "")
+        self._write: Callable[[int, bytes], int] = os.write
 
     async def start(self) -> None:
         """Commit what an earlier process left, and open a new segment."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        leftovers = sorted(self._folder.glob("*.journal"))
-        self._open()
-        for path in leftovers:
-            await self._commit(path)
+        self._pending = [p for p in sorted(self._folder.glob("*.journal")) if _abandoned(p)]
+        self._path, self._file = self._new()
+        await self._commit_pending()
 
     def record(self, key_id: str, model: str, version: int, values: tuple[float, ...]) -> None:
         """Append one call's counters, in the order of COUNTERS."""
         line = json.dumps([key_id, model, version, self._day(), *values]).encode() + b"\n"
         with self._lock:
+            if self._unwritten or self._torn:
+                self._keep(line)
+                self._write_waiting()
+                return
             # One write per record with O_APPEND: a kill leaves whole lines, or a torn last one.
-            os.write(self._file, line)
-            self._dirty = True
+            if not self._append(line):
+                self._keep(line)
+
+    def _append(self, data: bytes) -> bool:
+        """Write all of it, or False: then what is there of it is a torn line."""
+        try:
+            written = self._write(self._file, data)
+        except OSError as e:
+            log.error("the usage journal cannot be written: %s", e)
+            return False
+        self._dirty = True
+        self._torn = 0 < written < len(data)
+        return written == len(data)
+
+    def _keep(self, line: bytes) -> None:
+        if len(self._unwritten) < MAX_UNWRITTEN:
+            self._unwritten.append(line)
+        else:
+            log.error("a usage record is lost: %s", line.decode().strip())
+
+    def _write_waiting(self) -> None:
+        """Try to write what waits, one record at a time: each is whole or waits on."""
+        if self._torn and not self._append(b"\n"):
+            return
+        self._torn = False
+        done = 0
+        while done < len(self._unwritten) and self._append(self._unwritten[done]):
+            done += 1
+        del self._unwritten[:done]
 
     async def keep(self) -> None:
         """Sync and roll for ever."""
@@ -101,31 +144,49 @@ class UsageLedger:
         while True:
             await asyncio.sleep(SYNC_EVERY_S)
             try:
-                if self._dirty:
-                    self._dirty = False
-                    await asyncio.to_thread(os.fsync, self._file)
+                await self._sync()
                 if time.monotonic() - rolled >= ROLL_EVERY_S:
                     rolled = time.monotonic()
                     await self.flush()
             except Exception:
                 log.exception("keeping the usage journal failed; it is tried again")
 
+    async def _sync(self) -> None:
+        async with self._flushing:  # a roll would close the file under fsync's hands
+            if self._dirty:
+                self._dirty = False
+                await asyncio.to_thread(os.fsync, self._file)
+
     async def flush(self) -> None:
-        """Bring all records so far into the database."""
+        """Bring all records so far into the database.
+
+        Raises:
+            Unavailable: the database is away. The records stay on disk for the next flush.
+        """
         async with self._flushing:
             with self._lock:
-                if os.fstat(self._file).st_size == 0:
-                    return
-                old_file, old_path = self._file, self._path
-                self._open()
-            os.close(old_file)
-            await self._commit(old_path)
+                if self._unwritten:
+                    self._write_waiting()
+                empty = os.fstat(self._file).st_size == 0
+            if not empty:
+                path, file = self._new()  # outside the lock: calls don't wait for this
+                with self._lock:
+                    old_file, old_path = self._file, self._path
+                    self._path, self._file = path, file
+                    self._torn = False
+                os.close(old_file)
+                self._pending.append(old_path)
+            await self._commit_pending()
 
     async def close(self) -> None:
-        """Flush and close."""
-        await self.flush()
-        os.close(self._file)
-        self._path.unlink(missing_ok=True)
+        """Flush and close. What the database does not take now stays for the next start."""
+        with contextlib.suppress(Unavailable):
+            await self.flush()
+        with self._lock:
+            keep = os.fstat(self._file).st_size > 0
+            os.close(self._file)
+        if not keep:
+            self._path.unlink(missing_ok=True)
 
     async def total(self, key_id: str, from_day: str, to_day: str) -> Counters:
         """Sums of one key over days, inclusive."""
@@ -134,7 +195,7 @@ class UsageLedger:
         query = sa.select(*sums).where(
             usage.c.key_id == key_id, usage.c.day >= from_day, usage.c.day <= to_day
         )
-        async with self._database.begin() as db:
+        async with self._database.read() as db:
             row = (await db.execute(query)).one()
         return Counters(**dict(zip(COUNTERS, row, strict=True)))
 
@@ -159,7 +220,7 @@ class UsageLedger:
             query = query.where(usage.c.day >= from_day)
         if to_day:
             query = query.where(usage.c.day <= to_day)
-        async with self._database.begin() as db:
+        async with self._database.read() as db:
             found = (await db.execute(query.offset(offset).limit(limit))).all()
         return [
             UsageRow(
@@ -178,19 +239,25 @@ class UsageLedger:
             self._today = (number, time.strftime("%Y-%m-%d", time.gmtime(number * 86400)))
         return self._today[1]
 
-    def _open(self) -> None:
-        self._path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:12]}.journal"
+    def _new(self) -> tuple[Path, int]:
+        """An empty segment, locked for as long as this process has it open."""
+        path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:12]}.journal"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(self._path, flags, 0o600)
+        file = os.open(path, flags, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path, file
+
+    async def _commit_pending(self) -> None:
+        while self._pending:
+            await self._commit(self._pending[0])
+            self._pending.pop(0)
 
     async def _commit(self, path: Path) -> None:
         """Add a segment to the database, once, and remove it."""
         sums = await asyncio.to_thread(_add_up, path)
+        mine = usage_segments.c.segment == path.name
         async with self._database.begin() as db:
-            seen = await db.execute(
-                sa.select(usage_segments).where(usage_segments.c.segment == path.name)
-            )
-            if seen.first() is None:
+            if (await db.execute(sa.select(usage_segments).where(mine))).first() is None:
                 await db.execute(usage_segments.insert().values(segment=path.name))
                 for (key_id, model, version, day), counters in sums.items():
                     values = {name: getattr(counters, name) for name in COUNTERS}
@@ -199,13 +266,40 @@ class UsageLedger:
                             key_id=key_id, model=model, version=version, day=day, **values
                         )
                     )
-        path.unlink(missing_ok=True)
+        await asyncio.to_thread(_remove, path)
         async with self._database.begin() as db:  # the file is gone: its name has done its work
-            await db.execute(sa.delete(usage_segments).where(usage_segments.c.segment == path.name))
+            await db.execute(sa.delete(usage_segments).where(mine))
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether no living process writes a segment."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a file for good: after a power loss it must not be back without its name's record."""
+    path.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _add_up(path: Path) -> dict[tuple[str, str, int, str], Counters]:
     sums: dict[tuple[str, str, int, str], Counters] = {}
+    if not path.exists():  # removed by a server that was killed before it dropped the name
+        return sums
     for line in path.read_bytes().splitlines():
         try:
             key_id, model, version, day, *values = json.loads(line)

@@ -1,19 +1,34 @@
-"""The database: SQLite in WAL mode by default, PostgreSQL by URL. Migrated at start."""
+"""The database: SQLite in WAL mode by default, PostgreSQL by URL. Migrated at start.
+
+SQLite's driver would begin transactions late and leave schema changes outside of them, so they are
+begun here: writers at once (BEGIN IMMEDIATE: two of them queue instead of failing in the middle),
+readers deferred. A migration that is killed leaves nothing, and of two servers that start at once
+one waits for the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util.exc import CommandError
+from forebay.errors import Unavailable
 from sqlalchemy import event
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+#: PostgreSQL's advisory lock that holds migrations apart. Any fixed number will do.
+MIGRATION_LOCK = 0x464F5245
+
+
+class SchemaError(Exception):
+    """The database's schema is not one that this server knows."""
 
 
 class Database:
@@ -24,12 +39,24 @@ class Database:
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Open, and migrate to the newest schema."""
+        """Open, and migrate to the newest schema.
+
+        Raises:
+            SchemaError: a newer server has migrated it further.
+        """
         engine = create_async_engine(url)
         if engine.dialect.name == "sqlite":
             event.listen(engine.sync_engine, "connect", _sqlite_pragmas)
-        async with engine.begin() as connection:
-            await connection.run_sync(_migrate)
+            event.listen(engine.sync_engine, "begin", _sqlite_begin)
+        try:
+            async with engine.begin() as connection:
+                if engine.dialect.name == "postgresql":
+                    lock = sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK))
+                    await connection.execute(lock)
+                await connection.run_sync(_migrate)
+        except CommandError as e:
+            await engine.dispose()
+            raise SchemaError(f"the database is of a newer forebay: {e}") from None
         return cls(engine)
 
     @property
@@ -39,26 +66,55 @@ class Database:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction."""
-        async with self._engine.begin() as connection:
-            yield connection
+        """One transaction that writes.
+
+        Raises:
+            Unavailable: the database is away, full or locked for too long. Nothing was written.
+        """
+        with _outages():
+            async with self._engine.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction that reads, of one moment. Waits for no writer. Raises as `begin`."""
+        with _outages():
+            async with self._engine.connect() as plain:
+                yield await plain.execution_options(forebay_read=True)
 
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
 
 
+@contextmanager
+def _outages() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, OSError) as e:
+        raise Unavailable(
+            "the server's database cannot be used now", reason="STORAGE_AWAY", retry_after_s=1.0
+        ) from e
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    read = connection.get_execution_options().get("forebay_read", False)
+    connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
+
+
 def _sqlite_pragmas(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself
     cursor = connection.cursor()
+    # First: journal_mode itself needs the lock when two processes make the file together.
+    cursor.execute("PRAGMA busy_timeout=10000")
     cursor.execute("PRAGMA journal_mode=WAL")
     # FULL: a commit survives power loss. Commits are few (admin calls, usage in bulk).
     cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA busy_timeout=10000")
     cursor.close()
 
 
 def _migrate(connection: sa.Connection) -> None:
     config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

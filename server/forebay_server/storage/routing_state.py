@@ -25,7 +25,7 @@ class StoredRoutingState:
     async def load(self) -> dict[str, Routing]:
         """All models' routing."""
         out: dict[str, Routing] = {}
-        async with self._database.begin() as db:
+        async with self._database.read() as db:
             for row in await db.execute(sa.select(model_aliases)):
                 out.setdefault(row.model, Routing()).aliases[row.alias] = row.version
             for row in await db.execute(sa.select(model_traffic)):
@@ -80,7 +80,7 @@ class StoredRoutingState:
             .order_by(model_history.c.id.desc())
             .limit(1000)
         )
-        async with self._database.begin() as db:
+        async with self._database.read() as db:
             return [
                 HistoryEvent(r.time, r.action, r.from_version, r.to_version, r.key_id)
                 for r in await db.execute(query)

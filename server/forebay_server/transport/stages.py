@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from forebay.errors import ForebayError, Unavailable
 
 from forebay_server.access.keys import KeyStore, Limits, require_scope
-from forebay_server.access.limits import Limiter
+from forebay_server.access.limits import Limiter, LimitSpent
 from forebay_server.access.usage import UsageLedger
 from forebay_server.core.call import ANONYMOUS, Call
 from forebay_server.observability.logs import ACCESS
@@ -209,18 +209,12 @@ class Admission:
                 continue
             try:
                 standing = self._limiter.acquire(call.principal.key_id, limits)
-            except ForebayError as e:
+            except LimitSpent as e:
+                call.trailers.extend(e.standing.headers())
                 call.fail(e)
                 continue
             call.context["permit"] = limits
-            for name, value in (
-                ("x-ratelimit-limit-requests", standing.limit_requests),
-                ("x-ratelimit-remaining-requests", standing.remaining_requests),
-                ("x-ratelimit-limit-tokens", standing.limit_tokens),
-                ("x-ratelimit-remaining-tokens", standing.remaining_tokens),
-            ):
-                if value is not None:
-                    call.trailers.append((name, str(value)))
+            call.trailers.extend(standing.headers())
 
     def end(self, call: Call) -> None:
         """Give the permit back, and take what was used from the tokens' bucket."""

@@ -1,0 +1,182 @@
+"""The database: migrations, transactions, routing state; SQLite files, and PostgreSQL if present."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from forebay.errors import Unavailable
+from forebay_server.repository.state import HistoryEvent, Routing
+from forebay_server.storage.database import Database, SchemaError
+from forebay_server.storage.routing_state import StoredRoutingState
+from forebay_server.storage.tables import metadata, model_aliases
+
+
+def sqlite_url(folder: Path) -> str:
+    return f"sqlite+aiosqlite:///{folder / 'forebay.db'}"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of our own, or a skip that says why there is none."""
+    pytest.importorskip("asyncpg", reason="the asyncpg driver is not installed")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    which = shutil.which("initdb")
+    if not found and not which:
+        pytest.skip("no PostgreSQL binaries on this machine")
+    binaries = found[-1] if found else Path(str(which)).parent
+    root = tmp_path_factory.mktemp("postgres")
+    data = root / "data"
+    as_user: list[str] = []
+    if getpass.getuser() == "root":  # PostgreSQL refuses to run as root
+        if not shutil.which("setpriv"):
+            pytest.skip("PostgreSQL does not run as root, and setpriv is absent")
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        for folder in (root, *root.parents[:2]):
+            with contextlib.suppress(OSError):
+                folder.chmod(0o755)
+        shutil.chown(root, "postgres", "postgres")
+    made = subprocess.run(
+        [*as_user, binaries / "initdb", "-D", data, "-A", "trust", "-U", "forebay"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    if made.returncode:
+        pytest.skip(f"initdb failed: {made.stderr.strip()[-200:]}")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    control = [*as_user, binaries / "pg_ctl", "-D", data, "-w", "-t", "30"]
+    options = f"-p {port} -k {root} -c listen_addresses=127.0.0.1 -c fsync=off"
+    log = root / "log"
+    started = [*control, "-o", options, "-l", log, "start"]
+    subprocess.run(started, check=True, stdout=subprocess.DEVNULL, cwd="/")
+    try:
+        yield f"postgresql+asyncpg://forebay@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run(
+            [*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd="/"
+        )
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def database(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[tuple[Database, str]]:
+    sqlite = request.param == "sqlite"
+    url = sqlite_url(tmp_path) if sqlite else request.getfixturevalue("postgres")
+    opened = await Database.open(url)
+    yield opened, url
+    if not sqlite:
+        async with opened.begin() as db:
+            for table in metadata.sorted_tables:
+                await db.execute(sa.delete(table))
+    await opened.close()
+
+
+async def test_migrations_make_the_tables_of_the_code(database: tuple[Database, str]) -> None:
+    def described(inspector: sa.Inspector) -> dict[str, set[str]]:
+        return {
+            t: {c["name"] for c in inspector.get_columns(t)} for t in inspector.get_table_names()
+        }
+
+    async with database[0].read() as db:
+        made = await db.run_sync(lambda c: described(sa.inspect(c)))
+    made.pop("alembic_version")
+    assert made == {t.name: {c.name for c in t.columns} for t in metadata.sorted_tables}
+
+
+async def test_a_commit_is_as_durable_as_sqlite_can_make_it(tmp_path: Path) -> None:
+    database = await Database.open(sqlite_url(tmp_path))
+    async with database.read() as db:
+        assert (await db.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal"
+        assert (await db.exec_driver_sql("PRAGMA synchronous")).scalar() == 2  # FULL
+    await database.close()
+
+
+async def test_servers_that_start_at_once_migrate_once(tmp_path: Path) -> None:
+    databases = await asyncio.gather(*(Database.open(sqlite_url(tmp_path)) for _ in range(6)))
+    for database in databases:
+        await database.close()
+
+
+async def test_a_migration_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill in its middle: the next start must find an empty database, or a whole one."""
+    from alembic import op
+
+    make = op.create_table
+
+    def break_down(name: str, *args: object, **kwargs: object) -> object:
+        if name == "model_history":
+            raise KeyboardInterrupt
+        return make(name, *args, **kwargs)
+
+    monkeypatch.setattr(op, "create_table", break_down)
+    with pytest.raises(KeyboardInterrupt):
+        await Database.open(sqlite_url(tmp_path))
+    monkeypatch.undo()
+    await (await Database.open(sqlite_url(tmp_path))).close()
+
+
+async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    database = await Database.open(sqlite_url(tmp_path))
+    async with database.begin() as db:
+        await db.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    await database.close()
+    with pytest.raises(SchemaError, match="newer"):
+        await Database.open(sqlite_url(tmp_path))
+
+
+async def test_a_failed_transaction_writes_nothing(database: tuple[Database, str]) -> None:
+    with pytest.raises(ValueError, match="midway"):
+        async with database[0].begin() as db:
+            await db.execute(model_aliases.insert().values(model="m", alias="a", version=1))
+            raise ValueError("midway")
+    async with database[0].read() as db:
+        assert (await db.execute(sa.select(model_aliases))).all() == []
+
+
+async def test_a_broken_database_is_unavailable(tmp_path: Path) -> None:
+    database = await Database.open(sqlite_url(tmp_path))
+    with pytest.raises(Unavailable) as e:
+        async with database.read() as db:
+            await db.exec_driver_sql("SELECT * FROM no_such_table")
+    assert e.value.reason == "STORAGE_AWAY"
+    assert "no_such_table" not in e.value.message
+    await database.close()
+
+
+async def test_routing_outlives_the_process(database: tuple[Database, str]) -> None:
+    state = StoredRoutingState(database[0])
+    await state.set_alias("m", "staging", 2)
+    await state.set_alias("m", "old", 1)
+    await state.set_alias("m", "old", None)
+    await state.set_traffic("m", {1: 9, 2: 1}, (2, 0.25))
+    first = HistoryEvent(1.0, "promote", 0, 1, "k1")
+    second = HistoryEvent(2.0, "rollback", 1, 2, "k2")
+    await state.promote("m", first)
+    await state.promote("m", second)
+    await state.set_alias("other", "production", 7)
+
+    again = await Database.open(database[1])
+    state = StoredRoutingState(again)
+    assert await state.load() == {
+        "m": Routing({"staging": 2, "production": 2}, {1: 9, 2: 1}, (2, 0.25)),
+        "other": Routing({"production": 7}),
+    }
+    assert await state.history("m") == [second, first]
+    await state.set_traffic("m", {}, None)
+    assert (await state.load())["m"].shares == {}
+    assert (await state.load())["m"].shadow is None
+    await again.close()
