@@ -106,12 +106,13 @@ class Server:
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
         registered = handlers(self._services(validator))
         self._inbox = Inbox(registered, pipeline, validator, s.grpc.ingest_threads)
+        self._idempotency = IdempotencyStore(self._database)
         lane = OrdinaryLane(
             registered,
             pipeline,
             self._inbox,
             validator,
-            IdempotencyStore(self._database),
+            self._idempotency,
             asyncio.get_running_loop(),
         )
         await self._listen(lane)
@@ -126,13 +127,21 @@ class Server:
 
     def _limiter(self) -> Limiter:
         url = self.settings.storage.redis.get_secret_value()
-        return RedisLimiter(url) if url else ProcessLimiter()
+        if not url:
+            return ProcessLimiter()
+        bypassed = self.metrics.bypassed.labels("limits")
+        return RedisLimiter(url, observe=bypassed.inc)
 
     def _cache(self) -> ResponseCache:
         storage = self.settings.storage
         url = storage.redis.get_secret_value()
         if url:
-            return RedisCache(url, storage.cache_ttl_s, self.metrics.cache_looked_up)
+            return RedisCache(
+                url,
+                storage.cache_ttl_s,
+                self.metrics.cache_looked_up,
+                bypassed=self.metrics.bypassed.labels("cache").inc,
+            )
         return ProcessCache(storage.cache_bytes, self.metrics.cache_looked_up)
 
     def _services(self, validator: Validator) -> list[Service]:
@@ -221,6 +230,7 @@ class Server:
         for task in self._background:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._idempotency.drain()
         await asyncio.to_thread(self._inbox.close)
         await self.repository.close()
         if self.settings.observability.metrics_port >= 0:

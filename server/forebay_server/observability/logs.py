@@ -1,10 +1,15 @@
-"""Structured logs: one JSON object a line, written by a thread, so that no call waits for a pipe."""
+"""Structured logs: one JSON object a line, written by a thread, so that no call waits for a pipe.
+
+The secret part of an API key is masked wherever it turns up, tracebacks included.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import queue
+import re
 import sys
 import time
 from typing import Any
@@ -14,6 +19,7 @@ import orjson
 #: Lines that may wait for a slow reader of the log; beyond it lines are dropped and counted.
 BACKLOG = 10_000
 ACCESS = "forebay.access_log"
+_KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
 
 
 class JsonFormatter(logging.Formatter):
@@ -33,7 +39,13 @@ class JsonFormatter(logging.Formatter):
             line["message"] = record.getMessage()
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            text = orjson.dumps(line, default=str).decode()
+        except (
+            TypeError
+        ):  # lone surrogates, integers beyond 64 bits: rare, and no reason to lose it
+            text = json.dumps(line, default=str)
+        return mask(text)
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -45,7 +57,9 @@ class ConsoleFormatter(logging.Formatter):
         text = " ".join(f"{k}={v}" for k, v in fields.items()) if fields else record.getMessage()
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         line = f"{when} {record.levelname.lower():7} {text}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return mask(line)
 
 
 class _BoundedHandler(logging.handlers.QueueHandler):
@@ -61,8 +75,21 @@ class _BoundedHandler(logging.handlers.QueueHandler):
         """Never blocks."""
         try:
             self.queue.put_nowait(record)
+            if self.dropped:
+                lost, self.dropped = self.dropped, 0
+                self.queue.put_nowait(_lost(lost))
         except queue.Full:
             self.dropped += 1
+
+
+def _lost(lines: int) -> logging.LogRecord:
+    text = "%d log lines were dropped: whoever reads the log is too slow"
+    return logging.LogRecord("forebay.log", logging.WARNING, "", 0, text, (lines,), None)
+
+
+def mask(text: str) -> str:
+    """The text without the secrets of API keys; their public ids stay."""
+    return _KEY.sub(r"fbk_\1_***", text) if "fbk_" in text else text
 
 
 def configure(format_: str, level: str, access_log: bool) -> logging.handlers.QueueListener:

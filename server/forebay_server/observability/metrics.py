@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -81,6 +88,14 @@ class Metrics:
             ["model", "version"],
             registry=r,
         )
+        self.bypassed = Counter(
+            "forebay_shared_state_bypassed",
+            "Decisions and look-ups made without Redis because it was away",
+            ["part"],
+            registry=r,
+        )
+        ProcessCollector(registry=r)
+        self._lookups: dict[tuple[str, str], Any] = {}
         self._durations: dict[tuple[str, str], Any] = {}
         self._active: dict[str, Any] = {}
 
@@ -118,10 +133,12 @@ class Metrics:
 
     def cache_looked_up(self, model: str, hits: int, misses: int) -> None:
         """One look-up of several items."""
-        if hits:
-            self.cache.labels(model, "hit").inc(hits)
-        if misses:
-            self.cache.labels(model, "miss").inc(misses)
+        for result, count in (("hit", hits), ("miss", misses)):
+            if count:
+                child = self._lookups.get((model, result))
+                if child is None:
+                    child = self._lookups[model, result] = self.cache.labels(model, result)
+                child.inc(count)
 
     def watch_models(self, memory: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
         """Report model, version and resident bytes of what is loaded, at each scrape."""

@@ -7,7 +7,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+#: Version 00 ends after the flags; later versions may go on after another dash; ff is no version.
+_TRACEPARENT = re.compile(
+    r"(?:00-(?=.{52}$)|(?!00|ff)[0-9a-f]{2}-)"
+    r"([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:$|-.*)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,10 @@ class TraceContext:
     trace_id: str
     parent_id: str
     sampled: bool
+
+    def header(self) -> str:
+        """The `traceparent` for calls further on."""
+        return f"00-{self.trace_id}-{self.parent_id}-{int(self.sampled):02x}"
 
 
 def parse_traceparent(value: str | None) -> TraceContext | None:
@@ -50,9 +58,14 @@ class Tracer:
         if exporter is not None:
             self._provider.add_span_processor(SimpleSpanProcessor(exporter))
         else:
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # type: ignore[import-not-found]
-                OTLPSpanExporter,
-            )
+            try:
+                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # type: ignore[import-not-found]
+                    OTLPSpanExporter,
+                )
+            except ImportError:
+                raise RuntimeError(
+                    "observability.otlp_endpoint is set; install forebay[otel] to export traces"
+                ) from None
 
             self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
         self._tracer = self._provider.get_tracer("forebay")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.storage.database import Database
 
 from .conftest import Clock
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let other tasks run until it holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the reload that it waits for sets no event
+            await asyncio.sleep(0)
 
 
 async def test_a_key_is_let_in_and_its_secret_is_stored_nowhere(
@@ -87,14 +95,10 @@ async def test_changes_of_another_process_are_seen(url: str, database: Database)
     with pytest.raises(Unauthenticated):
         mine.authenticate(f"Bearer {secret}")
     refresh = asyncio.create_task(mine.keep_fresh(0.0))
-    async with asyncio.timeout(10):
-        while mine.limits(key.id) is None:
-            await asyncio.sleep(0)
+    await until(lambda: mine.limits(key.id) is not None)
     assert mine.authenticate(f"Bearer {secret}")
     await other.revoke(key.id)
-    async with asyncio.timeout(10):
-        while mine.list(include_inactive=False):
-            await asyncio.sleep(0)
+    await until(lambda: not mine.list(include_inactive=False))
     refresh.cancel()
     async with asyncio.timeout(10):
         with contextlib.suppress(asyncio.CancelledError):

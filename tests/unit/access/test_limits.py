@@ -1,0 +1,188 @@
+"""Limits per key: never overspent, never falsely refused, in process and in Redis."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from forebay_server.access.keys import Limits
+from forebay_server.access.limits import Limiter, LimitSpent, ProcessLimiter, RedisLimiter, capacity
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .conftest import Clock, RedisServer
+
+
+def admitted(limiter: Limiter, limits: Limits, key: str = "k") -> bool:
+    try:
+        limiter.acquire(key, limits)
+    except LimitSpent:
+        return False
+    return True
+
+
+@given(
+    rate=st.floats(0.01, 1e4),
+    burst=st.none() | st.integers(1, 50),
+    gaps=st.lists(st.floats(0, 30), min_size=1, max_size=80),
+)
+def test_calls_never_exceed_the_rate_and_none_is_refused_below_it(
+    rate: float, burst: int | None, gaps: list[float]
+) -> None:
+    clock, limits = Clock(0.0), Limits(rate, burst)
+    limiter, level = ProcessLimiter(clock), capacity(limits)
+    full = level
+    for gap in gaps:
+        clock.now += gap
+        level = min(full, level + gap * rate)  # the bucket by the book
+        try:
+            limiter.acquire("k", limits)
+            assert level >= 1 - 1e-5
+            level -= 1
+        except LimitSpent as e:
+            assert level < 1 + 1e-5
+            assert e.retry_after_s is not None
+            assert e.retry_after_s == pytest.approx(max((1 - level) / rate, 0.001), abs=1e-4 / rate)
+
+
+@given(rate=st.floats(0.01, 1e4), spent=st.integers(1, 20), early=st.floats(0.05, 0.9))
+def test_the_retry_delay_is_true(rate: float, spent: int, early: float) -> None:
+    clock, limits = Clock(0.0), Limits(rate, burst=1)
+    limiter = ProcessLimiter(clock)
+    for _ in range(spent):
+        assert admitted(limiter, limits)
+        with pytest.raises(LimitSpent) as e:
+            limiter.acquire("k", limits)
+        wait = e.value.retry_after_s
+        assert wait is not None
+        if wait > 0.001:
+            clock.now += wait * early
+            assert not admitted(limiter, limits)
+            clock.now += wait * (1 - early)
+        else:
+            clock.now += wait
+        # RetryInfo holds whole nanoseconds, and clocks have a grain.
+        clock.now -= 1e-9 / max(rate, 1.0)
+
+
+@given(burst=st.integers(1, 60), callers=st.integers(2, 8))
+def test_concurrent_callers_get_the_burst_and_no_more(burst: int, callers: int) -> None:
+    limits, limiter = Limits(0.001, burst), ProcessLimiter(Clock())
+    each = burst // callers + 3
+    gate = threading.Barrier(callers)
+
+    def call(_: int) -> int:
+        gate.wait()
+        return sum(admitted(limiter, limits) for _ in range(each))
+
+    with ThreadPoolExecutor(callers) as pool:
+        assert sum(pool.map(call, range(callers))) == min(burst, each * callers)
+
+
+def test_tokens_are_taken_after_the_work_and_debt_is_waited_out() -> None:
+    clock, limits = Clock(), Limits(tokens_per_minute=600)
+    limiter = ProcessLimiter(clock)
+    assert limiter.acquire("k", limits).remaining_tokens == 600
+    limiter.release("k", limits, 900)
+    with pytest.raises(LimitSpent) as e:
+        limiter.acquire("k", limits)
+    assert e.value.retry_after_s == pytest.approx(30.1)
+    assert e.value.violations[0].subject == "key:k"
+    assert "600 tokens" in e.value.violations[0].description
+    clock.now += 30.1
+    assert admitted(limiter, limits)
+
+
+def test_calls_in_flight_are_bounded_and_given_back() -> None:
+    limits, limiter = Limits(max_concurrency=2), ProcessLimiter(Clock())
+    assert [admitted(limiter, limits) for _ in range(3)] == [True, True, False]
+    limiter.release("k", limits, 0)
+    assert admitted(limiter, limits)
+    assert not admitted(limiter, limits)
+    assert admitted(limiter, limits, "other")
+
+
+def test_a_refusal_takes_nothing() -> None:
+    limits, clock = Limits(1.0, 5, max_concurrency=1), Clock()
+    limiter = ProcessLimiter(clock)
+    assert limiter.acquire("k", limits).remaining_requests == 4
+    for _ in range(10):
+        assert not admitted(limiter, limits)
+    limiter.release("k", limits, 0)
+    assert limiter.acquire("k", limits).remaining_requests == 3
+
+
+def test_headers_say_limit_remaining_and_reset() -> None:
+    limits = Limits(2.0, 4, tokens_per_minute=60)
+    limiter = ProcessLimiter(Clock())
+    assert dict(limiter.acquire("k", limits).headers()) == {
+        "x-ratelimit-limit-requests": "4",
+        "x-ratelimit-remaining-requests": "3",
+        "x-ratelimit-reset-requests": "0.5s",
+        "x-ratelimit-limit-tokens": "60",
+        "x-ratelimit-remaining-tokens": "60",
+        "x-ratelimit-reset-tokens": "0s",
+    }
+    for _ in range(3):
+        limiter.acquire("k", limits)
+    with pytest.raises(LimitSpent) as e:
+        limiter.acquire("k", limits)
+    assert dict(e.value.standing.headers())["x-ratelimit-remaining-requests"] == "0"
+
+
+def test_a_decision_takes_microseconds() -> None:
+    limits, limiter = Limits(1e9, 10**6, 10**12, 10**6), ProcessLimiter()
+    best = 1.0
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            limiter.acquire("k", limits)
+        best = min(best, (time.perf_counter() - start) / 100)
+    assert best < 50e-6
+
+
+def test_redis_servers_share_a_keys_burst(redis_server: RedisServer) -> None:
+    limiters = [RedisLimiter(redis_server.url) for _ in range(3)]
+    limits = Limits(0.001, 20)
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda i: admitted(limiters[i % 3], limits), range(60)))
+    assert sum(got) == 20
+    with pytest.raises(LimitSpent) as e:
+        limiters[0].acquire("k", limits)
+    assert e.value.retry_after_s == pytest.approx(1000, rel=0.05)
+    assert dict(e.value.standing.headers())["x-ratelimit-limit-requests"] == "20"
+
+
+def test_redis_bounds_calls_in_flight_and_tokens(redis_server: RedisServer) -> None:
+    one, two = RedisLimiter(redis_server.url), RedisLimiter(redis_server.url)
+    limits = Limits(tokens_per_minute=60, max_concurrency=2)
+    assert admitted(one, limits)
+    assert admitted(two, limits)
+    assert not admitted(one, limits)
+    one.release("k", limits, 0)
+    assert admitted(two, limits)
+    two.release("k", limits, 200)
+    with pytest.raises(LimitSpent, match="tokens per minute") as e:
+        one.acquire("k", limits)
+    assert e.value.retry_after_s == pytest.approx(141, abs=5)
+
+
+def test_without_redis_a_servers_own_limits_hold_and_permits_come_back(
+    redis_server: RedisServer,
+) -> None:
+    bypassed: list[int] = []
+    clock, limits = Clock(), Limits(max_concurrency=2)
+    limiter = RedisLimiter(redis_server.url, clock, lambda: bypassed.append(1))
+    assert admitted(limiter, limits)
+    redis_server.stop()
+    limiter_calls = [admitted(limiter, limits) for _ in range(3)]
+    assert limiter_calls == [True, True, False]
+    start = time.perf_counter()
+    assert not admitted(limiter, limits)
+    assert time.perf_counter() - start < 0.1  # it rests: no time-out each
+    for _ in range(3):
+        limiter.release("k", limits, 0)
+    assert [admitted(limiter, limits) for _ in range(3)] == [True, True, False]
+    assert len(bypassed) == 7

@@ -1,0 +1,199 @@
+"""Usage: every record once, whatever dies and whenever."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from forebay.errors import Unavailable
+from forebay_server.access.usage import Counters, UsageLedger
+from forebay_server.storage.database import Database
+from forebay_server.storage.tables import usage_segments
+
+from .conftest import Clock
+
+ONE = (1, 2, 10, 1, 0, 0, 0.5)
+DAY = "2027-01-15"
+
+#: Records calls, says so after each, and rolls now and then, until it is killed.
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from forebay_server.access.usage import UsageLedger
+from forebay_server.storage.database import Database
+
+async def main():
+    database = await Database.open(sys.argv[1])
+    ledger = UsageLedger(database, Path(sys.argv[2]))
+    await ledger.start()
+    n = 0
+    while True:
+        for _ in range(50):
+            ledger.record("k", "m", 1, (1, 2, 10, 1, 0, 0, 0.5))
+            n += 1
+            print(n, flush=True)
+        await ledger.flush()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def ledger(database: Database, tmp_path: Path, clock: Clock) -> UsageLedger:
+    made = UsageLedger(database, tmp_path / "usage", clock)
+    await made.start()
+    return made
+
+
+async def calls(ledger: UsageLedger, key: str = "k") -> int:
+    return (await ledger.total(key, "0000-00-00", "9999-99-99")).calls
+
+
+async def test_records_are_added_up_by_key_model_version_and_day(
+    ledger: UsageLedger, clock: Clock
+) -> None:
+    ledger.record("k", "m", 1, ONE)
+    ledger.record("k", "m", 1, (1, 0, 0, 0, 1, 0, 0.0))
+    ledger.record("k", "m", 2, (1, 0, 0, 0, 0, 1, 0.0))
+    ledger.record("k2", "m", 1, ONE)
+    await ledger.flush()
+    clock.now += 86400
+    ledger.record("k", "m", 1, ONE)
+    rows = await ledger.rows(None, None, None, None, 0, 10)
+    assert [(r.key_id, r.version, r.day, r.counters.calls) for r in rows] == [
+        ("k", 1, "2027-01-16", 1),
+        ("k", 1, DAY, 2),
+        ("k", 2, DAY, 1),
+        ("k2", 1, DAY, 1),
+    ]
+    assert rows[1].counters == Counters(2, 2, 10, 1, 1, 0, 0.5)
+    assert await ledger.total("k", DAY, DAY) == Counters(3, 2, 10, 1, 1, 1, 0.5)
+    assert [r.version for r in await ledger.rows("k", "m", DAY, DAY, 1, 1)] == [2]
+
+
+async def test_threads_lose_nothing_to_each_other_or_to_rolls(ledger: UsageLedger) -> None:
+    def write() -> None:
+        for _ in range(300):
+            ledger.record("k", "m", 1, ONE)
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [asyncio.wrap_future(pool.submit(write)) for _ in range(4)]
+        while not all(f.done() for f in running):
+            await ledger.flush()
+            await asyncio.sleep(0)
+    assert await ledger.total("k", DAY, DAY) == Counters(1200, 2400, 12000, 1200, 0, 0, 600.0)
+
+
+@pytest.mark.parametrize("after", [3, 127, 260])
+async def test_a_kill_loses_no_record_and_doubles_none(
+    url: str, tmp_path: Path, after: int
+) -> None:
+    folder = tmp_path / "usage"
+    said = write_until_killed(url, folder, after)
+    database = await Database.open(url)
+    ledger = UsageLedger(database, folder)
+    await ledger.start()
+    counted = await calls(ledger)
+    # The kill may come between the record and its announcement, never the other way round.
+    assert said <= counted <= said + 1
+    await ledger.close()
+    assert list(folder.iterdir()) == []
+    await database.close()
+
+
+def write_until_killed(url: str, folder: Path, after: int) -> int:
+    """Kill a writer once it has announced `after` records; how many it announced in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, url, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    for _ in range(after):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    said = after + len(process.stdout.read().split())
+    process.wait()
+    process.stdout.close()
+    return said
+
+
+async def test_a_segment_that_was_committed_before_the_crash_is_not_counted_again(
+    database: Database, ledger: UsageLedger, tmp_path: Path
+) -> None:
+    line = b'["k","m",1,"2027-01-15",1,2,10,1,0,0,0.5]\n'
+    folder = tmp_path / "crashed"
+    folder.mkdir()
+    (folder / "1.journal").write_bytes(line)
+    (folder / "2.journal").write_bytes(line + line[:17])  # torn at the end
+    async with database.begin() as db:
+        await db.execute(usage_segments.insert().values(segment="1.journal"))
+    crashed = UsageLedger(database, folder)
+    await crashed.start()
+    assert await calls(crashed) == 1
+    async with database.read() as db:
+        assert (await db.execute(sa.select(usage_segments))).all() == []
+    await crashed.close()
+
+
+async def test_servers_with_one_home_leave_each_others_segments_alone(
+    database: Database, ledger: UsageLedger, tmp_path: Path
+) -> None:
+    ledger.record("k", "m", 1, ONE)
+    second = UsageLedger(database, tmp_path / "usage")
+    await second.start()
+    assert await calls(second) == 0
+    ledger.record("k", "m", 1, ONE)
+    second.record("k", "m", 1, ONE)
+    assert await calls(ledger) == 2
+    assert await calls(second) == 3
+    await second.close()
+
+
+async def test_records_wait_on_disk_while_the_database_is_away(
+    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: object, **__: object) -> None:
+        raise Unavailable("away")
+
+    ledger.record("k", "m", 1, ONE)
+    with monkeypatch.context() as away:
+        away.setattr(Database, "begin", locked)
+        with pytest.raises(Unavailable):
+            await ledger.flush()
+        ledger.record("k", "m", 1, ONE)
+        with pytest.raises(Unavailable):
+            await ledger.flush()
+    assert await calls(ledger) == 2
+    assert len(list((tmp_path / "usage").iterdir())) == 1
+
+
+async def test_a_full_disk_costs_no_record_and_no_call(ledger: UsageLedger) -> None:
+    room = [0]
+
+    def write(file: int, data: bytes) -> int:
+        """A disk with `room` bytes left: short writes, then ENOSPC."""
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fits = data[: room[0]]
+        room[0] -= len(fits)
+        return os.write(file, fits)
+
+    ledger._write = write
+    room[0] = 75  # the second record is torn
+    for _ in range(5):
+        ledger.record("k", "m", 1, ONE)
+    assert await calls(ledger) < 5
+    room[0] = 1_000_000
+    ledger.record("k", "m", 1, ONE)
+    assert await calls(ledger) == 6
+    await ledger.close()

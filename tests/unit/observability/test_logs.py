@@ -1,0 +1,106 @@
+"""Logs: one JSON object a line, no secrets, and no call that waits for a slow reader."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from forebay_server.observability.logs import (
+    ConsoleFormatter,
+    JsonFormatter,
+    _BoundedHandler,
+    mask,
+)
+
+SECRET = "fbk_0123456789abcdef_Ab-c_dEfghijklmnopqrstuvwxyz012345678901234"
+
+
+def record(message: str = "text", fields: dict[str, Any] | None = None) -> logging.LogRecord:
+    made = logging.LogRecord("forebay.x", logging.INFO, "", 0, message, None, None)
+    made.created = 1_800_000_000.25
+    if fields is not None:
+        made.fields = fields
+    return made
+
+
+def test_a_line_is_one_json_object() -> None:
+    line = JsonFormatter().format(record("two\nlines"))
+    assert "\n" not in line
+    assert json.loads(line) == {
+        "time": "2027-01-15T08:00:00.250Z",
+        "level": "info",
+        "logger": "forebay.x",
+        "message": "two\nlines",
+    }
+
+
+def test_fields_are_the_lines_own() -> None:
+    fields = {"method": "/forebay.v1.EmbeddingService/Embed", "queue_ms": 1.5, "tokens": 7}
+    line = json.loads(JsonFormatter().format(record("", fields)))
+    assert line.items() >= fields.items()
+    assert "message" not in line
+    assert "tokens=7" in ConsoleFormatter().format(record("", fields))
+
+
+@pytest.mark.parametrize("value", ["\ud800", 2**70, object(), {1: 2}])
+def test_odd_values_lose_no_line(value: object) -> None:
+    assert "odd" in json.loads(JsonFormatter().format(record("", {"odd": value})))
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), ConsoleFormatter()])
+def test_keys_are_masked_everywhere(formatter: logging.Formatter) -> None:
+    try:
+        raise ValueError(f"authorization: Bearer {SECRET}")
+    except ValueError:
+        failed = record(f"key {SECRET}.")
+        failed.exc_info = sys.exc_info()
+    for line in (formatter.format(failed), formatter.format(record("", {"error": SECRET}))):
+        assert "fbk_0123456789abcdef_***" in line
+        assert "Ab-c_dE" not in line
+    assert mask("no key") == "no key"
+
+
+def test_lines_that_do_not_fit_are_dropped_and_counted() -> None:
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(3)
+    handler = _BoundedHandler(lines)
+    for i in range(8):
+        handler.handle(record(str(i)))
+    assert [lines.get().getMessage() for _ in range(3)] == ["0", "1", "2"]
+    handler.handle(record("later"))
+    said = [lines.get().getMessage() for _ in range(2)]
+    assert said[0] == "later"
+    assert said[1].startswith("5 log lines were dropped")
+    assert handler.dropped == 0
+
+
+def test_a_reader_that_stands_still_holds_nobody_up() -> None:
+    """More than a pipe holds is logged while nobody reads; then all of it is there, in order."""
+    code = (
+        "import logging, sys\n"
+        "from forebay_server.observability.logs import configure\n"
+        "listener = configure('json', 'INFO', True)\n"
+        "for i in range(2000): logging.getLogger('forebay.x').info('%d %s', i, 'x' * 200)\n"
+        "print('logged', flush=True)\n"
+        "listener.stop()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "logged\n"
+    lines = [json.loads(line) for line in process.stderr]
+    assert process.wait() == 0
+    assert [int(line["message"].split()[0]) for line in lines] == list(range(2000))
+    process.stdout.close()
+    process.stderr.close()

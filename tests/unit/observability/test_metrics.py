@@ -1,0 +1,92 @@
+"""Metrics: what is observed is scraped; docs/metrics.md lists exactly what the server has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from forebay_server.core.batcher import BatchReport
+from forebay_server.observability.metrics import Metrics
+from prometheus_client.parser import text_string_to_metric_families
+
+DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    for family in text_string_to_metric_families(metrics.exposition().decode()):
+        for s in family.samples:
+            if s.name == name and labels.items() <= s.labels.items():
+                return s.value
+    return None
+
+
+def filled() -> Metrics:
+    """Metrics with at least one sample each."""
+    m = Metrics()
+    m.call_started("/s/M")
+    m.call_started("/s/M")
+    m.call_ended("/s/M", "OK", 0.02)
+    m.rejected.labels("QUEUE_FULL").inc()
+    m.items.labels("m").inc(3)
+    m.tokens.labels("m").inc(30)
+    m.cache_looked_up("m", 2, 1)
+    m.cache_looked_up("m", 1, 0)
+    m.bypassed.labels("cache").inc()
+    report = BatchReport(
+        rows=8, tokens=60, padded_tokens=80, queue_s=0.003, execute_s=0.02, queue_depth=5
+    )
+    m.batch_observer("m", 2)(report)
+    m.watch_models(lambda: [("m", 2, 4096)])
+    return m
+
+
+def test_calls_are_counted_timed_and_given_back() -> None:
+    m = filled()
+    labels = {"method": "/s/M", "code": "OK"}
+    assert sample(m, "forebay_rpc_server_duration_seconds_count", **labels) == 1
+    assert sample(m, "forebay_rpc_server_duration_seconds_sum", **labels) == 0.02
+    assert sample(m, "forebay_rpc_server_active_requests", method="/s/M") == 1
+
+
+def test_batches_are_observed_by_model_and_version() -> None:
+    m, labels = filled(), {"model": "m", "version": "2"}
+    assert sample(m, "forebay_batch_rows_sum", **labels) == 8
+    assert sample(m, "forebay_batch_token_efficiency_sum", **labels) == 0.75
+    assert sample(m, "forebay_queue_time_seconds_sum", **labels) == 0.003
+    assert sample(m, "forebay_batch_execute_seconds_sum", **labels) == 0.02
+    assert sample(m, "forebay_queue_depth", **labels) == 5
+    assert sample(m, "forebay_model_memory_bytes", **labels) == 4096
+
+
+def test_cache_look_ups_are_counted_by_result() -> None:
+    m = filled()
+    assert sample(m, "forebay_cache_lookups_total", model="m", result="hit") == 3
+    assert sample(m, "forebay_cache_lookups_total", model="m", result="miss") == 1
+
+
+def test_the_process_itself_is_measured() -> None:
+    resident = sample(filled(), "process_resident_memory_bytes")
+    assert resident is not None
+    assert resident > 1 << 20
+
+
+def test_servers_in_one_process_share_no_registry() -> None:
+    filled()
+    assert sample(Metrics(), "forebay_items_total", model="m") is None
+
+
+def test_the_page_lists_every_metric_as_it_is() -> None:
+    page = DOCS.read_text().partition("## Gateway")[0]
+    listed = {
+        (name, kind, tuple(re.findall(r"`(\w+)`", labels)), text)
+        for name, kind, labels, text in re.findall(
+            r"^\| `(forebay_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", page, re.MULTILINE
+        )
+    }
+    real = set()
+    for family in text_string_to_metric_families(filled().exposition().decode()):
+        if family.name.startswith("forebay_"):
+            name = family.name + ("_total" if family.type == "counter" else "")
+            keys = {k for s in family.samples if not s.name.endswith("_created") for k in s.labels}
+            real.add((name, family.type, tuple(sorted(keys - {"le"})), family.documentation))
+    assert {(n, k, tuple(sorted(ls)), t) for n, k, ls, t in listed} == real
