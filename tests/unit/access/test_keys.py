@@ -18,7 +18,7 @@ from .conftest import Clock
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until it holds."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the reload that it waits for sets no event
+        while not condition():
             await asyncio.sleep(0)
 
 
