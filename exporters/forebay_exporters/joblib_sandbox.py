@@ -4,7 +4,8 @@ A pickle runs code when it is read. The reading process has an empty environment
 file as its standard input, a temporary folder as its working folder and home, and limits: no further processes, 60 s of CPU
 time, 8 GiB of memory, files of at most 1 GiB. On Linux it has no network (a namespace without
 interfaces), and root becomes `nobody` first; where the kernel refuses the namespace, reading is
-refused. It may still read files that its user may read. So: files of strangers do not belong here,
+refused. It may still read and write files that its user may read and write (as `nobody`: what all may
+write), since it has no file system of its own. So: files of strangers do not belong here,
 sandbox or not. Its result is a skops file, whose types the caller then trusts by name.
 """
 
