@@ -99,7 +99,9 @@ def _open_new(path: Path, config: str) -> sqlite3.Connection:
     path.unlink(missing_ok=True)
     db = sqlite3.connect(path, check_same_thread=False)
     db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT)")
-    db.execute("CREATE TABLE points (label INTEGER PRIMARY KEY, id TEXT, payload BLOB, vector BLOB)")
+    db.execute(
+        "CREATE TABLE points (label INTEGER PRIMARY KEY, id TEXT, payload BLOB, vector BLOB)"
+    )
     db.execute("INSERT INTO meta VALUES ('config', ?)", (config,))
     return db
 

@@ -118,7 +118,7 @@ class CollectionIndex:
         """Bytes in memory, roughly."""
         out = self.payloads.nbytes + self.labels.nbytes + 80 * len(self.ids)
         out += sum(k.nbytes for k in self.keyword.values())
-        return out + (self.dense.nbytes if self.dense else 0)
+        return out + (self.dense.nbytes if self.dense is not None else 0)
 
     @property
     def dead_share(self) -> float:
@@ -146,7 +146,7 @@ class CollectionIndex:
     def _append(self, points: Sequence[IndexedPoint], alive: Mask) -> None:
         first = len(self.ids)
         slots = range(first, first + len(points))
-        if self.dense:
+        if self.dense is not None:
             self.dense.append(np.stack([p.vector for p in points if p.vector is not None]))
         for path, keyword in self.keyword.items():
             keyword.append(slots, [text_at(p.payload, path) for p in points], alive)
@@ -158,7 +158,7 @@ class CollectionIndex:
         return View(
             alive,
             int(np.count_nonzero(alive)),
-            self.dense.view() if self.dense else None,
+            self.dense.view() if self.dense is not None else None,
             {path: k.view() for path, k in self.keyword.items()},
         )
 

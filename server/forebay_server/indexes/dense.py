@@ -14,12 +14,13 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import faiss  # type: ignore[import-untyped]
+import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from forebay_server.indexes.arrays import GrowingArray
 
+faiss: Any = _faiss  # its stubs lack much of what is there
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Metric = Literal["cosine", "dot", "l2"]
@@ -258,9 +259,7 @@ class DenseIndex:
         ):
             raise RuntimeError("the index file is of another collection")
         start = built.ntotal if built is not None else 0
-        self._view = DenseView(
-            built, start, GrowingArray(np.float32, self.config.dimensions, tail)
-        )
+        self._view = DenseView(built, start, GrowingArray(np.float32, self.config.dimensions, tail))
 
 
 def _flat_rows(index: Any, dimensions: int) -> Floats:

@@ -4,12 +4,14 @@ Documents live in immutable segments, each a matrix of term frequencies in compr
 bm25s has it) and the documents' own term ids (for phrases, deletions and merges). An append makes a
 small segment; when many of one size have gathered they are merged, so that a document is copied a
 logarithmic number of times. Frequencies of terms over all live documents are kept beside them and
-weights are computed at search time, which is why an update never makes old scores wrong: scores are
-those of rank_bm25's BM25Okapi over the live documents. Why not bm25s or tantivy: docs/adr/0008.
+weights are computed at search time, so that an update makes no score wrong: scores are those of
+rank_bm25's BM25Plus with delta 0 over the live documents (weight of a term: ln((N + 1) / df), which
+is positive in the smallest collections too). Why not bm25s or tantivy: docs/adr/0008.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,8 +28,6 @@ Mask = NDArray[np.bool_]
 #: Segments of one size class that are merged into one.
 MERGE_AT = 8
 MAX_SEGMENTS = 48
-#: Weight of terms that stand in more than half of the documents, as a share of the mean weight.
-EPSILON = 0.25
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
@@ -122,7 +122,6 @@ class KeywordIndex:
         self._frequency = GrowingArray(np.int32)  # documents that hold each term
         self._lengths = GrowingArray(np.int32)  # by slot
         self._published = KeywordView((), 0, 0)
-        self._weights: tuple[KeywordView, NDArray[np.float64]] | None = None
 
     # The writer's side.
 
@@ -195,21 +194,6 @@ class KeywordIndex:
         """The documents of this moment; searches may take it instead of the newest."""
         return self._published
 
-    def _weight(self, published: KeywordView) -> NDArray[np.float64]:
-        """Okapi's weight of every term, as rank_bm25 has it: terms of more than half of the
-        documents get EPSILON times the mean weight instead of a negative one."""
-        kept = self._weights
-        if kept is not None and kept[0] is published:
-            return kept[1]
-        count = self._frequency.view().astype(np.float64)
-        known = count > 0
-        out = np.zeros(len(count))
-        out[known] = np.log(published.documents - count[known] + 0.5) - np.log(count[known] + 0.5)
-        mean = out.sum() / max(1, int(known.sum()))
-        out[known & (out < 0)] = EPSILON * mean
-        self._weights = (published, out)
-        return out
-
     def score(
         self, query: str, n: int, view: KeywordView | None = None
     ) -> tuple[NDArray[np.float64], Mask]:
@@ -225,19 +209,22 @@ class KeywordIndex:
         )
         if not wanted or not published.documents:
             return scores, hit
-        weights = self._weight(published)
+        frequency = self._frequency.view()
         lengths = self._lengths.view()
         mean = published.tokens / published.documents
+        weights = {
+            term: times * math.log((published.documents + 1) / frequency[term])
+            for term, times in wanted.items()
+            if term < len(frequency) and frequency[term] > 0
+        }
         for segment in published.segments:
-            for term, times in wanted.items():
+            for term, weight in weights.items():
                 found = segment.postings(term)
-                if found is None or term >= len(weights):
+                if found is None:
                     continue
                 slots, frequencies = _below(*found, n)
                 norm = self.k1 * (1 - self.b + self.b * lengths[slots] / mean)
-                scores[slots] += (
-                    times * weights[term] * (frequencies * (self.k1 + 1) / (frequencies + norm))
-                )
+                scores[slots] += weight * (frequencies * (self.k1 + 1) / (frequencies + norm))
                 hit[slots] = True
         for phrase in _QUOTED.findall(query):
             hit &= self.holding(phrase, n, True, published)

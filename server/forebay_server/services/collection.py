@@ -324,10 +324,10 @@ def _collection(c: OpenCollection) -> pb.Collection:
     d = c.config.dense
     if d is not None:
         config.dimensions = d.dimensions
-        config.metric = pb.Metric.Value(f"METRIC_{d.metric.upper()}")
+        config.metric = pb.Metric.Value(f"METRIC_{d.metric.upper()}")  # type: ignore[assignment]
         config.index.CopyFrom(
             pb.IndexConfig(
-                type=pb.IndexType.Value(f"INDEX_TYPE_{d.kind.upper()}"),
+                type=f"INDEX_TYPE_{d.kind.upper()}",
                 m=d.m,
                 ef_construction=d.ef_construction,
                 ef_search=d.ef_search,

@@ -203,7 +203,7 @@ class CollectionStore:
     ) -> dict[int, PointRow]:
         """Points by label; those that are gone are left out."""
         p = collection_points
-        columns = [p.c.label, p.c.point_id, p.c.payload]
+        columns: list[sa.ColumnElement] = [p.c.label, p.c.point_id, p.c.payload]
         columns.append(p.c.vector if vectors else sa.null().label("vector"))
         out: dict[int, PointRow] = {}
         async with self._database.read() as db:
