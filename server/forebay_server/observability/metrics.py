@@ -104,6 +104,12 @@ class Metrics:
             ["collection", "reason"],
             registry=r,
         )
+        self.documents = Counter(
+            "forebay_documents_ingested",
+            "Documents whose ingest has ended",
+            ["status"],
+            registry=r,
+        )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
         self._durations: dict[tuple[str, str], Any] = {}
