@@ -57,7 +57,7 @@ def upload(stub, base: str, *files: Path | tuple[str, bytes], password: str = ""
                 piece = {"path": name, "data": data[start : start + 100_000]}
                 yield pb.UploadDocumentRequest(chunk=piece)
 
-    return [d for d in stub.UploadDocument(messages()).documents]
+    return list(stub.UploadDocument(messages()).documents)
 
 
 def wait(stub, base: str, seconds: float = 60) -> dict[str, pb.Document]:
