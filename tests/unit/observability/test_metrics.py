@@ -37,6 +37,9 @@ def filled() -> Metrics:
     )
     m.batch_observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
+    m.watch_collections(lambda: [("c", 10, 4096)])
+    m.index_rebuilds.labels("c", "damaged").inc()
+    m.documents.labels("ready").inc()
     return m
 
 
