@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 
 from forebay.settings import Settings
@@ -14,8 +13,6 @@ log = logging.getLogger("forebay.server")
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once."""
-    # gRPC's fork handlers are for forks that go on in Python; ours start a program at once.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     import uvloop
     from forebay_server.app import Server
     from forebay_server.observability.logs import configure
