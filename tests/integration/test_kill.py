@@ -1,6 +1,6 @@
 """kill -9 at random moments: nothing acknowledged is lost, nothing is half there.
 
-FOREBAY_KILLS sets how often the server is killed; 10 by default.
+FOREBAY_KILLS sets how often the server is killed, 10 by default; FOREBAY_SEED when.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Process:
     def __init__(self, home: Path) -> None:
         port = free_port()
         environ = {
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_")},
             "FOREBAY_HOME": str(home),
             "FOREBAY_GRPC_PORT": str(port),
             "FOREBAY_MODELS__STARTERS": "false",
