@@ -263,6 +263,7 @@ class _Lane:
             self._forget(head)
             if not plan[at]:
                 del plan[at]
+            plan[1:] = sorted(plan[1:], key=_age, reverse=True)  # without it, it may be younger
         while self._pending:
             if self._pending[0].wanted():
                 return self._pending[0]
