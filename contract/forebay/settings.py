@@ -89,6 +89,7 @@ class GrpcSettings(_Section):
     )
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tls_reload_s: float = Field(default=10.0, gt=0, description="how often the files are looked at")
     tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 __version__: str
 
 class Call:
-    """One unary call. Ends once: further ends are ignored. Forgotten unended, it is UNAVAILABLE."""
+    """One unary call, ended by `Server.answer`. Forgotten unended, it is UNAVAILABLE."""
 
     @property
     def method(self) -> int:
@@ -27,12 +27,6 @@ class Call:
         """Seconds until the deadline, negative when it has passed; None without one."""
     def set_owner(self, owner: object) -> None:
         """What `Server.take` names when this call is gone."""
-    def reply(self, payload: bytes, trailers: Sequence[tuple[str, str]]) -> bool:
-        """End well. False when the call has ended or nobody waits."""
-    def fail(
-        self, code: int, message: str, details: bytes, trailers: Sequence[tuple[str, str]]
-    ) -> bool:
-        """End with an error; `details` is a serialised google.rpc.Status or empty."""
 
 class Server:
     """Listens as soon as it is made.
@@ -77,6 +71,10 @@ class Server:
     def take(self, most: int, timeout_s: float) -> tuple[list[Call], list[tuple[object, bool]]]:
         """Wait for calls. Also gives the owners of calls that were taken and are gone, with True
         for those whose deadline passed, False for those that the client left."""
+    @staticmethod
+    def answer(answers: Sequence[tuple[Call, int, bytes, str, Sequence[tuple[str, str]]]]) -> None:
+        """End calls: (call, code, data, message, trailers). For code 0 the data is the response;
+        else it is a serialised google.rpc.Status or empty. Ends of calls that ended are ignored."""
     def set_tls(self, certificate: bytes, key: bytes, client_ca: bytes | None = None) -> None:
         """For connections from now on. Raises ValueError, and keeps the old ones."""
     def drain(self, timeout_s: float) -> bool:

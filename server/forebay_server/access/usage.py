@@ -23,7 +23,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,13 @@ class UsageLedger:
         self._path, self._file = self._new()
         await self._commit_pending()
 
-    def record(self, key_id: str, model: str, version: int, values: tuple[float, ...]) -> None:
-        """Append one call's counters, in the order of COUNTERS."""
-        line = json.dumps([key_id, model, version, self._day(), *values]).encode() + b"\n"
+    def record(self, sums: Mapping[tuple[str, str, int], Iterable[float]]) -> None:
+        """Append what calls used by (key, model, version), in the order of COUNTERS."""
+        day = self._day()
+        line = b"".join(
+            json.dumps([*key, day, *(round(v, 3) for v in values)]).encode() + b"\n"
+            for key, values in sums.items()
+        )
         with self._lock:
             if self._unwritten or self._torn:
                 self._keep(line)

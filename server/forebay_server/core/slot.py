@@ -23,6 +23,7 @@ from typing import Any
 
 from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 
+from forebay_server.core.collector import together
 from forebay_server.core.intake import Intake, quarantined, too_late
 from forebay_server.core.interfaces import Batch, Engine
 from forebay_server.core.queue import Cut, Entry, padded
@@ -310,8 +311,9 @@ class Slot:
             for entry in entries:
                 if quarantine.is_suspect(entry.item):
                     quarantine.acquit(entry.item)
-        for entry, result in zip(entries, results, strict=True):
-            entry.owner.set_result(entry.index, result)
+        with together():
+            for entry, result in zip(entries, results, strict=True):
+                entry.owner.set_result(entry.index, result)
 
     def _observe(self, report: BatchReport) -> None:
         if self._observer is None:
@@ -454,5 +456,6 @@ def died(error: BaseException) -> bool:
 
 
 def _fail_all(cut: Cut, error: ForebayError) -> None:
-    for entry in cut.entries:
-        entry.owner.fail(error)
+    with together():
+        for entry in cut.entries:
+            entry.owner.fail(error)

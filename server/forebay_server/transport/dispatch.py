@@ -14,6 +14,7 @@ from forebay.errors import ForebayError, InvalidArgument
 from google.protobuf.message import DecodeError, Message
 
 from forebay_server.core.call import Call
+from forebay_server.core.collector import together
 from forebay_server.services.base import Handler
 from forebay_server.transport.pipeline import Pipeline, guard
 
@@ -33,7 +34,8 @@ class Dispatcher:
     def serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
         """Start calls, of any methods. Never raises: what goes wrong ends calls."""
         try:
-            self._serve(taken)
+            with together():
+                self._serve(taken)
         except Exception:  # a thread that dies would leave every later caller waiting
             log.exception("dispatching failed")
             for call, _ in taken:

@@ -11,15 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from forebay.errors import DeadlineExceeded, QueueFull
 from forebay.settings import GrpcSettings
 
 from forebay_server.core.call import Call
+from forebay_server.core.collector import Collector
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.inbox import MAX_TAKE
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("forebay.transport")
 
 _CODES = {code.name: int(code.value[0]) for code in grpc.StatusCode}  # type: ignore[index]
-#: How often the TLS files are looked at, seconds.
-RELOAD_S = 10.0
 
 
 def available() -> bool:
@@ -86,6 +84,7 @@ class FastLane:
             tls=_tls(settings),
         )
         self.port = self._server.port
+        self._ended: Collector[Call] = Collector(self._end)
         self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, name=f"fast-ingest-{i}", daemon=True)
@@ -131,24 +130,30 @@ class FastLane:
             started=now - native.waited,
             deadline=None if left is None else now + left,
             peer=native.peer,
-            on_end=partial(self._end, native),
+            on_end=self._ended.add,
         )
+        call.origin = native
         native.set_owner(call)
         return call
 
-    def _end(self, native: forebay_native.Call, call: Call) -> None:
-        self._pipeline.end(call)
-        error = call.error
-        if error is None:
-            native.reply(call.payload, call.trailers)
-        else:
-            details = error.to_status().SerializeToString()
-            native.fail(_CODES[error.code], error.message, details, call.trailers)
+    def _end(self, calls: list[Call]) -> None:
+        """Send the answers of calls that ended together."""
+        self._pipeline.end(calls)
+        answers = []
+        for call in calls:
+            error = call.error
+            if error is None:
+                answers.append((call.origin, 0, call.payload, "", call.trailers))
+            else:
+                details = error.to_status().SerializeToString()
+                code = _CODES[error.code]
+                answers.append((call.origin, code, details, error.message, call.trailers))
+        self._server.answer(cast(Any, answers))
 
     def _reload_tls(self) -> None:
         """Take renewed certificates without a restart."""
         seen = _stamps(self._settings)
-        while not self._ending.wait(RELOAD_S):
+        while not self._ending.wait(self._settings.tls_reload_s):
             stamps = _stamps(self._settings)
             if stamps == seen:
                 continue

@@ -121,7 +121,7 @@ class OrdinaryLane(grpc.GenericRpcHandler):
         left = context.time_remaining()
 
         def end(call: Call) -> None:
-            self._pipeline.end(call)
+            self._pipeline.end([call])
             on_end(call)
 
         return Call(

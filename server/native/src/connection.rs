@@ -43,7 +43,11 @@ pub async fn serve(
 ) {
     let config = &shared.config;
     let greeted = Arc::new(AtomicBool::new(false));
-    let stream = Greeted { stream, greeted: greeted.clone(), read: 0 };
+    let stream = Greeted {
+        stream,
+        heard: greeted.clone(),
+        read: 0,
+    };
     let ordinary = Arc::new(Ordinary::new(config.ordinary.clone(), peer));
     let peer: Arc<str> = peer.into();
     let service = service_fn(|request| {
@@ -62,7 +66,9 @@ pub async fn serve(
             .keep_alive_timeout(config.keepalive_timeout)
             .serve_connection(TokioIo::new(stream), service)
     );
-    let age = config.max_age.map(|age| jittered(age, Arc::as_ptr(&ordinary).addr()));
+    let age = config
+        .max_age
+        .map(|age| jittered(age, Arc::as_ptr(&ordinary).addr()));
     let mut end_of_age = std::pin::pin!(sleep(age.unwrap_or(Duration::MAX)));
     let mut greeting = std::pin::pin!(sleep(config.receive_timeout));
     let mut unsure = true;
@@ -109,7 +115,10 @@ async fn route(
     let Some(&method) = shared.methods.get(request.uri().path()) else {
         return ordinary.pass(request).await;
     };
-    let kind = request.headers().get(CONTENT_TYPE).map_or(&b""[..], |v| v.as_bytes());
+    let kind = request
+        .headers()
+        .get(CONTENT_TYPE)
+        .map_or(&b""[..], |v| v.as_bytes());
     if request.method() != Method::POST || !kind.starts_with(b"application/grpc") {
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE);
     }
@@ -132,14 +141,20 @@ async fn fast(
     let (message, _held) = match timeout(shared.config.receive_timeout, receiving).await {
         Ok(received) => received?,
         Err(_) => {
-            return Err(Refusal::new(Code::DeadlineExceeded, "the request did not come in whole"));
+            return Err(Refusal::new(
+                Code::DeadlineExceeded,
+                "the request did not come in whole",
+            ));
         }
     };
     let (call, answer) = Call::new(method, message, head.headers, deadline, peer);
     if !shared.inbox.put(call.clone()) {
         return Err(shared.config.overload.clone());
     }
-    let leaving = Leaving { shared, call: &call };
+    let leaving = Leaving {
+        shared,
+        call: &call,
+    };
     let outcome = wait(answer, deadline, &leaving).await;
     drop(leaving);
     outcome
@@ -151,7 +166,9 @@ async fn wait(
     leaving: &Leaving<'_>,
 ) -> Result<Outcome, Refusal> {
     let gone = |_| Refusal::new(Code::Unavailable, "the server is shutting down");
-    let Some(deadline) = deadline else { return answer.await.map_err(gone) };
+    let Some(deadline) = deadline else {
+        return answer.await.map_err(gone);
+    };
     if let Ok(outcome) = timeout_at(deadline.into(), &mut answer).await {
         return outcome.map_err(gone);
     }
@@ -176,7 +193,9 @@ async fn receive(
         let next = std::future::poll_fn(|c| Pin::new(&mut body).poll_frame(c)).await;
         let Some(frame) = next else { break };
         let broken = |_| Refusal::new(Code::Unavailable, "the request broke off");
-        let Ok(piece) = frame.map_err(broken)?.into_data() else { continue };
+        let Ok(piece) = frame.map_err(broken)?.into_data() else {
+            continue;
+        };
         receiver.push(piece)?;
         if let (None, Some(size)) = (&held, receiver.expected()) {
             held = Some(shared.inbox.reserve(size).ok_or_else(overload)?);
@@ -184,8 +203,11 @@ async fn receive(
     }
     let message = receiver.finish()?;
     // What compression hid counts too.
-    let unpacked =
-        if gzip { Some(shared.inbox.reserve(message.len()).ok_or_else(overload)?) } else { None };
+    let unpacked = if gzip {
+        Some(shared.inbox.reserve(message.len()).ok_or_else(overload)?)
+    } else {
+        None
+    };
     Ok((message, [held, unpacked]))
 }
 
@@ -204,7 +226,7 @@ impl Drop for Leaving<'_> {
 /// Notices whether as much as HTTP/2's opening words have come.
 struct Greeted {
     stream: Box<dyn Stream>,
-    greeted: Arc<AtomicBool>,
+    heard: Arc<AtomicBool>,
     read: usize,
 }
 
@@ -221,7 +243,7 @@ impl AsyncRead for Greeted {
         if self.read < OPENING {
             self.read += buffer.filled().len() - before;
             if self.read >= OPENING {
-                self.greeted.store(true, Ordering::Relaxed);
+                self.heard.store(true, Ordering::Relaxed);
             }
         }
         polled
@@ -249,7 +271,10 @@ impl AsyncWrite for Greeted {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_flush(context)
     }
 

@@ -24,7 +24,12 @@ pub struct Receiver {
 impl Receiver {
     /// `limit`: most bytes of a message, compressed or not. `gzip`: what `grpc-encoding` says.
     pub fn new(limit: usize, gzip: bool) -> Self {
-        Self { limit, gzip, head: BytesMut::new(), whole: None }
+        Self {
+            limit,
+            gzip,
+            head: BytesMut::new(),
+            whole: None,
+        }
     }
 
     /// Adds a piece of the body. Fails as soon as the length in the prefix is known to be too much.
@@ -56,7 +61,10 @@ impl Receiver {
             return Err(too_large(length, self.limit));
         }
         if body.len() > PREFIX + length {
-            return Err(Refusal::new(Code::InvalidArgument, "a unary call takes one message"));
+            return Err(Refusal::new(
+                Code::InvalidArgument,
+                "a unary call takes one message",
+            ));
         }
         Ok(())
     }
@@ -80,7 +88,10 @@ impl Receiver {
                 Code::Unimplemented,
                 "the message is compressed by something else than gzip",
             )),
-            _ => Err(Refusal::new(Code::InvalidArgument, "the message's flag is neither 0 nor 1")),
+            _ => Err(Refusal::new(
+                Code::InvalidArgument,
+                "the message's flag is neither 0 nor 1",
+            )),
         }
     }
 }
@@ -99,9 +110,14 @@ fn too_large(size: usize, limit: usize) -> Refusal {
 fn gunzip(data: &[u8], limit: usize) -> Result<Bytes, Refusal> {
     let mut out = Vec::new();
     // One byte more than the limit tells "too large" from "just fits".
-    let read = GzDecoder::new(data).take(limit as u64 + 1).read_to_end(&mut out);
+    let read = GzDecoder::new(data)
+        .take(limit as u64 + 1)
+        .read_to_end(&mut out);
     match read {
-        Err(_) => Err(Refusal::new(Code::InvalidArgument, "the message is not valid gzip")),
+        Err(_) => Err(Refusal::new(
+            Code::InvalidArgument,
+            "the message is not valid gzip",
+        )),
         Ok(n) if n > limit => Err(too_large(n, limit)),
         Ok(_) => Ok(out.into()),
     }
@@ -156,7 +172,9 @@ mod tests {
     #[test]
     fn a_length_beyond_the_limit_is_refused_before_its_bytes_come() {
         let body = framed(0, &[0; 101]);
-        let error = Receiver::new(100, false).push(body.slice(..PREFIX)).unwrap_err();
+        let error = Receiver::new(100, false)
+            .push(body.slice(..PREFIX))
+            .unwrap_err();
         assert_eq!(error.code, Code::ResourceExhausted);
         assert!(receive(&[framed(0, &[0; 100])], 100, false).is_ok());
     }
@@ -164,18 +182,34 @@ mod tests {
     #[test]
     fn bodies_that_are_not_one_message_are_refused() {
         let two = [framed(0, b"a"), framed(0, b"b")].concat().into();
-        for body in [Bytes::new(), framed(0, b"abc").slice(..6), two, framed(7, b"a")] {
-            assert_eq!(receive(&[body], 100, false).unwrap_err().code, Code::InvalidArgument);
+        for body in [
+            Bytes::new(),
+            framed(0, b"abc").slice(..6),
+            two,
+            framed(7, b"a"),
+        ] {
+            assert_eq!(
+                receive(&[body], 100, false).unwrap_err().code,
+                Code::InvalidArgument
+            );
         }
-        assert_eq!(receive(&[framed(1, b"a")], 9, false).unwrap_err().code, Code::Unimplemented);
+        assert_eq!(
+            receive(&[framed(1, b"a")], 9, false).unwrap_err().code,
+            Code::Unimplemented
+        );
     }
 
     #[test]
     fn gzip_is_read_and_bounded() {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        encoder.write_all(&[7; 100_000]).unwrap();
+        encoder.write_all(&vec![7; 100_000]).unwrap();
         let body = framed(1, &encoder.finish().unwrap());
-        assert_eq!(receive(&[body.clone()], 100_000, true).unwrap().len(), 100_000);
+        assert_eq!(
+            receive(std::slice::from_ref(&body), 100_000, true)
+                .unwrap()
+                .len(),
+            100_000
+        );
         let bomb = receive(&[body], 99_999, true).unwrap_err();
         assert_eq!(bomb.code, Code::ResourceExhausted);
         let broken = receive(&[framed(1, b"no gzip")], 100, true).unwrap_err();
@@ -206,7 +240,10 @@ mod tests {
     fn large_messages_are_not_copied() {
         let large = Bytes::from(vec![1; COPY_BELOW]);
         let (prefix, rest) = frame(large.clone());
-        assert_eq!((prefix.len(), rest.unwrap().as_ptr()), (PREFIX, large.as_ptr()));
+        assert_eq!(
+            (prefix.len(), rest.unwrap().as_ptr()),
+            (PREFIX, large.as_ptr())
+        );
         assert_eq!(frame(Bytes::from_static(b"ab")).0, framed(0, b"ab"));
     }
 }

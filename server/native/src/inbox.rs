@@ -129,7 +129,10 @@ impl Inbox {
     /// Room for `more` bytes of messages, given back when the value is dropped. None when full.
     pub fn reserve(self: &Arc<Self>, more: usize) -> Option<Reservation> {
         let before = self.bytes.fetch_add(more, Ordering::Relaxed);
-        let reservation = Reservation { inbox: self.clone(), bytes: more };
+        let reservation = Reservation {
+            inbox: self.clone(),
+            bytes: more,
+        };
         if before + more > self.bounds.bytes {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return None;
@@ -179,9 +182,15 @@ impl Inbox {
         loop {
             let mut taken = Vec::with_capacity(most.min(state.waiting.len()));
             while taken.len() < most {
-                let Some(call) = state.waiting.pop_front() else { break };
-                let was =
-                    call.state.compare_exchange(WAITING, TAKEN, Ordering::AcqRel, Ordering::Acquire);
+                let Some(call) = state.waiting.pop_front() else {
+                    break;
+                };
+                let was = call.state.compare_exchange(
+                    WAITING,
+                    TAKEN,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                );
                 if was.is_ok() {
                     taken.push(call);
                 }
@@ -205,7 +214,10 @@ impl Inbox {
         state.closed = true;
         let error = Refusal::new(Code::Unavailable, "the server is shutting down");
         for call in state.waiting.drain(..) {
-            call.end(Outcome { payload: None, trailers: error.trailers() });
+            call.end(Outcome {
+                payload: None,
+                trailers: error.trailers(),
+            });
         }
         self.ready.notify_all();
     }
@@ -238,7 +250,13 @@ mod tests {
     use super::*;
 
     fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
-        Call::new(0, Bytes::from_static(b"m"), HeaderMap::new(), None, "".into())
+        Call::new(
+            0,
+            Bytes::from_static(b"m"),
+            HeaderMap::new(),
+            None,
+            "".into(),
+        )
     }
 
     fn inbox(calls: usize) -> Arc<Inbox> {
@@ -275,12 +293,18 @@ mod tests {
     #[test]
     fn an_answer_counts_once() {
         let (call, mut answer) = call();
-        let outcome = || Outcome { payload: None, trailers: HeaderMap::new() };
+        let outcome = || Outcome {
+            payload: None,
+            trailers: HeaderMap::new(),
+        };
         assert!(call.end(outcome()) && !call.end(outcome()));
         assert!(answer.try_recv().is_ok());
         let inbox = inbox(1);
         inbox.leave(&call, Gone::Cancelled);
-        assert!(inbox.take(1, Duration::ZERO).1.is_empty(), "it has its answer");
+        assert!(
+            inbox.take(1, Duration::ZERO).1.is_empty(),
+            "it has its answer"
+        );
     }
 
     #[test]

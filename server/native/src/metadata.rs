@@ -36,10 +36,16 @@ pub fn is_gzip(headers: &HeaderMap) -> bool {
 pub fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
     headers.iter().filter_map(|(name, value)| {
         let name = name.as_str();
-        let own = matches!(name, "te" | "content-type" | "grpc-timeout" | "grpc-encoding")
-            || matches!(name, "grpc-accept-encoding" | "accept-encoding")
+        let own = matches!(
+            name,
+            "te" | "content-type" | "grpc-timeout" | "grpc-encoding"
+        ) || matches!(name, "grpc-accept-encoding" | "accept-encoding")
             || name.ends_with("-bin");
-        if own { None } else { Some((name, value.to_str().ok()?)) }
+        if own {
+            None
+        } else {
+            Some((name, value.to_str().ok()?))
+        }
     })
 }
 

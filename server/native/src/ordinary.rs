@@ -31,23 +31,28 @@ pub struct Ordinary {
 impl Ordinary {
     pub fn new(socket: PathBuf, peer: &str) -> Self {
         let peer = HeaderValue::from_str(peer).unwrap_or(HeaderValue::from_static("unknown"));
-        Self { socket, peer, sender: Mutex::new(None) }
+        Self {
+            socket,
+            peer,
+            sender: Mutex::new(None),
+        }
     }
 
     /// Sends the call on, and gives the answer as it comes.
     pub async fn pass(&self, mut request: Request<Incoming>) -> Response<Reply> {
         request.headers_mut().insert(PEER, self.peer.clone());
         let answer = match self.sender().await {
-            Ok(mut sender) => sender.send_request(request).await.map_err(|e| e.to_string()),
+            Ok(mut sender) => sender
+                .send_request(request)
+                .await
+                .map_err(|e| e.to_string()),
             Err(e) => Err(e.to_string()),
         };
-        match answer {
-            Ok(response) => response.map(Reply::Passed),
-            Err(_) => {
-                let text = "the server is not ready for this call";
-                refusal(Refusal::new(Code::Unavailable, text).trailers())
-            }
+        if let Ok(response) = answer {
+            return response.map(Reply::Passed);
         }
+        let text = "the server is not ready for this call";
+        refusal(Refusal::new(Code::Unavailable, text).trailers())
     }
 
     async fn sender(&self) -> std::io::Result<SendRequest<Incoming>> {

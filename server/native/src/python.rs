@@ -71,38 +71,16 @@ impl PyCall {
     fn set_owner(&self, owner: Py<PyAny>) {
         *self.call.owner.lock() = Some(Box::new(owner));
     }
-
-    fn reply(&self, payload: &Bound<'_, PyBytes>, trailers: Vec<(String, String)>) -> bool {
-        let data = payload.as_bytes();
-        let payload = if data.len() < COPY_BELOW {
-            Bytes::copy_from_slice(data)
-        } else {
-            Bytes::from_owner(Held(payload.clone().unbind(), data.as_ptr(), data.len()))
-        };
-        let trailers = status::trailers(0, "", b"", headers(trailers));
-        self.end(Some(payload), trailers)
-    }
-
-    fn fail(&self, code: u8, message: &str, details: &[u8], trailers: Vec<(String, String)>) -> bool {
-        self.end(None, status::trailers(code, message, details, headers(trailers)))
-    }
-}
-
-impl PyCall {
-    fn end(&self, payload: Option<Bytes>, trailers: HeaderMap) -> bool {
-        let ended = self.call.end(Outcome { payload, trailers });
-        // Call and owner hold each other. Dropped after the lock is free: it may run Python code.
-        let owner = self.call.owner.lock().take();
-        drop(owner);
-        ended
-    }
 }
 
 impl Drop for PyCall {
     fn drop(&mut self) {
         // Python forgot it: the client must not wait for ever.
         let error = Refusal::new(Code::Unavailable, "the server lost this call");
-        self.call.end(Outcome { payload: None, trailers: error.trailers() });
+        self.call.end(Outcome {
+            payload: None,
+            trailers: error.trailers(),
+        });
     }
 }
 
@@ -121,6 +99,14 @@ impl AsRef<[u8]> for Held {
     }
 }
 
+fn payload(data: &Bound<'_, PyBytes>) -> Bytes {
+    let bytes = data.as_bytes();
+    if bytes.len() < COPY_BELOW {
+        return Bytes::copy_from_slice(bytes);
+    }
+    Bytes::from_owner(Held(data.clone().unbind(), bytes.as_ptr(), bytes.len()))
+}
+
 fn headers(pairs: Vec<(String, String)>) -> HeaderMap {
     let mut map = HeaderMap::with_capacity(pairs.len() + 3);
     for (name, value) in pairs {
@@ -137,6 +123,13 @@ struct PyServer {
     server: Server,
 }
 
+type Answer<'py> = (
+    PyRef<'py, PyCall>,
+    u8,
+    Bound<'py, PyBytes>,
+    String,
+    Vec<(String, String)>,
+);
 type Leavers = Vec<(Py<PyAny>, bool)>;
 
 #[pymethods]
@@ -175,7 +168,10 @@ impl PyServer {
             max_header_bytes,
             max_connections,
             max_streams,
-            bounds: Bounds { calls: max_waiting_calls, bytes: max_waiting_bytes },
+            bounds: Bounds {
+                calls: max_waiting_calls,
+                bytes: max_waiting_bytes,
+            },
             keepalive: seconds(keepalive_s),
             keepalive_timeout: seconds(keepalive_timeout_s),
             max_age: (max_age_s > 0.0).then(|| seconds(max_age_s)),
@@ -187,7 +183,9 @@ impl PyServer {
                 details: overload.1,
             },
         };
-        let tls = tls.map(|(c, k, ca)| settings(&c, &k, ca.as_deref())).transpose()?;
+        let tls = tls
+            .map(|(c, k, ca)| settings(&c, &k, ca.as_deref()))
+            .transpose()?;
         let server = py
             .detach(|| Server::start(address, config, tls))
             .map_err(|e| PyOSError::new_err(format!("cannot listen on {address}: {e}")))?;
@@ -207,8 +205,10 @@ impl PyServer {
     ) -> PyResult<(Vec<Py<PyCall>>, Leavers)> {
         let inbox = &self.server.shared.inbox;
         let (taken, gone) = py.detach(|| inbox.take(most, Duration::from_secs_f64(timeout_s)));
-        let calls: PyResult<_> =
-            taken.into_iter().map(|call| Py::new(py, PyCall { call })).collect();
+        let calls: PyResult<_> = taken
+            .into_iter()
+            .map(|call| Py::new(py, PyCall { call }))
+            .collect();
         let owner_of = |call: &Call| {
             let owner = call.owner.lock();
             Some(owner.as_ref()?.downcast_ref::<Py<PyAny>>()?.clone_ref(py))
@@ -218,6 +218,30 @@ impl PyServer {
             .filter_map(|(call, why)| Some((owner_of(call)?, *why == Gone::Late)))
             .collect();
         Ok((calls?, gone))
+    }
+
+    /// Sends answers. Each is (call, code, payload or details, message, trailers).
+    #[staticmethod]
+    fn answer(py: Python<'_>, answers: Vec<Answer<'_>>) {
+        let ready: Vec<_> = answers
+            .into_iter()
+            .map(|(call, code, data, message, more)| {
+                let call = call.call.clone();
+                // Call and owner hold each other. Dropped when the lock is free: it may run code.
+                let owner = call.owner.lock().take();
+                drop(owner);
+                let payload = (code == 0).then(|| payload(&data));
+                let details = if code == 0 { &b""[..] } else { data.as_bytes() };
+                let trailers = status::trailers(code, &message, details, headers(more));
+                (call, Outcome { payload, trailers })
+            })
+            .collect();
+        // Waking the transport's threads takes system calls: others may run Python meanwhile.
+        py.detach(|| {
+            for (call, outcome) in ready {
+                call.end(outcome);
+            }
+        });
     }
 
     #[pyo3(signature = (certificate, key, client_ca = None))]
@@ -253,7 +277,12 @@ fn settings(
     key: &[u8],
     client_ca: Option<&[u8]>,
 ) -> PyResult<Arc<rustls::ServerConfig>> {
-    tls::config(&tls::Pem { certificate, key, client_ca }).map_err(PyValueError::new_err)
+    tls::config(&tls::Pem {
+        certificate,
+        key,
+        client_ca,
+    })
+    .map_err(PyValueError::new_err)
 }
 
 #[pymodule]

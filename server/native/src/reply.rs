@@ -15,7 +15,10 @@ use crate::inbox::Outcome;
 /// See the module.
 pub enum Reply {
     Empty,
-    Message { data: [Option<Bytes>; 2], trailers: Option<HeaderMap> },
+    Message {
+        data: [Option<Bytes>; 2],
+        trailers: Option<HeaderMap>,
+    },
     Passed(Incoming),
 }
 
@@ -53,9 +56,14 @@ impl Body for Reply {
 
 /// The answer to a call of the fast lane.
 pub fn answer(outcome: Outcome) -> Response<Reply> {
-    let Some(payload) = outcome.payload else { return refusal(outcome.trailers) };
+    let Some(payload) = outcome.payload else {
+        return refusal(outcome.trailers);
+    };
     let (first, second) = frame(payload);
-    let body = Reply::Message { data: [Some(first), second], trailers: Some(outcome.trailers) };
+    let body = Reply::Message {
+        data: [Some(first), second],
+        trailers: Some(outcome.trailers),
+    };
     with_type(Response::new(body))
 }
 

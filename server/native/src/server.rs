@@ -122,7 +122,9 @@ impl Server {
     /// connections have ended.
     pub fn drain(&self, timeout: Duration) -> bool {
         self.phase.send_replace(Phase::Draining);
-        let Some(mut alive) = self.alive.lock().take() else { return true };
+        let Some(mut alive) = self.alive.lock().take() else {
+            return true;
+        };
         let Some(handle) = self.runtime.lock().as_ref().map(|r| r.handle().clone()) else {
             return true;
         };
@@ -180,13 +182,10 @@ async fn accept(
             _ = phase.changed() => return,
             accepted = next(&listener) => accepted,
         };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(_) => {
-                // Out of descriptors, say: give those that are held time to end.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
+        let Ok((stream, peer)) = accepted else {
+            // Out of descriptors, say: give those that are held time to end.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
         };
         let Ok(permit) = room.clone().try_acquire_owned() else {
             shared.refused_connections.fetch_add(1, Ordering::Relaxed);
@@ -224,7 +223,9 @@ async fn welcome(
     phase: watch::Receiver<Phase>,
 ) {
     let tls = shared.tls.read().clone();
-    let Some(tls) = tls else { return connection::serve(stream, peer, shared, phase).await };
+    let Some(tls) = tls else {
+        return connection::serve(stream, peer, shared, phase).await;
+    };
     let handshake = TlsAcceptor::from(tls).accept(stream);
     let within = shared.config.receive_timeout;
     if let Ok(Ok(stream)) = tokio::time::timeout(within, handshake).await {

@@ -33,11 +33,20 @@ pub struct Refusal {
 
 impl Refusal {
     pub fn new(code: Code, message: &str) -> Self {
-        Self { code, message: message.to_owned(), details: Vec::new() }
+        Self {
+            code,
+            message: message.to_owned(),
+            details: Vec::new(),
+        }
     }
 
     pub fn trailers(&self) -> HeaderMap {
-        trailers(self.code as u8, &self.message, &self.details, HeaderMap::new())
+        trailers(
+            self.code as u8,
+            &self.message,
+            &self.details,
+            HeaderMap::new(),
+        )
     }
 }
 

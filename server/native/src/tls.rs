@@ -27,7 +27,9 @@ pub fn config(pem: &Pem) -> Result<Arc<ServerConfig>, String> {
     let builder = if let Some(ca) = pem.client_ca {
         let mut roots = RootCertStore::empty();
         for certificate in certificates(ca, "client CA")? {
-            roots.add(certificate).map_err(|e| format!("the client CA: {e}"))?;
+            roots
+                .add(certificate)
+                .map_err(|e| format!("the client CA: {e}"))?;
         }
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
             .build()

@@ -23,9 +23,8 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 def filled() -> Metrics:
     """Metrics with at least one sample each."""
     m = Metrics()
-    m.call_started("/s/M")
-    m.call_started("/s/M")
-    m.call_ended("/s/M", "OK", 0.02)
+    m.rpc.started(["/s/M", "/s/M"])
+    m.rpc.ended([("/s/M", "OK", 0.02)])
     m.rejected.labels("QUEUE_FULL").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)
@@ -46,6 +45,9 @@ def test_calls_are_counted_timed_and_given_back() -> None:
     assert sample(m, "forebay_rpc_server_duration_seconds_count", **labels) == 1
     assert sample(m, "forebay_rpc_server_duration_seconds_sum", **labels) == 0.02
     assert sample(m, "forebay_rpc_server_active_requests", method="/s/M") == 1
+    bucket = "forebay_rpc_server_duration_seconds_bucket"
+    counts = [sample(m, bucket, le=le, **labels) for le in ("0.01", "0.025", "+Inf")]
+    assert counts == [0, 1, 1]
 
 
 def test_batches_are_observed_by_model_and_version() -> None:
