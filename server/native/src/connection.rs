@@ -57,6 +57,7 @@ pub async fn serve(
     let mut connection = std::pin::pin!(
         http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
+            .auto_date_header(false) // gRPC has none
             .max_concurrent_streams(config.max_streams)
             .max_header_list_size(config.max_header_bytes)
             .initial_stream_window_size(STREAM_WINDOW)

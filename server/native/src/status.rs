@@ -59,10 +59,10 @@ pub fn trailers(code: u8, message: &str, details: &[u8], mut more: HeaderMap) ->
             more.insert(MESSAGE, value);
         }
     }
-    if !details.is_empty() {
-        if let Ok(value) = HeaderValue::try_from(STANDARD_NO_PAD.encode(details)) {
-            more.insert(DETAILS, value);
-        }
+    if !details.is_empty()
+        && let Ok(value) = HeaderValue::try_from(STANDARD_NO_PAD.encode(details))
+    {
+        more.insert(DETAILS, value);
     }
     more
 }
