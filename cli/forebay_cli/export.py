@@ -21,9 +21,13 @@ def _root(given: Path | None) -> Path:
 @app.command()
 def sklearn(
     source: Annotated[Path, typer.Argument(help="A .skops file, or with --joblib a .joblib file.")],
-    data: Annotated[Path, typer.Option(help="CSV with real rows: types, ranges, parity.")],
+    data: Annotated[Path, typer.Option(help="CSV with real rows, best held-out: parity.")],
     name: Annotated[str, typer.Option()],
     target: Annotated[str | None, typer.Option(help="Column of the CSV with true values.")] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="CSV with the rows it was fitted on: ranges and categories are theirs."),
+    ] = None,
     version: Annotated[int, typer.Option()] = 1,
     models: Root = None,
     trust: Annotated[list[str], typer.Option(help="Types of the skops file to trust.")] = [],  # noqa: B006
@@ -38,6 +42,7 @@ def sklearn(
 
     table = pd.read_csv(data)
     truth = table.pop(target) if target else None
+    fitted = pd.read_csv(training)[list(table.columns)] if training else None
     try:
         if joblib:
             from forebay_exporters.joblib_sandbox import joblib_to_skops
@@ -55,6 +60,7 @@ def sklearn(
             _root(models),
             name,
             version,
+            describing=fitted,
             target=truth,
             target_name=target or "target",
         )
