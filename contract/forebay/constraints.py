@@ -110,15 +110,19 @@ def _packed_bounds(rule: constraints_pb2.FieldConstraints) -> Check | None:
     single = _number_check(rule)
     if single is None:
         return None
+    bounded = rule.HasField("gte") or rule.HasField("lte")
+    finite = rule.finite
 
     def check(values: Any, path: str, out: list[FieldViolation]) -> None:
         if not values:
             return
         before = len(out)
-        single(min(values), path, out)
-        if len(out) == before:
-            single(max(values), path, out)
-        if len(out) > before:
+        if bounded:
+            single(min(values), path, out)
+            if len(out) == before:
+                single(max(values), path, out)
+        # min() and max() pass over NaN; a sum does not.
+        if len(out) > before or (finite and not math.isfinite(sum(values))):
             del out[before:]
             for i, value in enumerate(values):
                 single(value, f"{path}[{i}]", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,11 @@ log = logging.getLogger("forebay.server")
 
 #: Threads that go on with calls whose model had to be loaded first.
 RESUME_THREADS = 4
+
+
+def retrieval_installed() -> bool:
+    """Whether the `retrieval` extra is there: without it, its services are UNIMPLEMENTED."""
+    return all(importlib.util.find_spec(name) for name in ("faiss", "Stemmer"))
 
 
 class Server:
@@ -105,6 +111,8 @@ class Server:
         self.lanes = Lanes(s.grpc, registered, pipeline, validator, self._idempotency)
         await self._listen()
         await self.repository.start()
+        if self._retrieval is not None:
+            await self._retrieval.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._background = [
             asyncio.create_task(self.keys.keep_fresh(s.auth.reload_s)),
@@ -142,7 +150,17 @@ class Server:
         access = ModelAccess(self.repository, asyncio.get_running_loop(), self._resume)
         registry = Registry(self.repository)
         texts = TextPipeline(access, self._cache(), most)
+        self._retrieval = None
+        retrieval: list[Service] = []
+        if retrieval_installed():
+            from forebay_server.retrieval import Retrieval
+
+            self._retrieval = Retrieval(
+                self.settings, self._database, access, texts, self.metrics, validator
+            )
+            retrieval = self._retrieval.services
         return [
+            *retrieval,
             TabularService(TabularPipeline(access, most), access, validator),
             ClassificationService(texts, validator),
             EmbeddingService(texts, validator),
@@ -190,6 +208,8 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._idempotency.drain()
+        if self._retrieval is not None:
+            await self._retrieval.close()
         await self.repository.close()
         if self.settings.observability.metrics_port >= 0:
             await self._metrics_listener.stop()

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def test_every_method_has_a_scope_and_batched_ones_are_unary() -> None:
     found = methods()
-    assert len(found) == 40
+    assert len(found) == 53
     for method in found.values():
         assert method.scope in ("public", "infer", "read", "admin")
         assert not method.batched or method.kind == "unary"
@@ -69,11 +69,15 @@ def sample(kind: Any, depth: int = 0) -> Any:
             if name == "google.protobuf.Timestamp":
                 getattr(message, field.name).FromSeconds(1_700_000_000)
                 continue
+            target = getattr(message, field.name)
             if name == "google.protobuf.Struct":
-                message.rows.add().update({"a": 1.5, "b": "text", "c": None})
+                row = target.add() if field.is_repeated else target
+                row.update({"a": 1.5, "b": "text", "c": None})
+                continue
+            if name == "google.protobuf.Value":
+                (target.add() if field.is_repeated else target).string_value = "text"
                 continue
             inner = sample(field.message_type._concrete_class, depth + 1)
-            target = getattr(message, field.name)
             if field.is_repeated:
                 target.add().CopyFrom(inner)
             else:

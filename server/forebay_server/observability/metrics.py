@@ -90,6 +90,12 @@ class Metrics:
             ["part"],
             registry=r,
         )
+        self.index_rebuilds = Counter(
+            "forebay_collection_index_rebuilds",
+            "Indexes built anew from the database because theirs was damaged",
+            ["collection", "reason"],
+            registry=r,
+        )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
 
@@ -123,6 +129,10 @@ class Metrics:
         """Report model, version and resident bytes of what is loaded, at each scrape."""
         self.registry.register(_ModelMemory(memory))
 
+    def watch_collections(self, sizes: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        """Report points and bytes in memory of every collection, at each scrape."""
+        self.registry.register(_CollectionSizes(sizes))
+
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
@@ -141,3 +151,23 @@ class _ModelMemory(Collector):
         for model, version, size in self._memory():
             family.add_metric([model, str(version)], size)
         yield family
+
+
+class _CollectionSizes(Collector):
+    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        self._sizes = sizes
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        points = GaugeMetricFamily(
+            "forebay_collection_points", "Points of a collection", labels=["collection"]
+        )
+        memory = GaugeMetricFamily(
+            "forebay_collection_memory_bytes",
+            "Bytes of a collection's indexes in memory",
+            labels=["collection"],
+        )
+        for name, count, size in self._sizes():
+            points.add_metric([name], count)
+            memory.add_metric([name], size)
+        yield points
+        yield memory

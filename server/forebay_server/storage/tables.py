@@ -103,3 +103,38 @@ idempotency = Table(
     Column("created_at", Float, nullable=False),
     UniqueConstraint("key_id", "method", "token", name="idempotency_token"),
 )
+
+collections = Table(
+    "collections",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("config", String, nullable=False),
+    # Every write of a point takes the next label; none is ever given twice.
+    Column("next_label", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+collection_points = Table(
+    "collection_points",
+    metadata,
+    Column("collection_id", Integer, primary_key=True),
+    Column("label", BigInteger, primary_key=True),
+    Column("point_id", String(256), nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    # Little-endian float32; null in collections without vectors.
+    Column("vector", LargeBinary),
+    UniqueConstraint("collection_id", "point_id", name="collection_point_id"),
+)
+
+collection_snapshots = Table(
+    "collection_snapshots",
+    metadata,
+    Column("collection_id", Integer, primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("points", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+)

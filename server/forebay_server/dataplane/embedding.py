@@ -1,0 +1,156 @@
+"""Texts to vectors for other use cases: ingest, searches by text. Awaitable, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from forebay.errors import QueueFull
+from numpy.typing import NDArray
+
+from forebay_server.core.call import Call
+from forebay_server.dataplane import heads
+from forebay_server.dataplane.models import ServedModel
+from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
+from forebay_server.dataplane.tokenization import TextInput
+
+#: Texts of one submission: a long job gives way to short calls in between.
+PIECE = 64
+#: Submissions of one job that are in flight at once, so that the next batch is ready.
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Vectors [texts, dimensions] of unit or the model's own length, and what they took."""
+
+    vectors: NDArray[np.float32]
+    model: str
+    version: int
+    tokens: int
+    truncated: int
+
+
+def embedding_job(
+    call: Call, ref: str, texts: Sequence[str], prompt: str, path: str, done: object
+) -> TextJob:
+    """The TextJob that gives vectors of texts. `done` gets a TextOutcome.
+
+    Args:
+        prompt: name of the model's prompt, `query` or `document`; models without it need none.
+    """
+
+    def inputs(model: ServedModel) -> Sequence[TextInput]:
+        before = model.manifest.embedding_head.prompts.get(prompt, "")
+        return [before + t for t in texts] if before else list(texts)
+
+    return TextJob(call, ref, ("embedding",), inputs, done, path=path)  # type: ignore[arg-type]
+
+
+def matrix(outcome: TextOutcome) -> NDArray[np.float32]:
+    """The outcome's vectors, as the model's card says."""
+    head = outcome.model.manifest.embedding_head
+    return heads.vectors(
+        outcome.rows, normalize=head.normalize, normalized_by_model=head.normalize, dimensions=None
+    )
+
+
+class TextEmbedder:
+    """See the module."""
+
+    def __init__(self, texts: TextPipeline) -> None:
+        self._texts = texts
+
+    async def embed(
+        self, call: Call, ref: str, texts: Sequence[str], prompt: str = "document"
+    ) -> Embedded:
+        """Vectors of all texts. Waits when the model's queue is full.
+
+        Args:
+            call: the call that this is part of: its key, deadline and cancellation hold.
+
+        Raises:
+            ForebayError: as EmbeddingService would.
+        """
+        pieces = [texts[i : i + PIECE] for i in range(0, len(texts), PIECE)]
+        room = asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(piece: Sequence[str]) -> tuple[TextOutcome, Call]:
+            async with room:
+                return await self._piece(call, ref, piece, prompt)
+
+        tasks = [asyncio.create_task(one(p)) for p in pieces]
+        try:
+            found = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+        facts = [child.facts for _, child in found]
+        return Embedded(
+            np.concatenate([matrix(outcome) for outcome, _ in found]),
+            facts[0].model,
+            facts[0].version,
+            sum(f.tokens for f in facts),
+            sum(f.truncated for f in facts),
+        )
+
+    async def _piece(
+        self, call: Call, ref: str, texts: Sequence[str], prompt: str
+    ) -> tuple[TextOutcome, Call]:
+        while True:
+            try:
+                return await self._once(call, ref, texts, prompt)
+            except QueueFull as e:
+                await asyncio.sleep(e.retry_after_s or 0.1)
+
+    async def _once(
+        self, call: Call, ref: str, texts: Sequence[str], prompt: str
+    ) -> tuple[TextOutcome, Call]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[TextOutcome] = loop.create_future()
+
+        def settle(outcome: TextOutcome | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            elif outcome is not None:
+                future.set_result(outcome)
+
+        def ended(child: Call) -> None:
+            if child.error is not None:
+                loop.call_soon_threadsafe(settle, None, child.error)
+
+        child = child_of(call, ended)
+
+        def done(outcome: TextOutcome) -> None:
+            child.finish()
+            loop.call_soon_threadsafe(settle, outcome, None)
+
+        job = embedding_job(child, ref, texts, prompt, "texts", done)
+        try:
+            # Tokenising takes a while: not on the event loop.
+            await asyncio.to_thread(self._texts.run, [job])
+            return await future, child
+        except asyncio.CancelledError:
+            child.cancel()
+            raise
+
+
+def child_of(call: Call, on_end: object) -> Call:
+    """A call that is part of another: the same key and deadline, facts of its own."""
+    child = Call(
+        call.method,
+        call.metadata,
+        started=time.monotonic(),
+        deadline=call.deadline,
+        peer=call.peer,
+        on_end=on_end,  # type: ignore[arg-type]
+    )
+    child.principal = call.principal
+    child.request_id = call.request_id
+    return child

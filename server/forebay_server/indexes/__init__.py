@@ -1,0 +1,1 @@
+"""Dense and keyword indexes with typed payload filters: what searches run on."""

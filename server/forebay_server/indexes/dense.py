@@ -1,0 +1,284 @@
+"""Nearest vectors by FAISS: a built index, and a tail of newer vectors that are compared one by one.
+
+Searches never wait for writes: FAISS cannot add to an index that is being searched, so new vectors
+go into the tail, and `absorb` puts a copy of the built index with the tail added in place of the
+old one. Deleted and filtered-out slots are passed to FAISS as a bitmap (IDSelectorBitmap), so they
+are left out while it looks, not afterwards. Where few slots match, those alone are compared: an
+HNSW walk that may use one node in a hundred finds too little.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import faiss as _faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay_server.indexes.arrays import GrowingArray
+
+faiss: Any = _faiss  # its stubs lack much of what is there
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Metric = Literal["cosine", "dot", "l2"]
+Kind = Literal["flat", "hnsw", "ivf_pq"]
+
+#: Vectors that wait before an index is built, and before an index takes up its tail.
+BUILD_AT = 10_000
+#: The tail is taken up when it has reached this share of the built part.
+ABSORB_SHARE = 0.1
+#: Cost of one step of an HNSW walk against one comparison of a scan, which runs along the memory.
+WALK_COST = 6.0
+#: Greatest ef that a filtered HNSW walk is given.
+MAX_EF = 4096
+#: Vectors to train IVF-PQ with, per cluster.
+TRAIN_PER_LIST = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DenseConfig:
+    """Zeros are filled in by `filled`. See the contract's IndexConfig."""
+
+    dimensions: int
+    metric: Metric = "cosine"
+    kind: Kind = "hnsw"
+    m: int = 16
+    ef_construction: int = 100
+    ef_search: int = 64
+    lists: int = 0
+    probes: int = 16
+    code_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DenseView:
+    """What one search sees. `built` holds the slots below `start`, `tail` those from there on."""
+
+    built: Any
+    start: int
+    tail: GrowingArray
+
+
+@dataclass(frozen=True, slots=True)
+class DenseQuery:
+    """What searches of one batch have in common."""
+
+    limit: int
+    exact: bool = False
+    ef_search: int = 0
+    probes: int = 0
+
+
+class DenseIndex:
+    """See the module. One writer at a time, any readers; slots are 0, 1, 2, ... in order."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        self.config = config
+        self._view = DenseView(None, 0, GrowingArray(np.float32, config.dimensions))
+        self._lock = threading.Lock()  # appends and the swap at the end of an absorb
+
+    @property
+    def _metric(self) -> int:
+        return faiss.METRIC_L2 if self.config.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+
+    def view(self) -> DenseView:
+        """The vectors of this moment."""
+        return self._view
+
+    def __len__(self) -> int:
+        v = self._view
+        return v.start + len(v.tail)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, roughly."""
+        v = self._view
+        return v.tail.nbytes + (0 if v.built is None else _size(v.built))
+
+    def append(self, vectors: Floats) -> None:
+        """Add [n, dimensions]; normalised here for cosine."""
+        rows = self.prepared(vectors)
+        with self._lock:
+            self._view.tail.append(rows)
+
+    def prepared(self, vectors: Floats) -> Floats:
+        """Vectors as they are compared: float32, of unit length for cosine."""
+        rows = np.ascontiguousarray(vectors, np.float32)
+        if self.config.metric != "cosine":
+            return rows
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / np.maximum(norms, np.float32(1e-30))
+
+    # Building.
+
+    def should_absorb(self) -> bool:
+        """Whether enough has gathered in the tail."""
+        v = self._view
+        return len(v.tail) >= max(BUILD_AT, ABSORB_SHARE * v.start)
+
+    def absorb(self) -> None:
+        """Build, or take the tail into the built index. Long; searches and appends go on."""
+        before = self._view
+        rows = before.tail.view()
+        if not len(rows):
+            return
+        if before.built is None:
+            built = self._new(rows)
+        else:
+            built = faiss.clone_index(before.built)
+        built.add(rows)
+        with self._lock:
+            newer = self._view.tail.view()[len(rows) :]
+            tail = GrowingArray(np.float32, self.config.dimensions, newer)
+            self._view = DenseView(built, before.start + len(rows), tail)
+
+    def _new(self, rows: Floats) -> Any:
+        c, d = self.config, self.config.dimensions
+        if c.kind == "flat":
+            return faiss.IndexFlat(d, self._metric)
+        if c.kind == "hnsw":
+            index = faiss.IndexHNSWFlat(d, c.m, self._metric)
+            index.hnsw.efConstruction = c.ef_construction
+            return index
+        lists = c.lists or max(1, int(4 * math.sqrt(len(rows))))
+        lists = min(lists, max(1, len(rows) // 39))
+        size = c.code_bytes or next(b for b in range(max(1, d // 8), 0, -1) if d % b == 0)
+        index = faiss.index_factory(d, f"IVF{lists},PQ{size}", self._metric)
+        most = TRAIN_PER_LIST * max(lists, 256)
+        step = max(1, len(rows) // most)
+        index.train(np.ascontiguousarray(rows[::step]))
+        return index
+
+    # Searching.
+
+    def search(
+        self, view: DenseView, queries: Floats, allowed: Mask, whole: bool, how: DenseQuery
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """The best slots of each query.
+
+        Args:
+            queries: [q, dimensions], `prepared`.
+            allowed: by slot; slots beyond its end are left out.
+            whole: every slot of `allowed` is allowed, so that nothing need be looked up.
+
+        Returns:
+            scores [q, limit], greater is better, and slots [q, limit], -1 where there are no more.
+        """
+        n = len(allowed)
+        parts = []
+        start = min(view.start, n)
+        if view.built is not None and start:
+            parts.append(self._search_built(view, queries, allowed[:start], whole, how))
+        tail = view.tail.view()[: n - start]
+        if len(tail):
+            mine = None if whole else np.flatnonzero(allowed[start : start + len(tail)])
+            parts.append(self._scan(tail, queries, mine, start, how.limit))
+        if not parts:
+            shape = (len(queries), how.limit)
+            return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        scores, slots = (np.concatenate(p, axis=1) for p in zip(*parts, strict=True))
+        if len(parts) > 1:
+            order = np.argsort(-scores, axis=1, kind="stable")[:, : how.limit]
+            scores = np.take_along_axis(scores, order, 1)
+            slots = np.take_along_axis(slots, order, 1)
+        return scores, slots
+
+    def _search_built(
+        self, view: DenseView, queries: Floats, allowed: Mask, whole: bool, how: DenseQuery
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        c, built = self.config, view.built
+        matching = view.start if whole else int(np.count_nonzero(allowed))
+        # The bitmap hides slots beyond the reader's view as well as those that do not match.
+        selector = bitmap = None
+        if not whole or len(allowed) < view.start:
+            bitmap = np.packbits(allowed, bitorder="little")
+            selector = faiss.IDSelectorBitmap(bitmap)
+        share = matching / max(1, view.start)
+        ef = max(how.ef_search or c.ef_search, how.limit)
+        if c.kind == "hnsw" and not how.exact:
+            ef_now = min(MAX_EF, int(ef / max(share, 1e-9))) if share < 1 else ef
+            if matching > ef_now * c.m * WALK_COST or share == 1:
+                params = faiss.SearchParametersHNSW(efSearch=ef_now, sel=selector)
+                return self._faiss(built, queries, how.limit, params)
+        if c.kind == "ivf_pq":
+            probes = built.nlist if how.exact else how.probes or c.probes
+            probes = min(built.nlist, math.ceil(probes / max(share, 0.01)))
+            params = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
+            return self._faiss(built, queries, how.limit, params)
+        rows = _flat_rows(built, c.dimensions)
+        chosen = None if share == 1 else np.flatnonzero(allowed)
+        return self._scan(rows, queries, chosen, 0, how.limit)
+
+    def _faiss(
+        self, index: Any, queries: Floats, limit: int, params: Any
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        scores, slots = index.search(queries, limit, params=params)
+        if self._metric == faiss.METRIC_L2:
+            scores = -scores
+        scores[slots < 0] = -np.inf
+        return scores, slots
+
+    def _scan(
+        self, rows: Floats, queries: Floats, chosen: NDArray[Any] | None, base: int, limit: int
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Compare the chosen rows (None = all), exactly."""
+        if chosen is not None:
+            rows = rows[chosen]
+        if not len(rows):
+            shape = (len(queries), limit)
+            return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        k = min(limit, len(rows))
+        scores, places = faiss.knn(queries, np.ascontiguousarray(rows), k, metric=self._metric)
+        if self._metric == faiss.METRIC_L2:
+            scores = -scores
+        slots = places if chosen is None else chosen[places]
+        slots = np.where(places < 0, -1, slots + base).astype(np.int64)
+        if k < limit:
+            gap = ((0, 0), (0, limit - k))
+            scores = np.pad(scores, gap, constant_values=-np.inf)
+            slots = np.pad(slots, gap, constant_values=-1)
+        return scores, slots
+
+    # Saving.
+
+    def save(self, path: str) -> Floats:
+        """Write the built part to a file, if there is one; gives the tail."""
+        v = self._view
+        if v.built is not None:
+            faiss.write_index(v.built, path)
+        return v.tail.view()
+
+    def restore(self, path: str | None, tail: Floats) -> None:
+        """Take over what `save` wrote. Raises RuntimeError for a file that FAISS cannot read."""
+        built = faiss.read_index(path) if path else None
+        if built is not None and (
+            built.d != self.config.dimensions or built.metric_type != self._metric
+        ):
+            raise RuntimeError("the index file is of another collection")
+        start = built.ntotal if built is not None else 0
+        self._view = DenseView(built, start, GrowingArray(np.float32, self.config.dimensions, tail))
+
+
+def _flat_rows(index: Any, dimensions: int) -> Floats:
+    """The vectors that a flat or HNSW index holds, without a copy."""
+    storage = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
+    pointer = storage.get_xb()
+    return faiss.rev_swig_ptr(pointer, storage.ntotal * dimensions).reshape(-1, dimensions)
+
+
+def _size(index: Any) -> int:
+    """Bytes of a built index, from its shape."""
+    if isinstance(index, faiss.IndexHNSW):
+        links = index.hnsw.nb_neighbors(0) + 4
+        return index.ntotal * (4 * index.d + 4 * links)
+    if isinstance(index, faiss.IndexIVFPQ):
+        return index.ntotal * (index.code_size + 8) + 4 * index.nlist * index.d
+    return index.ntotal * index.d * 4
+
+
+def set_threads(count: int) -> None:
+    """Threads of FAISS's calls that are made by this thread."""
+    faiss.omp_set_num_threads(count)

@@ -1,0 +1,139 @@
+"""Searches as an engine: what waits when a slot frees is one batch, and queries that agree in
+collection, filter and parameters are one FAISS call. See core.interfaces.Engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from forebay.errors import ForebayError
+from numpy.typing import NDArray
+
+from forebay_server.core.interfaces import Batch, BatchPolicy, EngineSpec, Result
+from forebay_server.indexes.collection import CollectionIndex, View
+from forebay_server.indexes.dense import DenseQuery, set_threads
+from forebay_server.indexes.filters import Filter
+from forebay_server.indexes.fusion import Fusion, fuse
+
+Mode = Literal["dense", "keyword", "hybrid"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchTask:
+    """One search. `vector` [dimensions] and `text` are there as the mode needs them."""
+
+    index: CollectionIndex
+    mode: Mode
+    limit: int
+    candidates: int
+    vector: NDArray[np.float32] | None = None
+    text: str = ""
+    condition: Filter | None = None
+    fusion: Fusion = field(default_factory=Fusion)
+    exact: bool = False
+    ef_search: int = 0
+    probes: int = 0
+    boosts: Mapping[str, float] = field(default_factory=dict)
+    threshold: float | None = None
+
+    @property
+    def depth(self) -> int:
+        """Points that each list needs."""
+        return max(self.candidates, self.limit) if self.mode == "hybrid" else self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A point: its id, label and scores."""
+
+    id: str
+    label: int
+    score: float
+    dense_score: float | None = None
+    keyword_score: float | None = None
+
+
+class SearchEngine:
+    """Runs batches of SearchTasks (each item's `inputs["task"]`)."""
+
+    def __init__(self, policy: BatchPolicy, threads: int) -> None:
+        self.spec = EngineSpec("collections", 1, "faiss", "", "tensors", policy=policy)
+        self._threads = threads
+        self._set = False
+
+    def load(self) -> None:
+        """Nothing to load: indexes come with the tasks."""
+
+    def warmup(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Nothing to warm up."""
+
+    def prepare(self, batch: Batch) -> list[SearchTask]:
+        """The tasks."""
+        return [item.inputs["task"] for item in batch.items]  # type: ignore[call-overload,misc]
+
+    def execute(self, inputs: list[SearchTask]) -> list[list[Found] | ForebayError]:
+        """Run all tasks; one that fails gives its error and disturbs no other."""
+        if not self._set:  # FAISS's thread count belongs to the calling thread
+            set_threads(self._threads)
+            self._set = True
+        views = {id(t.index): t.index.view() for t in inputs}
+        dense = self._dense(inputs, views)
+        return [_finish(t, views[id(t.index)], dense.get(i, [])) for i, t in enumerate(inputs)]
+
+    def _dense(
+        self, tasks: list[SearchTask], views: Mapping[int, View]
+    ) -> dict[int, list[tuple[int, float]]]:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, t in enumerate(tasks):
+            if t.mode != "keyword":
+                key = (id(t.index), t.condition, t.depth, t.exact, t.ef_search, t.probes)
+                groups.setdefault(key, []).append(i)
+        out: dict[int, list[tuple[int, float]]] = {}
+        for members in groups.values():
+            first = tasks[members[0]]
+            index, view = first.index, views[id(first.index)]
+            assert index.dense is not None and view.dense is not None
+            allowed, whole = index.allowed(view, first.condition)
+            queries = index.dense.prepared(np.stack([tasks[i].vector for i in members]))  # type: ignore[arg-type]
+            how = DenseQuery(first.depth, first.exact, first.ef_search, first.probes)
+            scores, slots = index.dense.search(view.dense, queries, allowed, whole, how)
+            for i, s, p in zip(members, scores.tolist(), slots.tolist(), strict=True):
+                out[i] = [(slot, score) for slot, score in zip(p, s, strict=True) if slot >= 0]
+        return out
+
+    def finish(self, outputs: list[Any], batch: Batch) -> Sequence[Result]:
+        """One list per item, as they are."""
+        return outputs
+
+    def check_health(self) -> None:
+        """Always well."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def info(self) -> Mapping[str, Any]:
+        """Facts in force."""
+        return {"threads": self._threads}
+
+
+def _finish(task: SearchTask, view: View, dense: list[tuple[int, float]]) -> list[Found]:
+    index = task.index
+    keyword: list[tuple[int, float]] = []
+    if task.mode != "dense":
+        allowed, _ = index.allowed(view, task.condition)
+        keyword = index.keyword_search(view, task.text, allowed, task.depth, task.boosts)
+    hybrid = task.mode == "hybrid"
+    if hybrid:
+        ranking = fuse(dense, keyword, task.fusion)
+    else:
+        ranking = dense if task.mode == "dense" else keyword
+    by_dense, by_keyword = (dict(dense), dict(keyword)) if hybrid else ({}, {})
+    labels, ids = index.labels.view(), index.ids
+    return [
+        Found(ids[slot], int(labels[slot]), score, by_dense.get(slot), by_keyword.get(slot))
+        for slot, score in ranking[: task.limit]
+        if task.threshold is None or score >= task.threshold
+    ]

@@ -1,0 +1,134 @@
+"""A collection's index on disk: a folder of files with a checksum each, written whole or not at all.
+
+The files are a copy that makes starting quick; the truth is in the database. A file that is missing,
+changed or of another form is noticed and the index is built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from forebay_server.indexes.arrays import GrowingArray
+from forebay_server.indexes.collection import CollectionConfig, CollectionIndex
+
+log = logging.getLogger("forebay.indexes")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class DamagedIndex(Exception):
+    """The files cannot be used; says why."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _config_digest(config: CollectionConfig) -> str:
+    return hashlib.blake2b(repr(config).encode(), digest_size=16).hexdigest()
+
+
+def save(index: CollectionIndex, folder: Path) -> None:
+    """Write the index beside the old one, then put it in its place. Writers wait; searches do not."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    with index._lock:
+        alive = index.view().alive
+        _save_arrays(fresh / "points.npz", {"labels": index.labels.view(), "alive": alive})
+        (fresh / "ids.json").write_bytes(orjson.dumps(index.ids))
+        arrays, codes = index.payloads.state()
+        _save_arrays(fresh / "payloads.npz", arrays)
+        (fresh / "payloads.json").write_bytes(orjson.dumps(codes))
+        for i, keyword in enumerate(index.keyword.values()):
+            arrays, vocabulary = keyword.state(alive)
+            _save_arrays(fresh / f"keyword{i}.npz", arrays)
+            (fresh / f"keyword{i}.json").write_bytes(orjson.dumps(vocabulary))
+        if index.dense is not None:
+            tail = index.dense.save(str(fresh / "dense.faiss"))
+            _save_arrays(fresh / "tail.npz", {"tail": tail})
+        changes = index.changes
+    files = {p.name: {"bytes": p.stat().st_size, "blake2b": _digest(p)} for p in fresh.iterdir()}
+    manifest = {"format": FORMAT, "config": _config_digest(index.config), "files": files}
+    (fresh / MANIFEST).write_bytes(orjson.dumps(manifest))
+    for path in fresh.iterdir():
+        _sync(path)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    index.changes -= changes
+
+
+def load(config: CollectionConfig, folder: Path) -> CollectionIndex:
+    """The index that was saved. Raises DamagedIndex, also when there is none."""
+    try:
+        manifest = orjson.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT or manifest["config"] != _config_digest(config):
+            raise DamagedIndex("it was written for another configuration")
+        for name, facts in manifest["files"].items():
+            if _digest(folder / name) != facts["blake2b"]:
+                raise DamagedIndex(f"{name} has another checksum than when it was written")
+        return _load(config, folder, set(manifest["files"]))
+    except DamagedIndex:
+        raise
+    except FileNotFoundError as e:
+        raise DamagedIndex(f"{Path(e.filename or '?').name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as e:
+        raise DamagedIndex(f"{type(e).__name__}: {e}"[:300]) from None
+
+
+def _load(config: CollectionConfig, folder: Path, names: set[str]) -> CollectionIndex:
+    index = CollectionIndex(config)
+    points = _arrays(folder / "points.npz")
+    index.labels = GrowingArray(np.int64, first=points["labels"])
+    index.ids = orjson.loads((folder / "ids.json").read_bytes())
+    codes = orjson.loads((folder / "payloads.json").read_bytes())
+    index.payloads.restore(_arrays(folder / "payloads.npz"), codes)
+    for i, keyword in enumerate(index.keyword.values()):
+        vocabulary = orjson.loads((folder / f"keyword{i}.json").read_bytes())
+        keyword.restore(_arrays(folder / f"keyword{i}.npz"), vocabulary)
+    if index.dense is not None:
+        built = str(folder / "dense.faiss") if "dense.faiss" in names else None
+        index.dense.restore(built, _arrays(folder / "tail.npz")["tail"])
+        if len(index.dense) != len(index.ids):
+            raise DamagedIndex("vectors and ids differ in number")
+    index._view = index._make_view(points["alive"].astype(bool))
+    return index
+
+
+def remove(folder: Path) -> None:
+    """Remove a saved index, if there is one."""
+    for suffix in ("", ".new", ".old"):
+        shutil.rmtree(folder.with_name(folder.name + suffix), ignore_errors=True)
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""Collections and knowledge bases, put together. Imported only where the `retrieval` extra is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from forebay.constraints import Validator
+from forebay.settings import Settings
+
+from forebay_server.core.batcher import BatchingEngineClient
+from forebay_server.core.interfaces import BatchPolicy
+from forebay_server.dataplane.collections import Collections
+from forebay_server.dataplane.embedding import TextEmbedder
+from forebay_server.dataplane.models import ModelAccess
+from forebay_server.dataplane.searching import PointReader, SearchPipeline
+from forebay_server.dataplane.snapshots import Snapshots
+from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.indexes.engine import SearchEngine
+from forebay_server.observability.metrics import Metrics
+from forebay_server.services.base import Service
+from forebay_server.services.collection import CollectionService
+from forebay_server.storage.collections import CollectionStore
+from forebay_server.storage.database import Database
+
+
+class Retrieval:
+    """The part's life: `start` opens collections, `close` saves them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        access: ModelAccess,
+        texts: TextPipeline,
+        metrics: Metrics,
+        validator: Validator,
+    ) -> None:
+        store = CollectionStore(database)
+        embedder = TextEmbedder(texts)
+        self.collections = Collections(
+            store,
+            settings.home / "collections",
+            access,
+            embedder,
+            lambda name, why: metrics.index_rebuilds.labels(name, why).inc(),
+        )
+        policy = BatchPolicy(
+            max_batch_tokens=1 << 30, max_batch_size=256, max_queue_size=8192, sort_window=1
+        )
+        engine = SearchEngine(policy, threads=os.cpu_count() or 1)
+        self._client = BatchingEngineClient(
+            [engine], observer=metrics.batch_observer("collections", 1), name="collections"
+        )
+        points = PointReader(store, asyncio.get_running_loop())
+        self.searches = SearchPipeline(self.collections, self._client, texts, points)
+        metrics.watch_collections(
+            lambda: [(c.name, len(c.index), c.index.nbytes) for c in self.collections.all()]
+        )
+        self.services: list[Service] = [
+            CollectionService(
+                self.collections, self.searches, Snapshots(self.collections), validator
+            )
+        ]
+
+    async def start(self) -> None:
+        """Open what is stored."""
+        await self.collections.start()
+
+    async def close(self) -> None:
+        """Finish what runs, save what has changed."""
+        await self.collections.close()
+        await asyncio.to_thread(self._client.close)

@@ -1,0 +1,252 @@
+"""Collections and their points in the database: the truth that indexes are built from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import sqlalchemy as sa
+from forebay.errors import AlreadyExists, NotFound
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from forebay_server.storage.database import Database
+from forebay_server.storage.tables import (
+    collection_points,
+    collection_snapshots,
+    collections,
+)
+
+T = TypeVar("T")
+#: Values of one IN list; SQLite bounds parameters.
+PART = 500
+#: Points of one page when an index is built.
+PAGE = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionRow:
+    """A collection. `config` is JSON."""
+
+    id: int
+    name: str
+    config: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PointRow:
+    """A point. `payload` is JSON, `vector` little-endian float32 or None."""
+
+    label: int
+    point_id: str
+    payload: bytes
+    vector: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """A snapshot's facts."""
+
+    name: str
+    points: int
+    size_bytes: int
+    sha256: str
+    created_at: float
+
+
+def parts(values: Sequence[T], size: int = PART) -> Iterator[Sequence[T]]:
+    """The values in pieces."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+class CollectionStore:
+    """One per database. Callers make sure that one writer works on a collection at a time."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(self, name: str, config: str) -> CollectionRow:
+        """A new collection. Raises AlreadyExists."""
+        now = time.time()
+        new = collections.insert().values(name=name, config=config, next_label=0, created_at=now)
+        try:
+            async with self._database.begin() as db:
+                key = (await db.execute(new)).inserted_primary_key
+        except IntegrityError:
+            raise AlreadyExists(f"there is a collection {name!r} already") from None
+        assert key is not None
+        return CollectionRow(key[0], name, config, now)
+
+    async def all(self) -> list[CollectionRow]:
+        """Every collection, by name."""
+        async with self._database.read() as db:
+            found = await db.execute(sa.select(collections).order_by(collections.c.name))
+            return [CollectionRow(r.id, r.name, r.config, r.created_at) for r in found]
+
+    async def delete(self, collection_id: int) -> int:
+        """Remove a collection; gives the number of its points."""
+        async with self._database.begin() as db:
+            p = collection_points
+            gone = await db.execute(sa.delete(p).where(p.c.collection_id == collection_id))
+            s = collection_snapshots
+            await db.execute(sa.delete(s).where(s.c.collection_id == collection_id))
+            await db.execute(sa.delete(collections).where(collections.c.id == collection_id))
+            return gone.rowcount
+
+    async def upsert(
+        self, collection_id: int, rows: Sequence[tuple[str, bytes, bytes | None]]
+    ) -> tuple[int, list[int]]:
+        """Write (id, payload, vector) rows in one transaction.
+
+        Returns:
+            the label of the first row (the others follow), and the labels that were replaced.
+        """
+        async with self._database.begin() as db:
+            first = await self._take_labels(db, collection_id, len(rows))
+            replaced = await self._labels_of(db, collection_id, [r[0] for r in rows])
+            await self._delete_labels(db, collection_id, replaced)
+            values = [
+                {
+                    "collection_id": collection_id,
+                    "label": first + i,
+                    "point_id": point_id,
+                    "payload": payload,
+                    "vector": vector,
+                }
+                for i, (point_id, payload, vector) in enumerate(rows)
+            ]
+            await db.execute(collection_points.insert(), values)
+        return first, replaced
+
+    async def _take_labels(self, db: AsyncConnection, collection_id: int, count: int) -> int:
+        c = collections
+        taken = await db.execute(
+            sa.update(c)
+            .where(c.c.id == collection_id)
+            .values(next_label=c.c.next_label + count)
+            .returning(c.c.next_label)
+        )
+        end = taken.scalar_one_or_none()
+        if end is None:
+            raise NotFound("collection", str(collection_id))
+        return end - count
+
+    async def _labels_of(
+        self, db: AsyncConnection, collection_id: int, ids: Sequence[str]
+    ) -> list[int]:
+        p = collection_points
+        out: list[int] = []
+        for some in parts(ids):
+            query = sa.select(p.c.label).where(
+                p.c.collection_id == collection_id, p.c.point_id.in_(some)
+            )
+            out.extend((await db.execute(query)).scalars())
+        return out
+
+    async def _delete_labels(
+        self, db: AsyncConnection, collection_id: int, labels: Sequence[int]
+    ) -> int:
+        p = collection_points
+        count = 0
+        for some in parts(labels):
+            gone = await db.execute(
+                sa.delete(p).where(p.c.collection_id == collection_id, p.c.label.in_(some))
+            )
+            count += gone.rowcount
+        return count
+
+    async def delete_ids(self, collection_id: int, ids: Sequence[str]) -> list[int]:
+        """Remove points by id; gives their labels."""
+        async with self._database.begin() as db:
+            labels = await self._labels_of(db, collection_id, ids)
+            await self._delete_labels(db, collection_id, labels)
+        return labels
+
+    async def delete_labels(self, collection_id: int, labels: Sequence[int]) -> int:
+        """Remove points by label; gives how many were there."""
+        async with self._database.begin() as db:
+            return await self._delete_labels(db, collection_id, labels)
+
+    async def labels(self, collection_id: int) -> list[int]:
+        """All labels, rising."""
+        p = collection_points
+        query = sa.select(p.c.label).where(p.c.collection_id == collection_id).order_by(p.c.label)
+        async with self._database.read() as db:
+            return list((await db.execute(query)).scalars())
+
+    async def points_from(
+        self, collection_id: int, label: int, size: int = PAGE
+    ) -> AsyncIterator[list[PointRow]]:
+        """Pages of the points whose label is at least this one, in the order of labels."""
+        p = collection_points
+        while True:
+            query = (
+                sa.select(p.c.label, p.c.point_id, p.c.payload, p.c.vector)
+                .where(p.c.collection_id == collection_id, p.c.label >= label)
+                .order_by(p.c.label)
+                .limit(size)
+            )
+            async with self._database.read() as db:
+                rows = [PointRow(*r) for r in await db.execute(query)]
+            if rows:
+                label = rows[-1].label + 1
+                yield rows
+            if len(rows) < size:
+                return
+
+    async def by_labels(
+        self, collection_id: int, labels: Sequence[int], vectors: bool
+    ) -> dict[int, PointRow]:
+        """Points by label; those that are gone are left out."""
+        p = collection_points
+        columns: list[sa.ColumnElement] = [p.c.label, p.c.point_id, p.c.payload]
+        columns.append(p.c.vector if vectors else sa.null().label("vector"))
+        out: dict[int, PointRow] = {}
+        async with self._database.read() as db:
+            for some in parts(labels):
+                query = sa.select(*columns).where(
+                    p.c.collection_id == collection_id, p.c.label.in_(some)
+                )
+                out.update({r[0]: PointRow(*r) for r in await db.execute(query)})
+        return out
+
+    async def by_ids(self, collection_id: int, ids: Sequence[str]) -> dict[str, PointRow]:
+        """Points by id; unknown ones are left out."""
+        p = collection_points
+        out: dict[str, PointRow] = {}
+        async with self._database.read() as db:
+            for some in parts(ids):
+                query = sa.select(p.c.label, p.c.point_id, p.c.payload, p.c.vector).where(
+                    p.c.collection_id == collection_id, p.c.point_id.in_(some)
+                )
+                out.update({r.point_id: PointRow(*r) for r in await db.execute(query)})
+        return out
+
+    async def add_snapshot(self, collection_id: int, row: SnapshotRow) -> None:
+        """Keep a snapshot's facts."""
+        async with self._database.begin() as db:
+            await db.execute(
+                collection_snapshots.insert().values(
+                    collection_id=collection_id,
+                    name=row.name,
+                    points=row.points,
+                    size_bytes=row.size_bytes,
+                    sha256=row.sha256,
+                    created_at=row.created_at,
+                )
+            )
+
+    async def snapshots(self, collection_id: int) -> list[SnapshotRow]:
+        """Newest first."""
+        s = collection_snapshots
+        query = (
+            sa.select(s.c.name, s.c.points, s.c.size_bytes, s.c.sha256, s.c.created_at)
+            .where(s.c.collection_id == collection_id)
+            .order_by(s.c.created_at.desc(), s.c.name.desc())
+        )
+        async with self._database.read() as db:
+            return [SnapshotRow(*r) for r in await db.execute(query)]
