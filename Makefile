@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-fast test-export lint proto docs fmt bench clean
+.PHONY: help up test test-fast test-export tiny-lm lint proto docs fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,12 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 
 test: $(VENV)/.dev ## All tests that this machine can run
 	$(BIN)/python -m pytest
+
+tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (15 min)
+	$(PYTHON) -m venv .venv-export
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino]" jinja2
+	.venv-export/bin/python -m forebay_exporters.tiny_lm.train .forebay/tiny-lm --text ../shared/data/text
+	.venv-export/bin/python -m forebay_exporters.openvino_export .forebay/tiny-lm .forebay/tiny-lm-openvino
 
 test-export: $(VENV)/.dev ## Tests that need torch, in an environment of their own (3 GB)
 	$(PYTHON) -m venv .venv-export

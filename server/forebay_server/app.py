@@ -23,17 +23,20 @@ from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.access.keys import KeyStore
 from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
 from forebay_server.access.usage import UsageLedger
+from forebay_server.dataplane.generation import GenerationPipeline, NoBudget
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.tabular import TabularPipeline
 from forebay_server.dataplane.tensors import TensorPipeline
 from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.generation.client import GenerationClient
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer
 from forebay_server.repository import Defaults, ModelRepository
 from forebay_server.services.base import Service, handlers
 from forebay_server.services.classification import ClassificationService
 from forebay_server.services.embedding import EmbeddingService
+from forebay_server.services.generation import GenerationService
 from forebay_server.services.key import KeyService
 from forebay_server.services.model import ModelService
 from forebay_server.services.open_inference import OpenInferenceService
@@ -89,6 +92,8 @@ class Server:
                 max_batch_rows=s.models.max_batch_rows,
                 max_queue_size=s.models.max_queue_size,
                 tensorrt_cache=str(s.home / "tensorrt"),
+                vllm_python=str(s.generation.vllm_python or ""),
+                vllm_cache_gb=s.generation.vllm_cache_gb,
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
@@ -96,6 +101,13 @@ class Server:
         )
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
+        )
+        self.metrics.generation.watch(
+            lambda: [
+                (m, str(v), x.client)
+                for (m, v), x in self.repository.loaded.items()
+                if isinstance(x.client, GenerationClient)
+            ]
         )
         self._tracer = Tracer(s.observability.otlp_endpoint)
         self._admission = Admission(self.keys, self._limiter())
@@ -155,6 +167,7 @@ class Server:
             EmbeddingService(texts, validator),
             RerankService(texts),
             TokenService(access),
+            GenerationService(GenerationPipeline(access, self.metrics.generation, NoBudget())),
             ModelService(registry),
             KeyService(self.keys),
             UsageService(self.ledger),

@@ -22,6 +22,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from forebay_server.core.batcher import BatchReport
+from forebay_server.observability.generation_metrics import GenerationMetrics
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -98,6 +99,7 @@ class Metrics:
             ["part"],
             registry=r,
         )
+        self.generation = GenerationMetrics(r)
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
         self._durations: dict[tuple[str, str], Any] = {}

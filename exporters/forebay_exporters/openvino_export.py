@@ -1,0 +1,56 @@
+"""Language models from Hugging Face folders to OpenVINO's form, for the embedded engine. No torch.
+
+    python -m forebay_exporters.openvino_export <folder> <new folder>
+
+Needs the extras `openvino` and `export` (transformers, for the tokenizer's graph).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Files that are served as they are.
+KEPT = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def convert(source: Path, out: Path, say: Callable[[str], None] = lambda _: None) -> None:
+    """Convert a folder, whole or not at all. Raises llama_graph.NotConvertible."""
+    os.environ["OPENVINO_TELEMETRY_DISABLE"] = "1"
+    import openvino as ov
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+
+    from forebay_exporters.llama_graph import build
+
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    say("reading the weights")
+    model = build(source)
+    say("writing openvino_model.xml")
+    ov.save_model(model, str(part / "openvino_model.xml"), compress_to_fp16=False)
+    say("converting the tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    graphs: Any = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, graph in zip(("tokenizer", "detokenizer"), graphs, strict=True):
+        ov.save_model(graph, str(part / f"openvino_{name}.xml"))
+    for name in KEPT:
+        if (source / name).exists():
+            shutil.copy(source / name, part / name)
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), print)
