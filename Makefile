@@ -43,7 +43,7 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 test: $(VENV)/.dev ## All tests that this machine can run
 	$(BIN)/python -m pytest
 
-tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (15 min)
+tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (35 min)
 	$(PYTHON) -m venv .venv-export
 	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino]" jinja2
 	.venv-export/bin/python -m forebay_exporters.tiny_lm.train .forebay/tiny-lm --text ../shared/data/text

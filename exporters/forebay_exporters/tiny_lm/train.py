@@ -153,8 +153,15 @@ def make_model(vocabulary: int, eos: list[int]) -> LlamaForCausalLM:
     )
 
 
-def train(out: Path, text_folder: Path | None, minutes: float, rows: int, seed: int = 0) -> None:
-    """Train for so many minutes and write the folder."""
+def train(
+    out: Path,
+    text_folder: Path | None,
+    minutes: float,
+    rows: int,
+    base: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Train for so many minutes, on from `base` where it is given, and write the folder."""
     torch.manual_seed(seed)
     text = prose(text_folder)
     r = random.Random(seed + 1)
@@ -163,10 +170,15 @@ def train(out: Path, text_folder: Path | None, minutes: float, rows: int, seed: 
         render(template, d["messages"], tools=d.get("tools"))
         for d in (dialogue(r) for _ in range(4000))
     ]
-    tokenizer = train_tokenizer([text[:1_000_000], *dialogues])
+    if base is None:
+        tokenizer = train_tokenizer([text[:1_000_000], *dialogues])
+    else:
+        tokenizer, seed = Tokenizer.from_file(str(base / "tokenizer.json")), time.time_ns() % 2**32
     end = tokenizer.token_to_id("<|im_end|>")
     assert end is not None
     model = make_model(tokenizer.get_vocab_size(), [end, 0])
+    if base is not None:
+        model = LlamaForCausalLM.from_pretrained(base)
     log.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     examples = Examples(tokenizer, text, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
@@ -177,7 +189,7 @@ def train(out: Path, text_folder: Path | None, minutes: float, rows: int, seed: 
         rate = RATE * min(1.0, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        inputs, labels = examples.batch(rows, 0.6 if share < 0.3 else 0.1)
+        inputs, labels = examples.batch(rows, 0.6 if share < 0.3 and base is None else 0.05)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(input_ids=inputs, labels=labels).loss
         optimizer.zero_grad()
@@ -219,11 +231,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, default=None, help="folder with *.txt.gz")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--base", type=Path, default=None, help="a folder to go on from")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(args.out, args.text, args.minutes, args.rows)
+    train(args.out, args.text, args.minutes, args.rows, args.base)
 
 
 if __name__ == "__main__":

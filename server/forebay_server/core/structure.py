@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from re import _constants, _parser  # type: ignore[attr-defined] # pyright: ignore
 from typing import Any
 
 from forebay.errors import InvalidArgument
@@ -57,6 +58,7 @@ FORMATS = frozenset(
         "uuid",
     }
 )
+_OPCODES = frozenset(code.name for code in _constants.OPCODES)
 TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _SCHEMAS = ("items", "additionalProperties", "additionalItems")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -79,6 +81,49 @@ def check_enforceable(schema: Any, path: str) -> None:
     """Raise InvalidArgument that names the first keyword the grammar would pass over."""
     _walk(schema, path, "", 0)
     _compile(schema, path)
+
+
+#: Parts of regular expressions that grammars can be made of.
+_REGEX = frozenset(
+    {
+        "ANY",
+        "AT",
+        "BRANCH",
+        "IN",
+        "LITERAL",
+        "MAX_REPEAT",
+        "MIN_REPEAT",
+        "NOT_LITERAL",
+        "SUBPATTERN",
+        "RANGE",
+        "NEGATE",
+        "CATEGORY",
+        "MAX_UNTIL",
+        "MIN_UNTIL",
+    }
+)
+
+
+def check_regex(pattern: str, path: str) -> None:
+    """Raise InvalidArgument unless a grammar can enforce the expression: no look-around, no
+    references back, no conditions."""
+    try:
+        parsed = _parser.parse(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise InvalidArgument.at(path, f"is no regular expression: {e}") from None
+    _walk_regex(parsed, path)
+
+
+def _walk_regex(node: Any, path: str) -> None:
+    if isinstance(node, (list, tuple, _parser.SubPattern)):
+        for one in node:
+            _walk_regex(one, path)
+    elif (name := getattr(node, "name", None)) and name in _OPCODES and name not in _REGEX:
+        raise InvalidArgument.at(
+            path,
+            f"has {name.lower()}, which the engine cannot enforce",
+            reason="REGEX_NOT_ENFORCEABLE",
+        )
 
 
 def _compile(schema: Any, path: str) -> Any:
@@ -116,6 +161,8 @@ def _walk(schema: Any, path: str, at: str, depth: int) -> None:
         _refuse(path, f"{dot}format", f"the engine cannot enforce the format {form!r:.40}")
     if len(schema.get("allOf", [])) > 1:
         _refuse(path, f"{dot}allOf", "the engine cannot enforce more than one part")
+    if isinstance(schema.get("pattern"), str):
+        check_regex(schema["pattern"], path)
     reference = schema.get("$ref")
     if isinstance(reference, str) and not reference.startswith("#"):
         _refuse(path, f"{dot}$ref", "only references within the schema are followed")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forebay.errors import FailedPrecondition, InvalidArgument, Unavailable
+from forebay.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
 
 from forebay_server.core.generation import (
     Capabilities,
@@ -38,6 +38,8 @@ log = logging.getLogger("forebay.generation")
 KV_CACHE_GB = 1
 #: Seconds for an abort to be acknowledged: the time of the longest step.
 ABORT_S = 10.0
+#: Blank characters in a row after which a JSON answer is given up.
+MAX_BLANK = 64
 OPTIONS = ("kv_cache_gb", "max_num_batched_tokens", "device", "properties", "prefix_caching")
 
 
@@ -56,7 +58,8 @@ class OpenVinoEngine:
         self._tokenizer = tokenizer
         self._eos = eos
         self.capabilities = Capabilities(
-            structures=frozenset({"json_schema", "json_object", "regex", "choice", "grammar"}),
+            # Grammars of the caller cannot be checked beforehand, and a bad one stops all.
+            structures=frozenset({"json_schema", "json_object", "regex", "choice"}),
             logit_bias=False,
             top_logprobs=0,
         )
@@ -68,6 +71,7 @@ class OpenVinoEngine:
         self._thread: threading.Thread | None = None
         self._dead: BaseException | None = None
         self._closed = False
+        self._building = threading.Lock()
 
     def load(self) -> None:
         """See GenerationEngine."""
@@ -78,8 +82,16 @@ class OpenVinoEngine:
                 "the embedded engine is not installed: pip install 'forebay[openvino]'",
                 reason="MODEL_REJECTED",
             ) from None
+        self._genai = openvino_genai
+        self._build()
+        self._thread = threading.Thread(
+            target=self._serve, name=f"generate-{self._spec.model}", daemon=True
+        )
+        self._thread.start()
+
+    def _build(self) -> None:
         options = self._spec.options
-        scheduler = openvino_genai.SchedulerConfig()
+        scheduler = self._genai.SchedulerConfig()
         scheduler.cache_size = int(options.get("kv_cache_gb", KV_CACHE_GB))
         scheduler.max_num_seqs = self._spec.max_running
         scheduler.enable_prefix_caching = bool(options.get("prefix_caching", True))
@@ -87,7 +99,7 @@ class OpenVinoEngine:
         if "max_num_batched_tokens" in options:
             scheduler.max_num_batched_tokens = int(options["max_num_batched_tokens"])
         try:
-            self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+            self._pipeline = self._genai.ContinuousBatchingPipeline(
                 self._spec.folder,
                 scheduler,
                 str(options.get("device", "CPU")),
@@ -98,11 +110,6 @@ class OpenVinoEngine:
                 f"openvino_model.xml cannot be loaded: {str(e).strip()[:300]}",
                 reason="MODEL_REJECTED",
             ) from None
-        self._genai = openvino_genai
-        self._thread = threading.Thread(
-            target=self._serve, name=f"generate-{self._spec.model}", daemon=True
-        )
-        self._thread.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See GenerationEngine."""
@@ -130,8 +137,10 @@ class OpenVinoEngine:
         config.min_new_tokens = s.min_tokens
         config.ignore_eos = s.ignore_eos
         config.stop_token_ids = {*s.stop_token_ids, *(() if s.ignore_eos else self._eos)}
-        config.do_sample = not s.greedy
-        if not s.greedy:
+        config.do_sample = not s.greedy or s.n > 1
+        if s.greedy and s.n > 1:  # the pipeline takes several answers from sampling alone
+            config.top_k = 1
+        elif not s.greedy:
             config.temperature = s.temperature
             config.top_p = s.top_p
             if s.top_k:
@@ -152,7 +161,8 @@ class OpenVinoEngine:
         try:
             config.validate()
         except Exception as e:
-            raise InvalidArgument.at("sampling", str(e).strip()[:200]) from None
+            reason = str(e).strip().partition(" failed at ")[0][-200:]
+            raise InvalidArgument.at("sampling", reason) from None
         return config
 
     def _structured(self, request: GenerationRequest) -> Any:
@@ -166,8 +176,6 @@ class OpenVinoEngine:
                 return make(json_schema='{"type": "object"}')
             if wanted.kind == "regex":
                 return make(regex=wanted.value)
-            if wanted.kind == "grammar":
-                return make(grammar=wanted.value)
             return make(grammar=choice_grammar(wanted.value))
         chat = request.chat
         if chat is None or not chat.tools or chat.tool_mode == "none":
@@ -202,7 +210,11 @@ class OpenVinoEngine:
             while not self._closed:
                 self._take_commands()
                 if self._running:
-                    self._pipeline.step()
+                    try:
+                        self._pipeline.step()
+                    except Exception as e:
+                        self._recover(e)
+                        continue
                     self._deliver()
         except BaseException as e:
             log.exception("the generation engine of %s stopped", self._spec.model)
@@ -212,6 +224,29 @@ class OpenVinoEngine:
                 run.fail(error)
                 run.close()
             self._running.clear()
+
+    def _recover(self, error: Exception) -> None:
+        """A step failed, and would fail for ever: the pipeline keeps what is to blame.
+
+        Grammars are compiled in a request's first step, so newcomers with one are to blame and are
+        refused. The pipeline is built anew; requests that have said nothing yet start again there,
+        the others fail as Unavailable.
+        """
+        reason = str(error).strip().rsplit(": ", 1)[-1][:200]
+        log.error("a step of %s failed, its pipeline is built anew: %s", self._spec.model, reason)
+        runs, self._running = list(self._running.values()), {}
+        with self._building:
+            self._pipeline = None
+            self._build()
+        for run in runs:
+            if run.read:
+                run.fail(
+                    Unavailable("the model's engine failed", reason="ENGINE_DIED", retry_after_s=1)
+                )
+            elif run.constrained:
+                run.fail(InvalidArgument.at("response_format", f"the engine refuses it: {reason}"))
+            else:
+                self._add(run)
 
     def _take_commands(self) -> None:
         """New requests and aborts; waits when there is nothing else to do."""
@@ -261,7 +296,14 @@ class OpenVinoEngine:
                         )
                     )
                 continue
-            deltas = run.take(run.handle.read())
+            run.read = True
+            try:
+                deltas = run.take(run.handle.read())
+            except Internal as e:
+                del self._running[number]
+                run.handle.cancel()
+                run.fail(e)
+                continue
             posts.setdefault(run.loop, []).extend((run.channel, d) for d in deltas)
             if not run.open:
                 del self._running[number]
@@ -271,7 +313,9 @@ class OpenVinoEngine:
 
     def check_health(self) -> None:
         """See GenerationEngine."""
-        if self._dead is not None or self._closed or self._pipeline is None:
+        with self._building:
+            gone = self._dead is not None or self._closed or self._pipeline is None
+        if gone:
             raise Unavailable("the model's engine stopped", reason="ENGINE_DIED", retry_after_s=1)
 
     def info(self) -> Mapping[str, Any]:
@@ -279,8 +323,9 @@ class OpenVinoEngine:
         out: dict[str, Any] = {"providers": ["openvino"], "pid": 0, "running": len(self._running)}
         weights = Path(self._spec.folder) / "openvino_model.bin"
         out["memory_bytes"] = weights.stat().st_size if weights.exists() else 0
-        if self._pipeline is not None and not self._closed:
-            metrics = self._pipeline.get_metrics()
+        pipeline = self._pipeline
+        if pipeline is not None and not self._closed:
+            metrics = pipeline.get_metrics()
             out["kv_use"] = metrics.cache_usage / 100
             out["memory_bytes"] += metrics.kv_cache_size_in_bytes
         return out
@@ -333,6 +378,8 @@ class _Running:
         self.handle: Any = None
         self.aborted = False
         self.stopped_early = False
+        self.read = False
+        self.constrained = config.structured_output_config is not None
         self.closed: asyncio.Future[None] = loop.create_future()
         self._engine = engine
         self._answers: dict[int, _Answer] = {}
@@ -385,6 +432,9 @@ class _Answer:
         self._text = Detokenizer(tokenizer, s.stop, s.min_tokens)
         chat = request.chat
         tools = chat is not None and bool(chat.tools) and chat.tool_mode != "none"
+        kind = request.structure.kind if request.structure is not None else ""
+        self._json = kind in ("json_schema", "json_object")
+        self._blank = 0
         self._parser = HermesParser() if tools and request.structure is None else None
         self.ended = False
         self.stopped_early = False
@@ -408,6 +458,11 @@ class _Answer:
             delta.finish_reason = "stop" if reason == "STOP" else "length"
             text += self._text.rest()
         self.ended = delta.finish_reason is not None
+        if self._json:
+            # The grammar allows any white space in JSON, and a model may say line breaks for ever.
+            self._blank = 0 if text.strip() else self._blank + len(text)
+            if self._blank > MAX_BLANK:
+                raise Internal("the model lost itself in white space", reason="OUTPUT_INVALID")
         if self._parser is None:
             delta.text = text
             return delta

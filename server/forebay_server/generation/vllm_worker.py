@@ -214,7 +214,9 @@ class Worker:
             kind, value = request["structure"]
             names = {"json_schema": "json", "choice": "choice", "regex": "regex"}
             structured = StructuredOutputsParams(
-                **{names.get(kind, kind): True if kind == "json_object" else value}
+                **{names.get(kind, kind): True if kind == "json_object" else value},
+                # Else a model may say line breaks for ever between two names.
+                disable_any_whitespace=kind in ("json_schema", "json_object"),
             )
         elif chat is not None:
             adjusted = self.parser(chat).adjust_request(chat)

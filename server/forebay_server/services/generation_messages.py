@@ -19,7 +19,7 @@ from forebay_server.core.generation import (
     ToolMode,
     ToolSpec,
 )
-from forebay_server.core.structure import check_enforceable, parse_schema
+from forebay_server.core.structure import check_enforceable, check_regex, parse_schema
 from forebay_server.dataplane.generation import ChatAsk, CompleteAsk
 from forebay_server.services.common import exactly_one
 
@@ -204,7 +204,10 @@ def _structure(form: pb.ResponseFormat, path: str) -> Structure | None:
         return Structure("json_object")
     if kind == "choices":
         return Structure("choice", tuple(form.choices))
-    return Structure("regex", form.regex) if kind == "regex" else Structure("grammar", form.grammar)
+    if kind == "grammar":
+        return Structure("grammar", form.grammar)
+    check_regex(form.regex, f"{path}.regex")
+    return Structure("regex", form.regex)
 
 
 def _values(text: str, path: str) -> dict[str, Any]:
