@@ -74,7 +74,7 @@ def test_a_chat_is_answered_whole(stub: rpc.GenerationServiceStub) -> None:
 
 
 def test_a_stream_says_the_same_in_typed_deltas(stub: rpc.GenerationServiceStub) -> None:
-    request = user("Count to 20")
+    request = user("Count to 20", max_tokens=600, ignore_eos=True)
     whole = stub.Chat(request)
     events = list(stub.ChatStream(pb.ChatStreamRequest(request=request)))
     kinds = [e.WhichOneof("event") for e in events]

@@ -27,10 +27,12 @@ from forebay_server.core.generation import (
     GenerationRequest,
     GenerationSpec,
     TokenProbability,
+    ToolSpec,
 )
 from forebay_server.generation.channel import Channel
 from forebay_server.generation.detokenize import Detokenizer
 from forebay_server.generation.hermes import CLOSE, OPEN, HermesParser
+from forebay_server.generation.json_regex import regex_of
 
 log = logging.getLogger("forebay.generation")
 
@@ -171,7 +173,8 @@ class OpenVinoEngine:
         wanted = request.structure
         if wanted is not None:
             if wanted.kind == "json_schema":
-                return make(json_schema=wanted.value)
+                regex = regex_of(json.loads(str(wanted.value)))
+                return make(regex=regex) if regex else make(json_schema=wanted.value)
             if wanted.kind == "json_object":
                 return make(json_schema='{"type": "object"}')
             if wanted.kind == "regex":
@@ -184,7 +187,7 @@ class OpenVinoEngine:
         tags = [
             make.Tag(
                 begin=f'{OPEN}\n{{"name": {json.dumps(t.name)}, "arguments": ',
-                content=make.JSONSchema(json.dumps(t.parameters or {"type": "object"})),
+                content=self._arguments(t),
                 end=f"}}\n{CLOSE}",
             )
             for t in named
@@ -202,6 +205,13 @@ class OpenVinoEngine:
             grammar = make.TriggeredTags(triggers=[OPEN], tags=tags, stop_after_first=single)
             return make(structural_tags_config=grammar)
         return None
+
+    def _arguments(self, tool: ToolSpec) -> Any:
+        """The grammar of a tool's arguments."""
+        make = self._genai.StructuredOutputConfig
+        schema = dict(tool.parameters) or {"type": "object"}
+        regex = regex_of(schema)
+        return make.Regex(regex) if regex else make.JSONSchema(json.dumps(schema))
 
     # The engine's thread.
 
