@@ -18,12 +18,13 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.cache import ProcessCache, RedisCache, ResponseCache
 from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.access.keys import KeyStore
 from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
 from forebay_server.access.usage import UsageLedger
-from forebay_server.dataplane.generation import GenerationPipeline, NoBudget
+from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.tabular import TabularPipeline
@@ -109,8 +110,9 @@ class Server:
                 if isinstance(x.client, GenerationClient)
             ]
         )
+        self.budgets = Budgets(self.keys.limits, self.ledger)
         self._tracer = Tracer(s.observability.otlp_endpoint)
-        self._admission = Admission(self.keys, self._limiter())
+        self._admission = Admission(self.keys, self._limiter(), self.budgets)
         pipeline = Pipeline(
             standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
         )
@@ -167,10 +169,10 @@ class Server:
             EmbeddingService(texts, validator),
             RerankService(texts),
             TokenService(access),
-            GenerationService(GenerationPipeline(access, self.metrics.generation, NoBudget())),
+            GenerationService(GenerationPipeline(access, self.metrics.generation, self.budgets)),
             ModelService(registry),
             KeyService(self.keys),
-            UsageService(self.ledger),
+            UsageService(self.ledger, self.budgets),
             ServerService(self.settings, time.time(), "ordinary"),
             OpenInferenceService(access, registry, texts, TensorPipeline(access)),
         ]

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 from forebay.errors import (
@@ -33,6 +33,8 @@ from forebay_server.generation.templates import TemplateRefused
 
 #: Prompts with more characters are tokenised in a thread: the event loop serves others meanwhile.
 LONG_TEXT = 20_000
+#: Longest answer of an upstream for a key with a budget, when the caller names none.
+UPSTREAM_TOKENS = 4096
 
 
 class Meter(Protocol):
@@ -48,22 +50,12 @@ class Meter(Protocol):
 
 
 class Budget(Protocol):
-    """Tokens and money that a key may spend: reserved at the start, settled at the end."""
+    """Tokens and money that a key may spend. The transport settles a reservation at the call's
+    end, with its facts."""
 
-    async def reserve(self, key_id: str, tokens: int, money: float) -> object: ...
+    async def room(self, key_id: str) -> tuple[int | None, float | None]: ...
 
-    def settle(self, reservation: object, tokens: int, money: float) -> None: ...
-
-
-class NoBudget:
-    """Everybody may spend what they like."""
-
-    async def reserve(self, key_id: str, tokens: int, money: float) -> object:
-        """See Budget."""
-        return None
-
-    def settle(self, reservation: object, tokens: int, money: float) -> None:
-        """See Budget."""
+    async def reserve(self, call: Call, tokens: int, money: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -106,7 +98,8 @@ class CompleteAsk(Ask):
 
 @dataclass(slots=True)
 class Job:
-    """Requests that are ready to run. `prompts` are their texts, for echoes."""
+    """Requests that are ready to run. `prompts` are their texts, for echoes; `limited` says that
+    the caller gave `max_tokens`."""
 
     call: Call
     model: ServedModel
@@ -115,6 +108,7 @@ class Job:
     dropped_messages: int = 0
     prompts: list[str] = field(default_factory=list)
     queue_s: float = 0.0
+    limited: bool = False
 
     @property
     def client(self) -> GenerationClient:
@@ -155,6 +149,7 @@ class GenerationPipeline:
         sampling = _sampling(model, ask.sampling)
         assert ask.chat is not None
         job = Job(call, model, f"chatcmpl-{call.request_id}", [])
+        job.limited = "max_tokens" in ask.sampling
         request = GenerationRequest(job.id, sampling, chat=ask.chat)
         if client.engine.capabilities.needs_prompt_ids:
             ids, ask.messages, job.dropped_messages = await self._fit_chat(model, ask, sampling)
@@ -171,6 +166,7 @@ class GenerationPipeline:
         _check(client, ask, call)
         sampling = _sampling(model, ask.sampling)
         job = Job(call, model, f"cmpl-{call.request_id}", [])
+        job.limited = "max_tokens" in ask.sampling
         local = client.engine.capabilities.needs_prompt_ids
         if ask.token_ids and not local:
             raise InvalidArgument.at(f"{ask.path}token_ids", "this model takes texts alone")
@@ -198,15 +194,8 @@ class GenerationPipeline:
         whatever the end is."""
         call, model = job.call, job.model
         facts = call.facts
-        limit = sum(
-            len(r.prompt_ids) + (r.sampling.max_tokens or 0) * r.sampling.n for r in job.requests
-        )
         prices = model.loaded.config.generation.prices
-        worst = sum(
-            _money(prices, len(r.prompt_ids), 0, (r.sampling.max_tokens or 0) * r.sampling.n)
-            for r in job.requests
-        )
-        reservation = await self._budget.reserve(call.principal.key_id, limit, worst)
+        await self._reserve(job, prices)
         reason = "aborted"
         try:
             async with aclosing(self._turns(job)) as deltas:
@@ -227,7 +216,6 @@ class GenerationPipeline:
             )
             money = _money(prices, tally.prompt, tally.cached, tally.completion)
             call.context["cost"] = money
-            self._budget.settle(reservation, facts.tokens, money)
             self._meter.ended(model.name, tally, reason)
             statistics = job.client.statistics
             statistics.tokens += facts.tokens
@@ -237,6 +225,29 @@ class GenerationPipeline:
                 statistics.cancelled += 1
             else:
                 statistics.fail.add(facts.compute_s)
+
+    async def _reserve(self, job: Job, prices: Any) -> None:
+        """Set aside the most that the call can take. Answers without a length of their own are
+        held to what the key's budget leaves, rather than refused for what they might become."""
+        key_id = job.call.principal.key_id
+        tokens, money = await self._budget.room(key_id)
+        if tokens is None and money is None:
+            return
+        prompts = [_prompt_bound(r) for r in job.requests]
+        cost = prices.completion / 1e6
+        if not job.limited:
+            left = [10**9]
+            if tokens is not None:
+                left.append(tokens - sum(prompts))
+            if money is not None and cost > 0:
+                left.append(int((money - _money(prices, sum(prompts), 0, 0)) / cost))
+            each = min(left) // max(1, job.answers)
+            for r in job.requests:
+                longest = min(r.sampling.max_tokens or UPSTREAM_TOKENS, max(1, each))
+                r.sampling = replace(r.sampling, max_tokens=longest)
+        answers = sum((r.sampling.max_tokens or 0) * r.sampling.n for r in job.requests)
+        worst = _money(prices, sum(prompts), 0, answers)
+        await self._budget.reserve(job.call, sum(prompts) + answers, worst)
 
     async def _turns(self, job: Job) -> AsyncGenerator[GenerationDelta, None]:
         if len(job.requests) == 1:
@@ -453,8 +464,6 @@ def _bounded(
     model: ServedModel, ask: Ask, sampling: SamplingParameters, prompt: int, path: str
 ) -> SamplingParameters:
     """The parameters with `max_tokens` set to what fits. Raises with both numbers."""
-    from dataclasses import replace
-
     context = _context(model)
     if prompt >= context:
         raise InvalidArgument.at(
@@ -496,6 +505,15 @@ def _validate(request: GenerationRequest, text: str) -> None:
         raise Internal(
             f"the engine broke the form that was asked for: {fault}", reason="OUTPUT_INVALID"
         )
+
+
+def _prompt_bound(request: GenerationRequest) -> int:
+    """Tokens of the prompt; for upstreams, which alone know them, at most one per byte."""
+    if request.prompt_ids:
+        return len(request.prompt_ids)
+    if request.chat is not None:
+        return len(str([request.chat.messages, request.chat.tools]).encode())
+    return len(request.prompt.encode())
 
 
 def _money(prices: Any, prompt: int, cached: int, completion: int) -> float:

@@ -44,7 +44,9 @@ MAX_RANGE = 1000
 
 def regex_of(schema: Any) -> str | None:
     """The expression; None when the schema is not covered."""
-    from outlines_core.json_schema import build_regex_from_schema
+    from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports]
+        build_regex_from_schema,
+    )
 
     listed = _ranges_as_lists(schema)
     if not _covered(listed):

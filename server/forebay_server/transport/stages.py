@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from forebay.errors import ForebayError, Unavailable
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.access.limits import Limiter, LimitSpent
 from forebay_server.access.usage import UsageLedger
@@ -160,6 +161,7 @@ class UsageRecording:
                 int(failed),
                 int(call.code == "CANCELLED"),
                 round(f.engine_s * 1e3, 3),
+                call.context.get("cost", 0.0),  # type: ignore[arg-type]
             ),
         )
 
@@ -189,9 +191,10 @@ class Authentication:
 class Admission:
     """Draining, and the limits of keys."""
 
-    def __init__(self, keys: KeyStore, limiter: Limiter) -> None:
+    def __init__(self, keys: KeyStore, limiter: Limiter, budgets: Budgets) -> None:
         self._keys = keys
         self._limiter = limiter
+        self._budgets = budgets
         self.draining = False
 
     def begin(self, calls: Sequence[Call]) -> None:
@@ -205,7 +208,7 @@ class Admission:
                 )
                 continue
             limits = self._keys.limits(call.principal.key_id)
-            if limits is None or limits == _NO_LIMITS:
+            if limits is None or _without_budget(limits) == _NO_LIMITS:
                 continue
             try:
                 standing = self._limiter.acquire(call.principal.key_id, limits)
@@ -218,6 +221,7 @@ class Admission:
 
     def end(self, call: Call) -> None:
         """Give the permit back, and take what was used from the tokens' bucket."""
+        self._budgets.settle(call)
         limits = call.context.pop("permit", None)
         if isinstance(limits, Limits):
             used = call.facts.tokens or call.facts.items
@@ -225,6 +229,16 @@ class Admission:
 
 
 _NO_LIMITS = Limits()
+
+
+def _without_budget(limits: Limits) -> Limits:
+    """The limits that the limiter knows; budgets are the Budgets' own."""
+    return Limits(
+        limits.requests_per_second,
+        limits.burst,
+        limits.tokens_per_minute,
+        limits.max_concurrency,
+    )
 
 
 def standard_stages(
