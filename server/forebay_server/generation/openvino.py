@@ -289,7 +289,6 @@ class OpenVinoEngine:
                 InvalidArgument.at("request", f"the engine refuses it: {str(e).strip()[:300]}")
             )
             return
-        run.request.tally.prompt = len(run.request.prompt_ids)
         self._running[run.number] = run
 
     def _deliver(self) -> None:
@@ -307,6 +306,7 @@ class OpenVinoEngine:
                     )
                 continue
             run.read = True
+            run.request.tally.prompt = len(run.request.prompt_ids)
             try:
                 deltas = run.take(run.handle.read())
             except Internal as e:

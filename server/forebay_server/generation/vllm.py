@@ -30,10 +30,12 @@ from forebay_server.core.generation import (
     GenerationDelta,
     GenerationRequest,
     GenerationSpec,
+    Structure,
     TokenProbability,
     ToolCallPiece,
 )
 from forebay_server.generation.channel import Channel
+from forebay_server.generation.json_regex import regex_of
 
 log = logging.getLogger("forebay.generation")
 
@@ -170,7 +172,24 @@ class VllmEngine:
             raise _died()
         if self._connection is None or self._connection.lost:
             self._connection = _Connection(self._sock, self._lost)
+            self._watch()
         return self._connection
+
+    def _watch(self) -> None:
+        """End the connection when the process ends: a child of it may hold the socket open."""
+        process, connection = self._process, self._connection
+        if process is None or connection is None:
+            return
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(process.pid)
+
+            def ended() -> None:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+                connection.stop()
+
+            loop.add_reader(pidfd, ended)
 
     def _lost(self) -> None:
         """The process is gone: start another, unless this is the end."""
@@ -262,7 +281,6 @@ class _Connection:
     def start(self, request: GenerationRequest) -> _Run:
         """Send a request."""
         run = self._runs[request.id] = _Run(request)
-        request.tally.prompt = len(request.prompt_ids)
         self._send({"op": "generate", "request": _plain(request)})
         return run
 
@@ -336,8 +354,12 @@ class _Connection:
                 if run.ended:
                     self._runs.pop(row[0], None)
             run.channel.put(delta)
-        elif kind == "cached":
-            run.request.tally.cached = row[2]
+        elif kind in ("prompt", "more"):
+            # vLLM has worked on the prompt; `more` are tokens that an abort cut off on their way.
+            if kind == "prompt":
+                run.request.tally.prompt = len(run.request.prompt_ids)
+                run.request.tally.cached = row[2]
+            run.request.tally.completion += row[3] if len(row) > 3 else 0
         elif kind == "aborted":
             run.open = 0
             self._runs.pop(row[0], None)
@@ -393,9 +415,7 @@ def _plain(request: GenerationRequest) -> dict[str, Any]:
             },
             "logit_bias": {str(k): v for k, v in request.sampling.logit_bias.items()},
         },
-        "structure": [request.structure.kind, request.structure.value]
-        if request.structure
-        else None,
+        "structure": _structure(request.structure),
         "adapter": request.adapter,
         "priority": request.priority,
         "chat": None
@@ -408,6 +428,18 @@ def _plain(request: GenerationRequest) -> dict[str, Any]:
             "parallel_tool_calls": chat.parallel_tool_calls,
         },
     }
+
+
+def _structure(structure: Structure | None) -> list[Any] | None:
+    """Schemas as expressions where those cover them: vLLM's JSON grammar lets control characters
+    into strings, which no JSON parser takes."""
+    if structure is None:
+        return None
+    if structure.kind == "json_schema":
+        regex = regex_of(msgspec.json.decode(str(structure.value)))
+        if regex is not None:
+            return ["regex", regex]
+    return [structure.kind, structure.value]
 
 
 def _receive(sock: socket.socket) -> bytes:

@@ -62,6 +62,7 @@ class Worker:
     async def load(self) -> dict[str, Any]:
         """Start the engine; facts about it."""
         from vllm import AsyncEngineArgs
+        from vllm.config import StructuredOutputsConfig
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -94,6 +95,9 @@ class Worker:
         if spec["adapters"]:
             options.setdefault("enable_lora", True)
             options.setdefault("max_loras", len(spec["adapters"]))
+        # Else a model may say line breaks for ever between two names of a JSON object.
+        structured = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+        options.setdefault("structured_outputs_config", structured)
         args = AsyncEngineArgs(
             model=spec["folder"],
             max_model_len=spec["context_length"],
@@ -131,13 +135,14 @@ class Worker:
         task.cancel()
 
     async def _generate(self, request: dict[str, Any]) -> None:
+        from vllm.exceptions import VLLMClientError
+
         identifier = request["id"]
         try:
             await self._run(request)
         except asyncio.CancelledError:
-            # vLLM has been told to abort by generate() itself.
             self._out.delta([identifier, "aborted"])
-        except ValueError as e:
+        except (ValueError, VLLMClientError) as e:
             self._out.delta([identifier, "error", "invalid", str(e)[:500]])
         except Exception as e:
             from vllm.v1.engine.exceptions import EngineDeadError
@@ -156,19 +161,33 @@ class Worker:
         params = self._sampling(request, chat)
         prompt = TokensPrompt(prompt_token_ids=request["prompt_ids"])
         answers = [_Answer(self, request, chat, i) for i in range(request["sampling"]["n"])]
-        first = True
-        async for out in self.llm.generate(
+        # Not by generate(): it throws away what it holds when it is cancelled, and with it the count.
+        queue = await self.llm.add_request(
+            request["id"],
             prompt,
             params,
-            request["id"],
             lora_request=self._lora(request["adapter"]),
             priority=-request["priority"],
-        ):
-            if first:
-                first = False
-                self._out.delta([request["id"], "cached", out.num_cached_tokens or 0])
-            for answer in out.outputs:
-                self._out.delta(answers[answer.index].delta(answer))
+        )
+        first, finished = True, False
+        try:
+            while not finished:
+                out = queue.get_nowait() or await queue.get()
+                finished = out.finished
+                if first:
+                    first = False
+                    self._out.delta([request["id"], "prompt", out.num_cached_tokens or 0])
+                for answer in out.outputs:
+                    self._out.delta(answers[answer.index].delta(answer))
+        except BaseException:
+            await self.llm.abort(queue.request_id, internal=True)
+            rest = queue.get_nowait()
+            tokens = sum(len(o.token_ids) for o in rest.outputs) if rest is not None else 0
+            if tokens:
+                self._out.delta([request["id"], "prompt" if first else "more", 0, tokens])
+            raise
+        finally:
+            queue.close()
 
     def _lora(self, name: str) -> Any:
         if not name:
@@ -214,9 +233,7 @@ class Worker:
             kind, value = request["structure"]
             names = {"json_schema": "json", "choice": "choice", "regex": "regex"}
             structured = StructuredOutputsParams(
-                **{names.get(kind, kind): True if kind == "json_object" else value},
-                # Else a model may say line breaks for ever between two names.
-                disable_any_whitespace=kind in ("json_schema", "json_object"),
+                **{names.get(kind, kind): True if kind == "json_object" else value}
             )
         elif chat is not None:
             adjusted = self.parser(chat).adjust_request(chat)
