@@ -170,6 +170,7 @@ class GenerationSpec:
         folder: the model's folder.
         context_length: prompt and answer together, tokens.
         max_running: answers that are generated at once; more wait in the fair queue.
+        stream_interval_s: least time between two messages of a stream.
         adapters: LoRA folders by name.
         options: engine-specific, from model.yaml.
     """
@@ -180,6 +181,7 @@ class GenerationSpec:
     folder: str
     context_length: int
     max_running: int = 64
+    stream_interval_s: float = 0.0
     tool_parser: str = ""
     reasoning_parser: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)

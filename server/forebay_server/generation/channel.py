@@ -9,9 +9,14 @@ from forebay_server.core.generation import GenerationDelta
 
 
 class Channel:
-    """Deltas of one request. Lives on one loop; `answers` finish reasons end it."""
+    """Deltas of one request. Lives on one loop; `answers` finish reasons end it.
 
-    def __init__(self, answers: int) -> None:
+    Args:
+        interval_s: least time between two reads after the first: what comes meanwhile is merged.
+    """
+
+    def __init__(self, answers: int, interval_s: float = 0.0) -> None:
+        self._interval = interval_s
         self._pending: list[GenerationDelta] = []
         self._open = answers
         self._error: BaseException | None = None
@@ -45,8 +50,14 @@ class Channel:
 
     async def read(self) -> AsyncGenerator[GenerationDelta, None]:
         """All deltas to the end; then the error, if there was one."""
+        last = 0.0
         while True:
             while self._pending:
+                if self._interval:
+                    now = asyncio.get_running_loop().time()
+                    if last and not self.done and now - last < self._interval:
+                        await asyncio.sleep(self._interval - (now - last))
+                    last = asyncio.get_running_loop().time()
                 yield self._pending.pop(0)
             if self._error is not None:
                 raise self._error

@@ -119,7 +119,14 @@ class OpenVinoEngine:
         number = next(self._ids)
         config = self._config(request)
         loop = asyncio.get_running_loop()
-        run = _Running(number, request, config, Channel(request.sampling.n), loop, self)
+        run = _Running(
+            number,
+            request,
+            config,
+            Channel(request.sampling.n, self._spec.stream_interval_s),
+            loop,
+            self,
+        )
         self._commands.put(("add", run))
         try:
             async for delta in run.channel.read():

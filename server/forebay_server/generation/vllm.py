@@ -171,7 +171,7 @@ class VllmEngine:
         if self._closed or self._sock is None:
             raise _died()
         if self._connection is None or self._connection.lost:
-            self._connection = _Connection(self._sock, self._lost)
+            self._connection = _Connection(self._sock, self._lost, self._spec.stream_interval_s)
             self._watch()
         return self._connection
 
@@ -247,9 +247,9 @@ class VllmEngine:
 class _Run:
     """One request that vLLM works on."""
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, interval_s: float) -> None:
         self.request = request
-        self.channel = Channel(request.sampling.n)
+        self.channel = Channel(request.sampling.n, interval_s)
         self.open = request.sampling.n
         self.aborted: asyncio.Future[None] | None = None
 
@@ -262,7 +262,8 @@ class _Run:
 class _Connection:
     """One life of the process, on one loop."""
 
-    def __init__(self, sock: socket.socket, lost: Any) -> None:
+    def __init__(self, sock: socket.socket, lost: Any, interval_s: float) -> None:
+        self._interval_s = interval_s
         self.loop = asyncio.get_running_loop()
         self.lost = False
         self.stats: dict[str, Any] = {}
@@ -280,7 +281,7 @@ class _Connection:
 
     def start(self, request: GenerationRequest) -> _Run:
         """Send a request."""
-        run = self._runs[request.id] = _Run(request)
+        run = self._runs[request.id] = _Run(request, self._interval_s)
         self._send({"op": "generate", "request": _plain(request)})
         return run
 

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 MAX_FRAME = 256 << 20
+ENGINE_NICENESS = 5
 
 
 class Outbox:
@@ -119,6 +120,7 @@ class Worker:
                 model_name=spec["folder"],
                 tokenizer=self._tokenizer,
             )
+        _yield_to_front()
         blocks = config.cache_config.num_gpu_blocks
         return {"kv_blocks": blocks or 0, "pid": os.getpid()}
 
@@ -266,6 +268,23 @@ class Worker:
         return {"op": "stats", "stats": self._stats, "open": len(self._tasks)}
 
 
+def _yield_to_front() -> None:
+    """Let the engine's computing threads give way to those that hand its tokens on.
+
+    On a CPU they fill all cores, and a thread that has to pass 32 tokens on would wait for a whole
+    slice of each. It needs a hundredth of the time: giving way costs the engine next to nothing.
+    """
+    queue = [os.getpid()]
+    while queue:
+        pid = queue.pop()
+        with contextlib.suppress(OSError, ValueError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                if pid != os.getpid():
+                    os.setpriority(os.PRIO_PROCESS, int(task), ENGINE_NICENESS)
+                with open(f"/proc/{pid}/task/{task}/children") as file:
+                    queue += [int(c) for c in file.read().split()]
+
+
 class _Answer:
     """One answer: text to typed deltas."""
 
@@ -386,5 +405,10 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    run: Any = asyncio.run
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        run = uvloop.run
+    run(serve(socket.socket(fileno=int(sys.argv[1]))))
     os._exit(0)  # nothing is left to do; interpreters with torch take seconds to say goodbye

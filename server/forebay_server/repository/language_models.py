@@ -146,6 +146,7 @@ def load(
         folder=str(folder),
         context_length=wanted.context_length or head.context_length,
         max_running=wanted.max_running,
+        stream_interval_s=wanted.stream_interval_ms / 1e3,
         tool_parser=wanted.tool_parser,
         reasoning_parser=wanted.reasoning_parser,
         adapters=adapters,
