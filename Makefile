@@ -50,14 +50,14 @@ vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
 
 tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (35 min)
 	$(PYTHON) -m venv .venv-export
-	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino]" jinja2
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" jinja2
 	.venv-export/bin/python -m forebay_exporters.tiny_lm.train .forebay/tiny-lm --text ../shared/data/text
 	.venv-export/bin/python -m forebay_exporters.openvino_export .forebay/tiny-lm .forebay/tiny-lm-openvino
 
 test-export: $(VENV)/.dev ## Tests that need torch, in an environment of their own (3 GB)
 	$(PYTHON) -m venv .venv-export
-	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export]" pytest
-	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" pytest
+	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py tests/unit/exporters/test_llama_graph.py
 
 docs: $(VENV)/.dev ## Write the contract reference to build/docs
 	$(BIN)/python tools/gen_docs.py

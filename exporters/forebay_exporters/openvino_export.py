@@ -2,7 +2,7 @@
 
     python -m forebay_exporters.openvino_export <folder> <new folder>
 
-Needs the extras `openvino` and `export` (transformers, for the tokenizer's graph).
+Needs the extra `openvino-export` (transformers, for the tokenizer's graph).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from forebay_exporters.artefact import ExportError
 
 #: Files that are served as they are.
 KEPT = (
@@ -50,6 +52,23 @@ def convert(source: Path, out: Path, say: Callable[[str], None] = lambda _: None
             shutil.copy(source / name, part / name)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
+
+
+def export_language_model(
+    source: Path, root: Path, name: str, version: int, say: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Put a converted folder at `<root>/<name>/<version>`. Raises ExportError."""
+    out = root / name / str(version)
+    if out.exists():
+        raise ExportError(f"{out} is there already")
+    try:
+        convert(source, out, say)
+    except ImportError as e:
+        raise ExportError(f"{e.name} is missing: pip install 'forebay[openvino-export]'") from None
+    except (OSError, KeyError, ValueError) as e:  # NotConvertible is a ValueError
+        shutil.rmtree(out.with_name(f".{out.name}.part"), ignore_errors=True)
+        raise ExportError(f"{source.name} cannot be converted: {e}") from None
+    return out
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ KNOWN = (
     "priority",
     "adapter",
     "truncate_prompt",
-    "cache",
     *generation.SAMPLING,
 )
 ROLES = {
@@ -89,7 +88,6 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
         adapter=fields.text(body, "adapter", ""),
         user=fields.text(body, "user", ""),
         truncate_prompt=fields.flag(body, "truncate_prompt"),
-        cache=fields.flag(body, "cache"),
         priority=fields.number(body, "priority") or 0,
     )
     given = body.get("messages")

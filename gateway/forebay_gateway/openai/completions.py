@@ -33,7 +33,6 @@ KNOWN = (
     "priority",
     "adapter",
     "truncate_prompt",
-    "cache",
     *generation.SAMPLING,
 )
 #: OpenAI's own default for this door; chats go on to the context's end.
@@ -85,7 +84,6 @@ def read(body: dict[str, Any]) -> pb.CompleteRequest:
         adapter=fields.text(body, "adapter", ""),
         user=fields.text(body, "user", ""),
         truncate_prompt=fields.flag(body, "truncate_prompt"),
-        cache=fields.flag(body, "cache"),
         priority=fields.number(body, "priority") or 0,
     )
     _prompt(body.get("prompt"), message)

@@ -491,6 +491,7 @@ def _finish(request: GenerationRequest, ask: Ask, call: Call) -> None:
     request.priority = ask.priority
     request.deadline = call.deadline
     request.user = ask.user
+    call.context["user"] = ask.user
     if request.sampling.min_tokens > (request.sampling.max_tokens or request.sampling.min_tokens):
         raise InvalidArgument.at(
             f"{ask.path}sampling.min_tokens",

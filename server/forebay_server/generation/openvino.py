@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, Mapping
@@ -19,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forebay.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
+from forebay.errors import (
+    FailedPrecondition,
+    ForebayError,
+    Internal,
+    InvalidArgument,
+    Unavailable,
+)
 
 from forebay_server.core.generation import (
     Capabilities,
@@ -40,6 +47,7 @@ log = logging.getLogger("forebay.generation")
 KV_CACHE_GB = 1
 #: Seconds for an abort to be acknowledged: the time of the longest step.
 ABORT_S = 10.0
+NICENESS = 5
 #: Blank characters in a row after which a JSON answer is given up.
 MAX_BLANK = 64
 OPTIONS = ("kv_cache_gb", "max_num_batched_tokens", "device", "properties", "prefix_caching")
@@ -85,11 +93,15 @@ class OpenVinoEngine:
                 reason="MODEL_REJECTED",
             ) from None
         self._genai = openvino_genai
-        self._build()
+        built: queue.SimpleQueue[ForebayError | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
-            target=self._serve, name=f"generate-{self._spec.model}", daemon=True
+            target=self._serve, args=(built,), name=f"generate-{self._spec.model}", daemon=True
         )
         self._thread.start()
+        fault = built.get()
+        if fault is not None:
+            self._thread = None
+            raise fault
 
     def _build(self) -> None:
         options = self._spec.options
@@ -222,7 +234,17 @@ class OpenVinoEngine:
 
     # The engine's thread.
 
-    def _serve(self) -> None:
+    def _serve(self, built: queue.SimpleQueue[ForebayError | None]) -> None:
+        # The threads that the pipeline makes here inherit this. They fill all cores, and the event
+        # loop, which hands their tokens on, would wait for a whole slice of each.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        try:
+            self._build()
+        except ForebayError as e:
+            built.put(e)
+            return
+        built.put(None)
         try:
             while not self._closed:
                 self._take_commands()

@@ -121,6 +121,8 @@ class AccessLog:
                 queue_ms=round(f.queue_s * 1e3, 3),
                 batch_rows=f.batch_rows,
             )
+        if call.context.get("user"):
+            fields["user"] = call.context["user"]
         trace = call.context.get("trace")
         if trace is not None:
             fields["trace_id"] = trace.trace_id  # type: ignore[attr-defined]
