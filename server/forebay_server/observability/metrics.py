@@ -22,6 +22,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from forebay_server.core.batcher import BatchReport
+from forebay_server.observability.generation_metrics import GenerationMetrics
 from forebay_server.observability.rpc_metrics import SECONDS, RpcMetrics
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -96,6 +97,7 @@ class Metrics:
             ["collection", "reason"],
             registry=r,
         )
+        self.generation = GenerationMetrics(r)
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
 

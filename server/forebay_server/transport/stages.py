@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from forebay.errors import ForebayError, Unavailable
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.access.limits import Limiter, LimitSpent
 from forebay_server.access.usage import UsageLedger
@@ -148,6 +149,8 @@ class AccessLog:
             fields["cached"] = f.cached
             fields["queue_ms"] = round(f.queue_s * 1e3, 3)
             fields["batch_rows"] = f.batch_rows
+        if call.context.get("user"):
+            fields["user"] = call.context["user"]
         trace = call.context.get("trace")
         if trace is not None:
             fields["trace_id"] = trace.trace_id  # type: ignore[attr-defined]
@@ -176,7 +179,7 @@ class UsageRecording:
             key = (call.principal.key_id, f.model, f.version)
             total = sums.get(key)
             if total is None:
-                total = sums[key] = [0, 0, 0, 0, 0, 0, 0.0]
+                total = sums[key] = [0, 0, 0, 0, 0, 0, 0.0, 0.0]
             total[0] += 1
             total[1] += f.items
             total[2] += f.tokens
@@ -186,6 +189,7 @@ class UsageRecording:
             elif call.code != "OK":
                 total[4] += 1
             total[6] += f.engine_s * 1e3
+            total[7] += call.context.get("cost", 0.0)  # type: ignore[operator]
         if sums:
             self._ledger.record(sums)
 
@@ -219,9 +223,10 @@ class Authentication:
 class Admission:
     """Draining, and the limits of keys."""
 
-    def __init__(self, keys: KeyStore, limiter: Limiter) -> None:
+    def __init__(self, keys: KeyStore, limiter: Limiter, budgets: Budgets) -> None:
         self._keys = keys
         self._limiter = limiter
+        self._budgets = budgets
         self.draining = False
 
     def begin(self, calls: Sequence[Call]) -> None:
@@ -235,7 +240,7 @@ class Admission:
                 )
                 continue
             limits = self._keys.limits(call.principal.key_id)
-            if limits is None or limits == _NO_LIMITS:
+            if limits is None or _without_budget(limits) == _NO_LIMITS:
                 continue
             try:
                 standing = self._limiter.acquire(call.principal.key_id, limits)
@@ -249,6 +254,7 @@ class Admission:
     def end(self, calls: Sequence[Call]) -> None:
         """Give the permits back, and take what was used from the tokens' bucket."""
         for call in calls:
+            self._budgets.settle(call)
             limits = call.context.pop("permit", None)
             if isinstance(limits, Limits):
                 used = call.facts.tokens or call.facts.items
@@ -256,6 +262,16 @@ class Admission:
 
 
 _NO_LIMITS = Limits()
+
+
+def _without_budget(limits: Limits) -> Limits:
+    """The limits that the limiter knows; budgets are the Budgets' own."""
+    return Limits(
+        limits.requests_per_second,
+        limits.burst,
+        limits.tokens_per_minute,
+        limits.max_concurrency,
+    )
 
 
 def standard_stages(

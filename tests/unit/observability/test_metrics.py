@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from forebay_server.core.batcher import BatchReport
+from forebay_server.core.generation import Tally
+from forebay_server.generation.gate import Gate
 from forebay_server.observability.metrics import Metrics
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -36,6 +39,15 @@ def filled() -> Metrics:
     )
     m.batch_observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
+    m.watch_collections(lambda: [("c", 1, 5)])
+    m.index_rebuilds.labels("c", "checksum").inc()
+    m.generation.first_token("m", 0.1)
+    m.generation.between_tokens("m", 0.02, 2)
+    m.generation.queued("m", 0.0)
+    m.generation.ended("m", Tally(prompt=5, completion=7), "done")
+    engine = SimpleNamespace(info=lambda: {"kv_use": 0.25})
+    client = SimpleNamespace(gate=Gate(4, 4), engine=engine)
+    m.generation.watch(lambda: [("m", "2", client)])
     return m
 
 
