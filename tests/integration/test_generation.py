@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -304,6 +306,24 @@ def test_many_streams_at_once_with_half_of_them_cancelled(
     while client.gate.running or client.gate.waiting or client.engine.info()["running"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_kill_9_is_a_clean_error_and_the_next_call_succeeds(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    live = start(openvino_models(tmp_path_factory.mktemp("killed")))
+    stub = rpc.GenerationServiceStub(live.channel)
+    engine = live.server.repository.loaded[("tiny", 1)].client.engine
+    request = user("Count to 30", max_tokens=1900, ignore_eos=True)
+    call = stub.ChatStream(pb.ChatStreamRequest(request=request))
+    next(call)
+    pid = engine.info()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert text_of(stub.Chat(user("Who are you?"), timeout=60).choices[0]).startswith("I am")
+    assert engine.info()["pid"] != pid
 
 
 def test_one_keys_flood_does_not_starve_another(

@@ -182,6 +182,7 @@ class GenerationSpec:
     context_length: int
     max_running: int = 64
     stream_interval_s: float = 0.0
+    eos_token_ids: tuple[int, ...] = ()
     tool_parser: str = ""
     reasoning_parser: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)

@@ -149,10 +149,11 @@ def load(
         stream_interval_s=wanted.stream_interval_ms / 1e3,
         tool_parser=wanted.tool_parser,
         reasoning_parser=wanted.reasoning_parser,
+        eos_token_ids=tuple(head.eos_token_ids),
         adapters=adapters,
         options=config.engine_options,
     )
-    engine = _engine(spec, tokenizer, tuple(head.eos_token_ids), defaults)
+    engine = _engine(spec, defaults)
     try:
         engine.load()
         template = template_of(folder, manifest)
@@ -169,11 +170,11 @@ def load(
         raise
 
 
-def _engine(spec: GenerationSpec, tokenizer: Any, eos: tuple[int, ...], defaults: Any) -> Any:
+def _engine(spec: GenerationSpec, defaults: Any) -> Any:
     if spec.engine == "openvino":
         from forebay_server.generation.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(spec, tokenizer, eos)
+        return OpenVinoEngine(spec)
     if spec.engine == "vllm":
         from forebay_server.generation.vllm import VllmEngine
 
