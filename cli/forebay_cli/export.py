@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from forebay.settings import load_settings
@@ -60,7 +60,7 @@ def sklearn(
             _root(models),
             name,
             version,
-            describing=fitted,
+            describing=cast(Any, fitted),
             target=truth,
             target_name=target or "target",
         )
