@@ -177,8 +177,7 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
                         raise InvalidArgument.at(
                             name, f"is no field of this upload; known are {known}"
                         )
-                    flag = header_fields[name].cpp_type == FieldDescriptor.CPPTYPE_BOOL
-                    header[name] = value == "true" if flag else value
+                    header[name] = _form_value(header_fields[name], value)
                 else:
                     files.append((value.filename or name, value))
             first = to_message(method.request, {"header": header}).SerializeToString()
@@ -197,6 +196,16 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
             await form.close()
 
     return endpoint
+
+
+def _form_value(field: FieldDescriptor, text: str) -> Any:
+    """A form field as JSON has it; messages are written as JSON objects."""
+    if field.message_type is not None:
+        try:
+            return parse_json(text.encode())
+        except InvalidArgument as e:
+            raise InvalidArgument.at(field.name, e.violations[0].description) from None
+    return text == "true" if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL else text
 
 
 def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awaitable[None]]:

@@ -61,7 +61,7 @@ RESUME_THREADS = 4
 
 def retrieval_installed() -> bool:
     """Whether the `retrieval` extra is there: without it, its services are UNIMPLEMENTED."""
-    return all(importlib.util.find_spec(name) for name in ("faiss", "Stemmer"))
+    return all(importlib.util.find_spec(name) for name in ("faiss", "Stemmer", "pypdfium2"))
 
 
 class Server:
@@ -170,7 +170,7 @@ class Server:
             from forebay_server.retrieval import Retrieval
 
             self._retrieval = Retrieval(
-                self.settings, self._database, access, texts, self.metrics, validator
+                self.settings, self._database, access, texts, self.metrics, validator, self.ledger
             )
             retrieval = self._retrieval.services
         return [

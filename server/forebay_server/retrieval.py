@@ -8,20 +8,27 @@ import os
 from forebay.constraints import Validator
 from forebay.settings import Settings
 
+from forebay_server.access.usage import UsageLedger
 from forebay_server.core.batcher import BatchingEngineClient
 from forebay_server.core.interfaces import BatchPolicy
 from forebay_server.dataplane.collections import Collections
-from forebay_server.dataplane.embedding import TextEmbedder
+from forebay_server.dataplane.embedding import Embedded, TextEmbedder
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.searching import PointReader, SearchPipeline
 from forebay_server.dataplane.snapshots import Snapshots
 from forebay_server.dataplane.texts import TextPipeline
 from forebay_server.indexes.engine import SearchEngine
+from forebay_server.knowledge.answering import Answerer
+from forebay_server.knowledge.bases import KnowledgeBases
+from forebay_server.knowledge.ingest import Ingest
+from forebay_server.knowledge.retrieval import Retriever
 from forebay_server.observability.metrics import Metrics
 from forebay_server.services.base import Service
 from forebay_server.services.collection import CollectionService
+from forebay_server.services.knowledge import KnowledgeService
 from forebay_server.storage.collections import CollectionStore
 from forebay_server.storage.database import Database
+from forebay_server.storage.knowledge import KnowledgeStore
 
 
 class Retrieval:
@@ -35,7 +42,12 @@ class Retrieval:
         texts: TextPipeline,
         metrics: Metrics,
         validator: Validator,
+        ledger: UsageLedger,
     ) -> None:
+        def on_embedded(key_id: str, found: Embedded, items: int) -> None:
+            used = (0, items, found.tokens, 0, 0, 0, 0.0, 0.0)
+            ledger.record({(key_id, found.model, found.version): used})
+
         store = CollectionStore(database)
         embedder = TextEmbedder(texts)
         self.collections = Collections(
@@ -57,17 +69,33 @@ class Retrieval:
         metrics.watch_collections(
             lambda: [(c.name, len(c.index), c.index.nbytes) for c in self.collections.all()]
         )
+        self.bases = KnowledgeBases(
+            KnowledgeStore(database), self.collections, settings.home / "knowledge"
+        )
+        self.ingest = Ingest(
+            self.bases,
+            access,
+            embedder,
+            on_embedded,
+            lambda status: metrics.documents.labels(status).inc(),
+        )
+        retriever = Retriever(self.bases, self.searches, embedder)
+        self.answerer = Answerer(self.bases, retriever, embedder)
         self.services: list[Service] = [
             CollectionService(
                 self.collections, self.searches, Snapshots(self.collections), validator
-            )
+            ),
+            KnowledgeService(self.bases, self.ingest, retriever, self.answerer),
         ]
 
     async def start(self) -> None:
         """Open what is stored."""
         await self.collections.start()
+        await self.bases.start()
+        await self.ingest.start()
 
     async def close(self) -> None:
         """Finish what runs, save what has changed."""
+        await self.ingest.close()
         await self.collections.close()
         await asyncio.to_thread(self._client.close)

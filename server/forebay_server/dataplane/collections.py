@@ -47,6 +47,8 @@ REBUILD_SHARE, REBUILD_SLOTS = 0.3, 10_000
 #: Bytes of one point's payload as JSON.
 MAX_PAYLOAD = 1 << 20
 EMBEDDING = ("embedding",)
+#: First letter of the names of collections that belong to knowledge bases.
+HIDDEN = "."
 
 
 @dataclass(slots=True, eq=False)
@@ -220,6 +222,10 @@ class Collections:
             )
         return CollectionConfig(dense, config.text_fields, config.k1, config.b, model)
 
+    def visible(self) -> list[OpenCollection]:
+        """Those that callers made; knowledge bases keep their chunks in others."""
+        return [c for c in self.all() if not c.name.startswith(HIDDEN)]
+
     async def delete(self, name: str) -> int:
         """Remove a collection with its files; gives the number of its points."""
         c = self.get(name)
@@ -240,9 +246,14 @@ class Collections:
     # Writing.
 
     async def upsert(
-        self, call: Call, name: str, points: Sequence[NewPoint], path: str = "points"
+        self,
+        call: Call,
+        name: str,
+        points: Sequence[NewPoint],
+        path: str = "points",
+        gone: Sequence[str] = (),
     ) -> Written:
-        """Write points, all or none.
+        """Write points, and remove those in `gone`, all or nothing.
 
         Args:
             path: the request's field that the points came from, for errors.
@@ -267,7 +278,7 @@ class Collections:
                     f"{path}[{i}].payload",
                     f"has {len(payload)} bytes as JSON; the limit is {MAX_PAYLOAD}",
                 )
-        replaced = await self._finish(self._write(c, points, vectors, rows))
+        replaced = await self._finish(self._write(c, points, vectors, rows, gone))
         return Written(len(points) - replaced, replaced, embedded)
 
     def _check(self, c: OpenCollection, points: Sequence[NewPoint], path: str) -> None:
@@ -308,11 +319,12 @@ class Collections:
         points: Sequence[NewPoint],
         vectors: Sequence[NDArray[np.float32] | None],
         rows: Sequence[tuple[str, bytes, bytes | None]],
+        gone: Sequence[str],
     ) -> int:
         async with c.lock:
             if c.deleted:
                 raise NotFound("collection", c.name)
-            first, replaced = await self.store.upsert(c.row.id, rows)
+            first, replaced = await self.store.upsert(c.row.id, rows, gone)
             indexed_points = [
                 IndexedPoint(first + i, p.id, v, p.payload)
                 for i, (p, v) in enumerate(zip(points, vectors, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,17 +98,49 @@ class TextEmbedder:
             sum(f.truncated for f in facts),
         )
 
+    async def relevance(
+        self, call: Call, ref: str, query: str, documents: Sequence[str]
+    ) -> NDArray[np.float32]:
+        """Scores [documents] of a reranker: a cross-encoder, or an embedding model by cosine."""
+        kinds: list[str] = []
+
+        def inputs(model: ServedModel) -> Sequence[TextInput]:
+            kinds.append(model.manifest.task)
+            if model.manifest.task == "rerank":
+                return [(query, d) for d in documents]
+            prompts = model.manifest.embedding_head.prompts
+            return [
+                prompts.get("query", "") + query,
+                *(prompts.get("document", "") + d for d in documents),
+            ]
+
+        def job(child: Call, done: object) -> TextJob:
+            return TextJob(child, ref, ("rerank", "embedding"), inputs, done, path="documents")  # type: ignore[arg-type]
+
+        outcome, child = await self._once(call, job)
+        call.facts.tokens += child.facts.tokens
+        if kinds[-1] == "rerank":
+            logits = np.stack(outcome.rows)
+            return heads.activate(logits[:, 0], outcome.model.manifest.rerank_head.activation)
+        unit = heads.vectors(
+            outcome.rows, normalize=True, normalized_by_model=False, dimensions=None
+        )
+        return unit[1:] @ unit[0]
+
     async def _piece(
         self, call: Call, ref: str, texts: Sequence[str], prompt: str
     ) -> tuple[TextOutcome, Call]:
         while True:
             try:
-                return await self._once(call, ref, texts, prompt)
+                return await self._once(
+                    call,
+                    lambda child, done: embedding_job(child, ref, texts, prompt, "texts", done),
+                )
             except QueueFull as e:
                 await asyncio.sleep(e.retry_after_s or 0.1)
 
     async def _once(
-        self, call: Call, ref: str, texts: Sequence[str], prompt: str
+        self, call: Call, make: Callable[[Call, object], TextJob]
     ) -> tuple[TextOutcome, Call]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[TextOutcome] = loop.create_future()
@@ -131,7 +163,7 @@ class TextEmbedder:
             child.finish()
             loop.call_soon_threadsafe(settle, outcome, None)
 
-        job = embedding_job(child, ref, texts, prompt, "texts", done)
+        job = make(child, done)
         try:
             # Tokenising takes a while: not on the event loop.
             await asyncio.to_thread(self._texts.run, [job])

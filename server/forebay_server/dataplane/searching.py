@@ -22,7 +22,7 @@ from forebay_server.core.batcher import BatchingEngineClient
 from forebay_server.core.call import Call
 from forebay_server.core.interfaces import Completion, EngineRequest, Item
 from forebay_server.dataplane.collections import Collections, OpenCollection, check_filter
-from forebay_server.dataplane.embedding import embedding_job, matrix
+from forebay_server.dataplane.embedding import child_of, embedding_job, matrix
 from forebay_server.dataplane.models import attempt, guarded
 from forebay_server.dataplane.texts import TextOutcome, TextPipeline
 from forebay_server.indexes.engine import Found, Mode, SearchTask
@@ -113,6 +113,41 @@ class SearchPipeline:
         if embeds:
             self._texts.run(embeds)
         self._submit(ready)
+
+    async def search(self, call: Call, spec: SearchSpec) -> SearchOutcome:
+        """One search as part of another call, awaited on the event loop. Its facts are added."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[SearchOutcome] = loop.create_future()
+
+        def settle(outcome: SearchOutcome | None, error: BaseException | None) -> None:
+            if not future.done():
+                if error is not None:
+                    future.set_exception(error)
+                elif outcome is not None:
+                    future.set_result(outcome)
+
+        def ended(child: Call) -> None:
+            if child.error is not None:
+                loop.call_soon_threadsafe(settle, None, child.error)
+
+        child = child_of(call, ended)
+
+        def done(outcome: SearchOutcome) -> None:
+            child.finish()
+            loop.call_soon_threadsafe(settle, outcome, None)
+
+        try:
+            await asyncio.to_thread(self.run, [SearchJob(child, spec, done)])
+            outcome = await future
+        except asyncio.CancelledError:
+            child.cancel()
+            raise
+        facts = call.facts
+        if outcome.embedded:
+            facts.model, facts.version = child.facts.model, child.facts.version
+        facts.tokens += child.facts.tokens
+        facts.engine_s += child.facts.engine_s
+        return outcome
 
     def _embedding(self, job: SearchJob, task: SearchTask, collection: OpenCollection):
         def done(outcome: TextOutcome) -> None:

@@ -98,6 +98,12 @@ class Metrics:
             registry=r,
         )
         self.generation = GenerationMetrics(r)
+        self.documents = Counter(
+            "forebay_documents_ingested",
+            "Documents whose ingest has ended",
+            ["status"],
+            registry=r,
+        )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
 

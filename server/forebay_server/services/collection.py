@@ -16,7 +16,13 @@ from forebay.v1 import common_pb2
 from google.protobuf import json_format
 
 from forebay_server.core.call import Call
-from forebay_server.dataplane.collections import Collections, NewPoint, OpenCollection, Written
+from forebay_server.dataplane.collections import (
+    HIDDEN,
+    Collections,
+    NewPoint,
+    OpenCollection,
+    Written,
+)
 from forebay_server.dataplane.embedding import child_of
 from forebay_server.dataplane.models import jobs_of
 from forebay_server.dataplane.searching import SearchJob, SearchOutcome, SearchPipeline, SearchSpec
@@ -34,7 +40,7 @@ from forebay_server.storage.collections import PointRow, SnapshotRow
 
 _METRICS: dict[int, Any] = {0: "cosine", 1: "cosine", 2: "dot", 3: "l2"}
 _KINDS: dict[int, Any] = {0: "hnsw", 1: "flat", 2: "hnsw", 3: "ivf_pq"}
-_MODES: dict[int, Mode | None] = {0: None, 1: "dense", 2: "keyword", 3: "hybrid"}
+MODES: dict[int, Mode | None] = {0: None, 1: "dense", 2: "keyword", 3: "hybrid"}
 _MODE_MESSAGES = {
     "dense": pb.SEARCH_MODE_DENSE,
     "keyword": pb.SEARCH_MODE_KEYWORD,
@@ -79,7 +85,7 @@ class CollectionService(Service):
         """ListCollections."""
         request = cast(pb.ListCollectionsRequest, call.request)
         size = page_size(request.page_size, 100)
-        chosen, following = page(self._collections.all(), request.page_token, size)
+        chosen, following = page(self._collections.visible(), request.page_token, size)
         return pb.ListCollectionsResponse(
             collections=[_collection(c) for c in chosen], next_page_token=following
         )
@@ -87,6 +93,8 @@ class CollectionService(Service):
     async def delete_collection(self, call: Call) -> pb.DeleteCollectionResponse:
         """DeleteCollection."""
         request = cast(pb.DeleteCollectionRequest, call.request)
+        if request.collection.startswith(HIDDEN):
+            raise InvalidArgument.at("collection", "belongs to a knowledge base; delete that")
         return pb.DeleteCollectionResponse(
             points=await self._collections.delete(request.collection)
         )
@@ -366,20 +374,14 @@ def _point(row: PointRow, vectors: bool) -> pb.Point:
 
 def _job(call: Call, request: pb.SearchRequest) -> SearchJob:
     with_payload = not request.HasField("with_payload") or request.with_payload
-    f = request.fusion
     spec = SearchSpec(
         request.collection,
         np.array(request.vector, np.float32) if request.vector else None,
         request.text,
-        _MODES[request.mode],
+        MODES[request.mode],
         request.limit or 10,
         condition(request.filter) if request.HasField("filter") else None,
-        Fusion(
-            "weighted" if f.method == pb.FUSION_METHOD_WEIGHTED else "rrf",
-            f.dense_weight if f.HasField("dense_weight") else 1.0,
-            f.keyword_weight if f.HasField("keyword_weight") else 1.0,
-            f.rank_constant or 60,
-        ),
+        fusion(request.fusion),
         request.candidates,
         request.exact,
         request.ef_search,
@@ -390,6 +392,16 @@ def _job(call: Call, request: pb.SearchRequest) -> SearchJob:
         request.with_vectors,
     )
     return SearchJob(call, spec, partial(_answer, call, with_payload, request.with_vectors))
+
+
+def fusion(m: pb.Fusion) -> Fusion:
+    """How to fuse, as a request says."""
+    return Fusion(
+        "weighted" if m.method == pb.FUSION_METHOD_WEIGHTED else "rrf",
+        m.dense_weight if m.HasField("dense_weight") else 1.0,
+        m.keyword_weight if m.HasField("keyword_weight") else 1.0,
+        m.rank_constant or 60,
+    )
 
 
 def _answer(call: Call, payload: bool, vectors: bool, outcome: SearchOutcome) -> None:

@@ -98,16 +98,20 @@ class CollectionStore:
             return gone.rowcount
 
     async def upsert(
-        self, collection_id: int, rows: Sequence[tuple[str, bytes, bytes | None]]
+        self,
+        collection_id: int,
+        rows: Sequence[tuple[str, bytes, bytes | None]],
+        gone: Sequence[str] = (),
     ) -> tuple[int, list[int]]:
-        """Write (id, payload, vector) rows in one transaction.
+        """Write (id, payload, vector) rows, and remove the points in `gone`, in one transaction.
 
         Returns:
-            the label of the first row (the others follow), and the labels that were replaced.
+            the label of the first row (the others follow), and the labels that were replaced or
+            removed.
         """
         async with self._database.begin() as db:
             first = await self._take_labels(db, collection_id, len(rows))
-            replaced = await self._labels_of(db, collection_id, [r[0] for r in rows])
+            replaced = await self._labels_of(db, collection_id, [*(r[0] for r in rows), *gone])
             await self._delete_labels(db, collection_id, replaced)
             values = [
                 {
@@ -119,7 +123,8 @@ class CollectionStore:
                 }
                 for i, (point_id, payload, vector) in enumerate(rows)
             ]
-            await db.execute(collection_points.insert(), values)
+            if values:
+                await db.execute(collection_points.insert(), values)
         return first, replaced
 
     async def _take_labels(self, db: AsyncConnection, collection_id: int, count: int) -> int:

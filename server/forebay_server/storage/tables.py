@@ -142,3 +142,41 @@ collection_snapshots = Table(
     Column("sha256", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
 )
+
+knowledge_bases = Table(
+    "knowledge_bases",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("config", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+knowledge_documents = Table(
+    "knowledge_documents",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("base_id", Integer, nullable=False),
+    Column("name", String, nullable=False),
+    Column("media_type", String(128), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("metadata", String, nullable=False),
+    # Whose usage its embedding is.
+    Column("key_id", String(32), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("progress", Float, nullable=False),
+    Column("reason", String(32), nullable=False),
+    Column("message", String, nullable=False),
+    # JSON list: where each page begins in the text; empty for formats without pages.
+    Column("pages", String, nullable=False),
+    Column("characters", BigInteger, nullable=False),
+    Column("chunks", BigInteger, nullable=False),
+    # Counts ingests: chunks of an older one are removed when a newer one is ready.
+    Column("generation", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    UniqueConstraint("base_id", "sha256", name="knowledge_document_content"),
+    Index("knowledge_document_status", "status"),
+)

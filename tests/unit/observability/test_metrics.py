@@ -41,6 +41,7 @@ def filled() -> Metrics:
     m.watch_models(lambda: [("m", 2, 4096)])
     m.watch_collections(lambda: [("c", 1, 5)])
     m.index_rebuilds.labels("c", "checksum").inc()
+    m.documents.labels("ready").inc()
     m.generation.first_token("m", 0.1)
     m.generation.between_tokens("m", 0.02, 2)
     m.generation.queued("m", 0.0)

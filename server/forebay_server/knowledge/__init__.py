@@ -1,0 +1,1 @@
+"""Knowledge bases: documents parsed, cut, found, and answered from."""

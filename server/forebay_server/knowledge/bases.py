@@ -1,0 +1,234 @@
+"""Knowledge bases and their documents: stored, listed, removed. Ingest is in ingest.py.
+
+A knowledge base keeps its chunks in a collection of its own, its files in a folder of its own. A
+document that was acknowledged is on disk: its file first, then its row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+from forebay.errors import InvalidArgument, NotFound, TooLarge
+
+from forebay_server.core.call import Call
+from forebay_server.dataplane.collections import HIDDEN, Collections
+from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
+from forebay_server.indexes.filters import OneOf, tagged
+from forebay_server.knowledge.chunking import ChunkConfig
+from forebay_server.storage.knowledge import BaseRow, DocumentRow, KnowledgeStore
+
+#: Bytes of one uploaded file.
+MAX_FILE = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BaseConfig:
+    """What a knowledge base is. `embedding_model` is `name@version` once it is made."""
+
+    embedding_model: str = ""
+    language: str = ""
+    chunks: ChunkConfig = field(default_factory=ChunkConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A knowledge base."""
+
+    row: BaseRow
+    config: BaseConfig
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.row.name
+
+    @property
+    def collection(self) -> str:
+        """Name of the collection with its chunks."""
+        return f"{HIDDEN}knowledge-{self.row.id}"
+
+
+class Upload:
+    """A file on its way to disk."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.id = secrets.token_hex(16)
+        self.path = folder / f"{self.id}.file"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = self.path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        """One more piece. Raises TooLarge."""
+        self.size += len(data)
+        if self.size > MAX_FILE:
+            raise TooLarge(self.name, size=self.size, limit=MAX_FILE, unit="bytes")
+        self._digest.update(data)
+        self._file.write(data)
+
+    def commit(self) -> str:
+        """On disk; gives the SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        """Leave nothing. Idempotent."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class KnowledgeBases:
+    """See the module. Lives on one event loop."""
+
+    def __init__(self, store: KnowledgeStore, collections: Collections, folder: Path) -> None:
+        self.store = store
+        self.collections = collections
+        self._folder = folder
+        self._bases: dict[str, Base] = {}
+
+    async def start(self) -> None:
+        """Read what is stored."""
+        for row in await self.store.bases():
+            self._bases[row.name] = Base(row, _config(row.config))
+
+    def folder(self, base_id: int) -> Path:
+        """Where a knowledge base keeps its files."""
+        return self._folder / str(base_id)
+
+    def get(self, name: str) -> Base:
+        """The knowledge base. Raises NotFound, naming the nearest."""
+        base = self._bases.get(name)
+        if base is None:
+            nearest = difflib.get_close_matches(name, self._bases, n=3)
+            raise NotFound("knowledge base", name, nearest=nearest)
+        return base
+
+    def by_id(self, base_id: int) -> Base | None:
+        """The knowledge base; None when it is gone."""
+        return next((b for b in self._bases.values() if b.row.id == base_id), None)
+
+    def all(self) -> list[Base]:
+        """All, by name."""
+        return [self._bases[n] for n in sorted(self._bases)]
+
+    async def create(self, call: Call, name: str, config: BaseConfig) -> Base:
+        """A new knowledge base."""
+        if name in self._bases:
+            await self.store.create_base(name, "{}")  # raises AlreadyExists
+        served = await self.collections._access.resolve_async(
+            call, config.embedding_model, ("embedding",)
+        )
+        model = f"{served.name}@{served.version}"
+        tokens, overlap = config.chunks.tokens, config.chunks.overlap
+        if overlap is not None and overlap >= tokens:
+            raise InvalidArgument.at(
+                "config.chunks.overlap", f"is {overlap}; it must be less than tokens, {tokens}"
+            )
+        config = BaseConfig(model, config.language, config.chunks)
+        row = await self.store.create_base(name, orjson.dumps(asdict(config)).decode())
+        base = Base(row, config)
+        try:
+            fields = (
+                TextFieldConfig("text", config.language),
+                TextFieldConfig("name", config.language, 0.5),
+            )
+            await self.collections.create(
+                call, base.collection, CollectionConfig(None, fields, embedding_model=model)
+            )
+        except BaseException:
+            await self.store.delete_base(row.id)
+            raise
+        self._bases[name] = base
+        return base
+
+    async def delete(self, name: str) -> int:
+        """Remove a knowledge base with every trace; gives the number of its documents."""
+        base = self.get(name)
+        self._bases.pop(name, None)
+        count = await self.store.delete_base(base.row.id)
+        await self.collections.delete(base.collection)
+        await asyncio.to_thread(shutil.rmtree, self.folder(base.row.id), True)
+        return count
+
+    def upload(self, base: Base, name: str) -> Upload:
+        """A file for a knowledge base."""
+        return Upload(self.folder(base.row.id), name)
+
+    async def add(
+        self, base: Base, upload: Upload, metadata: Mapping[str, Any], key_id: str
+    ) -> tuple[DocumentRow, bool]:
+        """Keep an uploaded file; gives the document, and whether its content was there already."""
+        digest = await asyncio.to_thread(upload.commit)
+        now = time.time()
+        row = DocumentRow(
+            upload.id, base.row.id, upload.name, "", upload.size, digest, metadata, key_id,
+            "queued", 0.0, "", "", [], 0, 0, 0, now, now,
+        )  # fmt: skip
+        earlier = await self.store.add(row)
+        if earlier is None:
+            return row, False
+        upload.abort()
+        return earlier, True
+
+    async def document(self, base: Base, document: str) -> DocumentRow:
+        """The document. Raises NotFound."""
+        row = await self.store.get(base.row.id, document)
+        if row is None:
+            raise NotFound("document", document)
+        return row
+
+    async def text(self, row: DocumentRow) -> str:
+        """A document's text; empty when it has none yet."""
+        path = self.text_path(row)
+        try:
+            return await asyncio.to_thread(_read, path)
+        except FileNotFoundError:
+            return ""
+
+    def text_path(self, row: DocumentRow) -> Path:
+        """Where a document's text is kept."""
+        return self.folder(row.base_id) / f"{row.id}.txt"
+
+    def file_path(self, row: DocumentRow) -> Path:
+        """Where a document's file is kept."""
+        return self.folder(row.base_id) / f"{row.id}.file"
+
+    async def delete_document(self, base: Base, document: str) -> int:
+        """Remove a document with every trace; gives the number of its chunks."""
+        row = await self.document(base, document)
+        # The row first: an ingest that runs looks for it before it writes chunks.
+        await self.store.delete(row.id)
+        count = await self.collections.remove(base.collection, None, chunks_of(row.id))
+        for path in (self.file_path(row), self.text_path(row)):
+            path.unlink(missing_ok=True)
+        return count
+
+
+def chunks_of(document: str) -> OneOf:
+    """The condition that a document's chunks meet."""
+    return OneOf("document", (tagged(document),))
+
+
+def _config(text: str) -> BaseConfig:
+    d = orjson.loads(text)
+    return BaseConfig(d["embedding_model"], d["language"], ChunkConfig(**d["chunks"]))
+
+
+def _read(path: Path) -> str:
+    # Not read_text: it would turn line ends, and with them the offsets.
+    return path.read_bytes().decode()
