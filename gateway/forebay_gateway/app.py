@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
@@ -90,6 +90,9 @@ def create_app(
         ("/docs", _docs),
     ):
         add(Route(path, endpoint, methods=["GET"]))
+    # A page of static files, without a build step.
+    app.mount("/ui", StaticFiles(directory=Path(__file__).parent / "ui", html=True), name="ui")
+    add(Route("/", lambda request: RedirectResponse("/ui/"), methods=["GET"]))
     app.mount("/docs/assets", StaticFiles(directory=_swagger_folder()), name="assets")
     page = schema.openapi(PATHS)
     app.openapi = lambda: page  # type: ignore[method-assign]
