@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from forebay.settings import Loaded, SettingsError, load_settings
+
+# gRPC's fork handlers are for forks that go on in Python; ours start a program at once. gRPC looks
+# at it when it is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 app = typer.Typer(
     add_completion=False,
