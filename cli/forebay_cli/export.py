@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from forebay.settings import load_settings
@@ -21,9 +21,13 @@ def _root(given: Path | None) -> Path:
 @app.command()
 def sklearn(
     source: Annotated[Path, typer.Argument(help="A .skops file, or with --joblib a .joblib file.")],
-    data: Annotated[Path, typer.Option(help="CSV with real rows: types, ranges, parity.")],
+    data: Annotated[Path, typer.Option(help="CSV with real rows, best held-out: parity.")],
     name: Annotated[str, typer.Option()],
     target: Annotated[str | None, typer.Option(help="Column of the CSV with true values.")] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="CSV with the rows it was fitted on: ranges and categories are theirs."),
+    ] = None,
     version: Annotated[int, typer.Option()] = 1,
     models: Root = None,
     trust: Annotated[list[str], typer.Option(help="Types of the skops file to trust.")] = [],  # noqa: B006
@@ -38,6 +42,7 @@ def sklearn(
 
     table = pd.read_csv(data)
     truth = table.pop(target) if target else None
+    fitted = pd.read_csv(training)[list(table.columns)] if training else None
     try:
         if joblib:
             from forebay_exporters.joblib_sandbox import joblib_to_skops
@@ -55,6 +60,7 @@ def sklearn(
             _root(models),
             name,
             version,
+            describing=cast(Any, fitted),
             target=truth,
             target_name=target or "target",
         )
@@ -82,6 +88,25 @@ def huggingface(
         texts = calibration.read_text().splitlines() if calibration else None
         path = export_huggingface(source, _root(models), name, version, precision, texts)
     except (ExportError, ImportError) as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)
+
+
+@app.command("language-model")
+def language_model(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    name: Annotated[str, typer.Option()],
+    version: Annotated[int, typer.Option()] = 1,
+    models: Root = None,
+) -> None:
+    """Convert a language model for the embedded engine. Needs the extra `openvino-export`."""
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.openvino_export import export_language_model
+
+    try:
+        path = export_language_model(source, _root(models), name, version, typer.echo)
+    except ExportError as e:
         typer.secho(f"forebay: {e}", fg="red", err=True)
         raise typer.Exit(1) from None
     typer.echo(path)

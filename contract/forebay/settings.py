@@ -73,10 +73,29 @@ class GrpcSettings(_Section):
     max_connection_age_s: float = Field(default=0.0, ge=0, description="0 = connections stay")
     keepalive_s: float = Field(default=60.0, ge=1)
     drain_s: float = Field(default=30.0, ge=0, description="time for running calls at shutdown")
+    lane: Literal["auto", "fast", "ordinary"] = Field(
+        default="auto", description="auto: the fast lane where its extension is installed"
+    )
     ingest_threads: int = Field(default=1, ge=1, le=64)
+    transport_threads: int = Field(default=1, ge=1, le=64, description="of the fast lane")
+    max_connections: int = Field(default=4096, ge=1)
+    max_streams: int = Field(default=1024, ge=1, description="calls in progress per connection")
+    max_header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
+    max_waiting_calls: int = Field(default=16384, ge=1)
+    max_waiting_bytes: int = Field(default=512 << 20, ge=1 << 20)
+    keepalive_timeout_s: float = Field(default=20.0, ge=1)
+    receive_timeout_s: float = Field(
+        default=30.0, gt=0, description="time for a handshake, and for a unary request to come in"
+    )
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tls_reload_s: float = Field(default=10.0, gt=0, description="how often the files are looked at")
     tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
+
+    @property
+    def address(self) -> str:
+        """`host:port`, or `unix:path` as it stands in `host`."""
+        return self.host if self.host.startswith("unix:") else f"{self.host}:{self.port}"
 
     @model_validator(mode="after")
     def _whole_tls(self) -> GrpcSettings:
@@ -116,6 +135,17 @@ class ModelSettings(_Section):
     max_batch_size: int = Field(default=32, ge=1)
     max_batch_rows: int = Field(default=256, ge=1, description="for models on rows and tensors")
     max_queue_size: int = Field(default=4096, ge=1)
+
+
+class GenerationSettings(_Section):
+    """Language models."""
+
+    vllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has vLLM; default: this one"
+    )
+    vllm_cache_gb: int = Field(
+        default=0, ge=0, description="key-value cache on the CPU; 0 = vLLM's own default"
+    )
 
 
 class AuthSettings(_Section):
@@ -159,6 +189,7 @@ class Settings(_Section):
     grpc: GrpcSettings = GrpcSettings()
     http: HttpSettings = HttpSettings()
     models: ModelSettings = ModelSettings()
+    generation: GenerationSettings = GenerationSettings()
     auth: AuthSettings = AuthSettings()
     storage: StorageSettings = StorageSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

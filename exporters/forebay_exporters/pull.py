@@ -6,6 +6,7 @@ An ONNX file of the repository is taken as it is; otherwise safetensors are expo
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from forebay_exporters.artefact import ExportError, sha256, version_folder
 ONNX = ("onnx/model.onnx", "model.onnx")
 #: Small files that say what the model is.
 CONFIGURATION = (
+    "chat_template.jinja",
+    "generation_config.json",
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,6 +27,12 @@ CONFIGURATION = (
     "modules.json",
     "1_Pooling/config.json",
 )
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds a model that generates text."""
+    config = json.loads((folder / "config.json").read_text())
+    return (config.get("architectures") or [""])[0].endswith("ForCausalLM")
 
 
 def pull(
@@ -71,6 +80,10 @@ def pull(
             folder = Path(temporary)
             for file in wanted:
                 hf_hub_download(repo_id, file, revision=info.sha, local_dir=folder)
+            if onnx is None and is_language_model(folder):
+                from forebay_exporters.openvino_export import export_language_model
+
+                return export_language_model(folder, root, served, version)
             if onnx is None:
                 from forebay_exporters.huggingface import export_huggingface
 

@@ -26,6 +26,7 @@ def export_sklearn(
     name: str,
     version: int = 1,
     *,
+    describing: pd.DataFrame | None = None,
     target: Any = None,
     target_name: str = "target",
     target_unit: str = "",
@@ -39,8 +40,10 @@ def export_sklearn(
 
     Args:
         estimator: fitted; takes a DataFrame with the sample's columns, in order.
-        sample: real rows: types, ranges and categories are read from them, and parity is checked
-            on them. Missing numbers are NaN, missing strings "" or None.
+        sample: real rows that parity is checked on. Missing numbers are NaN, missing strings "" or
+            None.
+        describing: rows that types, gaps, ranges and categories are read from: those the model was
+            fitted on, since a request beyond them is warned of. Default: the sample.
         target: true values of the sample, for the task metric (R2 or accuracy).
         bounds: parity; default: mean difference of 1e-4 of the predictions' spread for regression,
             probabilities within 1e-3 for classification.
@@ -52,7 +55,13 @@ def export_sklearn(
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType, StringTensorType
 
-    features = describe_features(sample, units or {})
+    rows = sample if describing is None else describing
+    if list(rows.columns) != list(sample.columns):
+        raise ExportError(
+            f"the rows that describe the features have columns {list(rows.columns)}, "
+            f"the sample has {list(sample.columns)}"
+        )
+    features = describe_features(rows, units or {})
     classifier = hasattr(estimator, "classes_")
     types = [
         (f["name"], (StringTensorType if f["type"] == "string" else FloatTensorType)([None, 1]))
@@ -126,11 +135,11 @@ def r2(truth: Any, predicted: Any) -> float:
     return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
-def describe_features(sample: pd.DataFrame, units: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Types, ranges and categories, as seen in the sample."""
+def describe_features(rows: pd.DataFrame, units: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Types, gaps, ranges and categories, as seen in the rows."""
     out: list[dict[str, Any]] = []
-    for name in sample.columns:
-        column: Any = sample[name]
+    for name in rows.columns:
+        column: Any = rows[name]
         one: dict[str, Any] = {"name": str(name), "unit": units.get(str(name), "")}
         if pd.api.types.is_bool_dtype(column):
             one |= {"type": "boolean", "nullable": False}

@@ -26,8 +26,10 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from forebay_gateway import connect, http_errors, rest, schema
+from forebay_gateway.anthropic import messages
 from forebay_gateway.open_inference import OpenInference
-from forebay_gateway.openai import embeddings, models, moderations, rerank
+from forebay_gateway.openai import chat, completions, embeddings, models, moderations, rerank
+from forebay_gateway.openai.generation import renamed
 from forebay_gateway.openai.paths import PATHS
 from forebay_gateway.upstream import Upstream
 
@@ -75,6 +77,12 @@ def create_app(
         ("POST", "/v1/moderations", moderations.endpoint(upstream, settings.flagged_labels)),
     ):
         add(Route(path, rest.guarded(endpoint), methods=[verb]))
+    for path, endpoint in (
+        ("/v1/chat/completions", chat.endpoint(upstream)),
+        ("/v1/completions", completions.endpoint(upstream)),
+    ):
+        add(Route(path, rest.guarded(endpoint, renamed), methods=["POST"]))
+    add(Route("/v1/messages", messages.endpoint(upstream), methods=["POST"]))
     for path, endpoint in (
         ("/healthz", healthz),
         ("/readyz", _readyz(upstream)),

@@ -14,6 +14,7 @@ from forebay.errors import ForebayError, InvalidArgument
 from forebay.methods import Method
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from google.rpc import status_pb2
 from grpc import aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -28,6 +29,7 @@ from forebay_gateway.upstream import ClientGone, Upstream, returned, with_heartb
 HEARTBEAT_S = 10.0
 #: Bytes of a file per message of an upload.
 CHUNK = 256 << 10
+Rename = Callable[[status_pb2.Status], status_pb2.Status]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -44,15 +46,18 @@ def routes(upstream: Upstream) -> list[BaseRoute]:
     return out
 
 
-def guarded(endpoint: Endpoint) -> Endpoint:
-    """Errors of every kind become the contract's error object."""
+def guarded(endpoint: Endpoint, rename: Rename = lambda s: s) -> Endpoint:
+    """Errors of every kind become the contract's error object.
+
+    `rename` puts the contract's field paths into the words of a door whose shape is somebody else's.
+    """
 
     async def run(request: Request) -> Response:
         try:
             return await endpoint(request)
         except aio.AioRpcError as e:
             headers = returned(e.trailing_metadata())
-            return http_errors.response(http_errors.from_rpc(e), headers)
+            return http_errors.response(rename(http_errors.from_rpc(e)), headers)
         except ForebayError as e:
             return http_errors.response(http_errors.from_error(e))
         except ClientGone:

@@ -8,33 +8,36 @@ import importlib.util
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import forebay.methods
-import grpc
 from forebay.constraints import Validator
 from forebay.settings import Settings
-from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.cache import ProcessCache, RedisCache, ResponseCache
 from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.access.keys import KeyStore
 from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
 from forebay_server.access.usage import UsageLedger
+from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.tabular import TabularPipeline
 from forebay_server.dataplane.tensors import TensorPipeline
 from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.generation.client import GenerationClient
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer
 from forebay_server.repository import Defaults, ModelRepository
 from forebay_server.services.base import Service, handlers
 from forebay_server.services.classification import ClassificationService
 from forebay_server.services.embedding import EmbeddingService
+from forebay_server.services.generation import GenerationService
 from forebay_server.services.key import KeyService
 from forebay_server.services.model import ModelService
 from forebay_server.services.open_inference import OpenInferenceService
@@ -45,9 +48,8 @@ from forebay_server.services.token import TokenService
 from forebay_server.services.usage import UsageService
 from forebay_server.storage.database import Database
 from forebay_server.storage.routing_state import StoredRoutingState
-from forebay_server.transport.inbox import Inbox
+from forebay_server.transport.lanes import Lanes, choose
 from forebay_server.transport.metrics_http import MetricsListener
-from forebay_server.transport.ordinary import OrdinaryLane
 from forebay_server.transport.pipeline import Pipeline
 from forebay_server.transport.stages import Admission, standard_stages
 
@@ -69,9 +71,7 @@ class Server:
         settings.check_exposure()
         self.settings = settings
         self.metrics = Metrics()
-        self.port = 0
         self.metrics_port = 0
-        self._grpc: aio.Server | None = None
         self._background: list[asyncio.Task[None]] = []
         self._health: Any = cast(Any, health).aio.HealthServicer()
 
@@ -95,6 +95,8 @@ class Server:
                 max_batch_rows=s.models.max_batch_rows,
                 max_queue_size=s.models.max_queue_size,
                 tensorrt_cache=str(s.home / "tensorrt"),
+                vllm_python=str(s.generation.vllm_python or ""),
+                vllm_cache_gb=s.generation.vllm_cache_gb,
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
@@ -103,25 +105,25 @@ class Server:
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
         )
+        self.metrics.generation.watch(
+            lambda: [
+                (m, str(v), x.client)
+                for (m, v), x in self.repository.loaded.items()
+                if isinstance(x.client, GenerationClient)
+            ]
+        )
+        self.budgets = Budgets(self.keys.limits, self.ledger)
         self._tracer = Tracer(s.observability.otlp_endpoint)
-        self._admission = Admission(self.keys, self._limiter())
+        self._admission = Admission(self.keys, self._limiter(), self.budgets)
         pipeline = Pipeline(
             standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
         )
         validator = Validator()
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
         registered = handlers(self._services(validator))
-        self._inbox = Inbox(registered, pipeline, validator, s.grpc.ingest_threads)
         self._idempotency = IdempotencyStore(self._database)
-        lane = OrdinaryLane(
-            registered,
-            pipeline,
-            self._inbox,
-            validator,
-            self._idempotency,
-            asyncio.get_running_loop(),
-        )
-        await self._listen(lane)
+        self.lanes = Lanes(s.grpc, registered, pipeline, validator, self._idempotency)
+        await self._listen()
         await self.repository.start()
         if self._retrieval is not None:
             await self._retrieval.start()
@@ -131,7 +133,12 @@ class Server:
             asyncio.create_task(self.ledger.keep()),
             asyncio.create_task(self.repository.watch_folder(s.models.poll_s)),
         ]
-        log.info("serving gRPC on %s:%d by the ordinary lane", s.grpc.host, self.port)
+        log.info("serving gRPC on %s:%d by the %s lane", s.grpc.host, self.port, self.lanes.lane)
+
+    @property
+    def port(self) -> int:
+        """The gRPC port in force."""
+        return self.lanes.port
 
     def _limiter(self) -> Limiter:
         url = self.settings.storage.redis.get_secret_value()
@@ -173,59 +180,29 @@ class Server:
             EmbeddingService(texts, validator),
             RerankService(texts),
             TokenService(access),
+            GenerationService(GenerationPipeline(access, self.metrics.generation, self.budgets)),
             ModelService(registry),
             KeyService(self.keys),
-            UsageService(self.ledger),
-            ServerService(self.settings, time.time(), "ordinary"),
+            UsageService(self.ledger, self.budgets),
+            ServerService(self.settings, time.time(), choose(self.settings.grpc)),
             OpenInferenceService(access, registry, texts, TensorPipeline(access)),
         ]
 
-    async def _listen(self, lane: OrdinaryLane) -> None:
-        s = self.settings.grpc
-        options = [
-            ("grpc.max_receive_message_length", s.max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.keepalive_time_ms", int(s.keepalive_s * 1000)),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ("grpc.so_reuseport", 0),
-        ]
-        if s.max_connection_age_s:
-            options.append(("grpc.max_connection_age_ms", int(s.max_connection_age_s * 1000)))
-            options.append(("grpc.max_connection_age_grace_ms", int(s.drain_s * 1000)))
-        server = self._grpc = aio.server(options=options)
-        server.add_generic_rpc_handlers((lane,))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+    async def _listen(self) -> None:
         names = sorted({m.service for m in forebay.methods.methods().values()})
-        reflection.enable_server_reflection(
-            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-        )
+        names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = s.host if s.host.startswith("unix:") else f"{s.host}:{s.port}"
-        credentials = self._credentials()
-        try:
-            if credentials is not None:
-                self.port = server.add_secure_port(address, credentials)
-            else:
-                self.port = server.add_insecure_port(address)
-        except RuntimeError as e:
-            raise OSError(f"cannot listen on {address}: {e}") from None
-        await server.start()
+        await self.lanes.start(
+            [
+                partial(health_pb2_grpc.add_HealthServicer_to_server, self._health),
+                partial(reflection.enable_server_reflection, names),
+            ]
+        )
         if self.settings.observability.metrics_port >= 0:
             self._metrics_listener = MetricsListener(self.metrics.exposition)
             self.metrics_port = await self._metrics_listener.start(
                 self.settings.observability.metrics_port
             )
-
-    def _credentials(self) -> grpc.ServerCredentials | None:
-        s = self.settings.grpc
-        if s.tls_certificate is None or s.tls_key is None:
-            return None
-        roots = s.tls_client_ca.read_bytes() if s.tls_client_ca else None
-        return grpc.ssl_server_credentials(
-            [(s.tls_key.read_bytes(), s.tls_certificate.read_bytes())],
-            root_certificates=roots,
-            require_client_auth=roots is not None,
-        )
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         names = {m.service for m in forebay.methods.methods().values()}
@@ -234,22 +211,18 @@ class Server:
 
     async def wait(self) -> None:
         """Until the server has stopped."""
-        assert self._grpc is not None
-        await self._grpc.wait_for_termination()
+        await self.lanes.wait()
 
     async def stop(self) -> None:
         """Say NOT_SERVING, let running calls end, then close everything."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        assert self._grpc is not None
-        # gRPC refuses new calls from here on; calls that it has accepted are answered.
-        await self._grpc.stop(self.settings.grpc.drain_s)
+        await self.lanes.stop()
         for task in self._background:
             task.cancel()
         for task in self._background:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._idempotency.drain()
-        await asyncio.to_thread(self._inbox.close)
         if self._retrieval is not None:
             await self._retrieval.close()
         await self.repository.close()

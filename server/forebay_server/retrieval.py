@@ -45,7 +45,8 @@ class Retrieval:
         ledger: UsageLedger,
     ) -> None:
         def on_embedded(key_id: str, found: Embedded, items: int) -> None:
-            ledger.record(key_id, found.model, found.version, (0, items, found.tokens, 0, 0, 0, 0))
+            used = (0, items, found.tokens, 0, 0, 0, 0.0, 0.0)
+            ledger.record({(key_id, found.model, found.version): used})
 
         store = CollectionStore(database)
         embedder = TextEmbedder(texts)

@@ -86,9 +86,10 @@ def make_housing(root: Path, cache: Path, data: Path | None, progress: Progress)
     progress("converting it to ONNX", 0.7)
     path = export_sklearn(
         model,
-        _with_gaps(features.iloc[held], features),
+        features.iloc[held],
         root,
         "housing",
+        describing=features.iloc[train],
         target=target.iloc[held],
         target_name=what,
         target_unit=unit,
@@ -99,15 +100,6 @@ def make_housing(root: Path, cache: Path, data: Path | None, progress: Progress)
     )
     (root / "housing" / "model.yaml").write_text("default_for: [tabular-regression]\n")
     return path
-
-
-def _with_gaps(sample: pd.DataFrame, whole: pd.DataFrame) -> pd.DataFrame:
-    """The held-out rows; a column with gaps anywhere in the data may have gaps in requests."""
-    out = sample.copy()
-    for column in whole.columns[whole.isna().any()]:
-        if not bool(out[column].isna().any()):
-            out.iloc[0, out.columns.get_loc(column)] = np.nan
-    return out
 
 
 def make_classifier(root: Path, name: str, progress: Progress) -> Path:
@@ -132,6 +124,7 @@ def make_classifier(root: Path, name: str, progress: Progress) -> Path:
         features.iloc[held],
         root,
         name,
+        describing=features.iloc[train],
         target=target.iloc[held],
         target_name="species" if name == "iris" else "digit",
         description=f"{name} of scikit-learn, logistic regression",

@@ -16,7 +16,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import sqlalchemy as sa
@@ -39,6 +39,9 @@ class Limits:
     burst: int | None = None
     tokens_per_minute: int | None = None
     max_concurrency: int | None = None
+    budget_tokens: int | None = None
+    budget_money: float | None = None
+    budget_period: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,7 @@ def _from_row(row: sa.Row[tuple[object, ...]]) -> ApiKey:
         r["secret_hash"],
         tuple(s for s in r["scopes"].split(",") if s),
         tuple(json.loads(r["models"])),
-        Limits(r["requests_per_second"], r["burst"], r["tokens_per_minute"], r["max_concurrency"]),
+        Limits(**{f.name: r[f.name] for f in fields(Limits)}),
         r["created_at"],
         r["expires_at"],
         r["revoked_at"],

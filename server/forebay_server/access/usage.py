@@ -23,7 +23,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from forebay_server.storage.tables import usage, usage_segments
 
 log = logging.getLogger("forebay.access")
 
-COUNTERS = ("calls", "items", "tokens", "cached", "errors", "cancelled", "engine_ms")
+COUNTERS = ("calls", "items", "tokens", "cached", "errors", "cancelled", "engine_ms", "cost")
 ROLL_EVERY_S, SYNC_EVERY_S = 5.0, 1.0
 #: Records that wait in memory while the disk is full; beyond it they are lost, and the log says so.
 MAX_UNWRITTEN = 100_000
@@ -54,10 +54,12 @@ class Counters:
     errors: int = 0
     cancelled: int = 0
     engine_ms: float = 0.0
+    cost: float = 0.0
 
     def add(self, values: Iterable[float]) -> None:
         """Add counters in the order of COUNTERS."""
-        for name, value in zip(COUNTERS, values, strict=True):
+        # Records of an earlier version lack the last ones.
+        for name, value in zip(COUNTERS, values, strict=False):
             setattr(self, name, getattr(self, name) + value)
 
 
@@ -99,9 +101,13 @@ class UsageLedger:
         self._path, self._file = self._new()
         await self._commit_pending()
 
-    def record(self, key_id: str, model: str, version: int, values: tuple[float, ...]) -> None:
-        """Append one call's counters, in the order of COUNTERS."""
-        line = json.dumps([key_id, model, version, self._day(), *values]).encode() + b"\n"
+    def record(self, sums: Mapping[tuple[str, str, int], Iterable[float]]) -> None:
+        """Append what calls used by (key, model, version), in the order of COUNTERS."""
+        day = self._day()
+        line = b"".join(
+            json.dumps([*key, day, *(round(v, 9) for v in values)]).encode() + b"\n"
+            for key, values in sums.items()
+        )
         with self._lock:
             if self._unwritten or self._torn:
                 self._keep(line)

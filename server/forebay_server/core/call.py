@@ -31,6 +31,9 @@ class Principal:
 ANONYMOUS = Principal(scopes=frozenset({"infer", "read", "admin"}))
 
 
+_NOT_BEGUN = [0]
+
+
 class Serializable(Protocol):
     """A protobuf message, or a twin of one."""
 
@@ -64,6 +67,9 @@ class Call:
         request: the parsed message of a unary call.
         trailers: metadata for the end of the call.
         context: room for the pipeline's stages; nobody else's.
+        origin: room for the transport; nobody else's.
+        progress: number of stages begun, shared by the calls that began together.
+        passed: the progress when the call ended; only those stages hear of its end.
     """
 
     __slots__ = (
@@ -78,9 +84,12 @@ class Call:
         "facts",
         "metadata",
         "method",
+        "origin",
+        "passed",
         "payload",
         "peer",
         "principal",
+        "progress",
         "request",
         "request_id",
         "started",
@@ -108,6 +117,9 @@ class Call:
         self.facts = CallFacts()
         self.trailers: list[tuple[str, str]] = []
         self.context: dict[str, object] = {}
+        self.origin: object = None
+        self.progress: list[int] = _NOT_BEGUN
+        self.passed = 0
         self.cancelled = False
         self.code: str | None = None
         self.error: ForebayError | None = None
@@ -162,5 +174,6 @@ class Call:
             self.code = code
         self.error = error
         self.payload = payload
+        self.passed = self.progress[0]
         self._cancel_hooks.clear()
         self._on_end(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +14,17 @@ from forebay_server.core.interfaces import EngineRequest, Result, Timing
 if TYPE_CHECKING:
     from forebay_server.core.interfaces import Completion
 
+log = logging.getLogger("forebay.batcher")
+
 
 class RequestCompletion:
     """A request on its way through queue and batches. See interfaces.Completion.
 
     Items may ride in several batches and in any order. The first item that fails decides.
+
+    Args:
+        enqueued: when it was submitted, on the client's clock.
+        on_end: called once when done, before the callbacks, on the thread that completes.
     """
 
     __slots__ = (
@@ -27,7 +34,7 @@ class RequestCompletion:
         "_failed_item",
         "_left",
         "_lock",
-        "_on_cancel",
+        "_on_end",
         "_results",
         "enqueued",
         "request",
@@ -39,7 +46,7 @@ class RequestCompletion:
         self,
         request: EngineRequest,
         enqueued: float,
-        on_cancel: Callable[[RequestCompletion], None] | None = None,
+        on_end: Callable[[RequestCompletion], None] | None = None,
     ) -> None:
         self.request = request
         self.enqueued = enqueued
@@ -52,7 +59,7 @@ class RequestCompletion:
         self._error: BaseException | None = None
         self._failed_item: int | None = None
         self._callbacks: list[Callable[[Completion], None]] = []
-        self._on_cancel = on_cancel
+        self._on_end = on_end
         self._lock = threading.Lock()
 
     def done(self) -> bool:
@@ -77,17 +84,16 @@ class RequestCompletion:
         return self._failed_item
 
     def cancel(self) -> None:
-        """Take the request back."""
-        if self.fail(Cancelled("the request was taken back")) and self._on_cancel is not None:
-            self._on_cancel(self)
+        """Take the request back. Nothing happens when it is done already."""
+        self.fail(Cancelled("the request was taken back"))
 
     def add_done_callback(self, callback: Callable[[Completion], None]) -> None:
-        """Call `callback` once, when done."""
+        """Call `callback` once, when done. What it raises is logged and hurts nobody else."""
         with self._lock:
             if not self._done:
                 self._callbacks.append(callback)
                 return
-        callback(self)
+        self._call(callback)
 
     def set_result(self, index: int, result: Result) -> None:
         """One item's result. Ignored when the request is done, or the item has one."""
@@ -99,20 +105,30 @@ class RequestCompletion:
             if self._left:
                 return
             self._done = True
-        self._run_callbacks()
+        self._end()
 
     def fail(self, error: BaseException, item: int | None = None) -> bool:
         """End with an error; False when it is done already."""
         with self._lock:
             if self._done:
                 return False
-            self._done = True
+            # The error first: a reader who sees done without the lock must find it.
             self._error = error
             self._failed_item = item
-        self._run_callbacks()
+            self._results = []
+            self._done = True
+        self._end()
         return True
 
-    def _run_callbacks(self) -> None:
+    def _end(self) -> None:
+        if self._on_end is not None:
+            self._on_end(self)
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[Completion], None]) -> None:
+        try:
             callback(self)
+        except Exception:
+            log.exception("a done callback raised (request %s)", self.request.request_id)

@@ -6,12 +6,14 @@ An `Item` is what the batcher counts: one text, one text pair, or a block of tab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from forebay_server.core.generation import Capabilities, GenerationDelta, GenerationRequest
 
 #: Monotonic seconds. Injected everywhere, so that tests own the time.
 Clock = Callable[[], float]
@@ -251,4 +253,32 @@ class EngineClient(Protocol):
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop taking requests, finish what is queued within the time, fail the rest."""
+        ...
+
+
+class GenerationEngine(Protocol):
+    """A language model that batches by itself. Its methods run on the server's event loop, but
+    for `load` and `close`, which may block and run in threads."""
+
+    capabilities: Capabilities
+
+    def load(self) -> None:
+        """Load. Raises FailedPrecondition (reason MODEL_REJECTED) naming the fault."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """The answer as it is made. Closing the iterator aborts the request; `request.tally` is
+        exact by then. Unavailable (ENGINE_DIED) when the engine is gone."""
+        ...
+
+    def check_health(self) -> None:
+        """Raise Unavailable when a request cannot succeed."""
+        ...
+
+    def info(self) -> Mapping[str, Any]:
+        """Facts in force: providers, memory_bytes, pid; running, waiting, KV use where known."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
         ...

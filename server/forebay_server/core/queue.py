@@ -3,21 +3,25 @@
 The rules (docs/concepts.md has them with a picture):
 
 - Work-conserving: `cut` gives a batch whenever anything waits.
-- Every batch holds the oldest waiting item of the highest priority, so nothing starves: an item
-  with k older ones waits for k batches at most.
-- When more waits than one batch takes, the batch is filled with the window's items whose lengths
-  are nearest below the oldest item's, then above: little padding, without a timer.
+- The highest priority goes first; among equals, the group with the oldest waiting item.
+- When one batch takes all of a group, it takes all, in order. When more waits, the oldest
+  `sort_window` batches' worth become a window. Its first batch is the oldest item with those whose
+  lengths are nearest; the rest is sorted by length and sliced, and the slices go out by age: little
+  padding, without a timer. Newer items wait until the window is through, so nothing starves; they
+  only fill up the room that its last slice leaves.
 - padded length x rows stays within `max_batch_tokens`, rows within `max_batch_size`. An item that
   is larger than that runs alone.
 - Cancelled and expired requests are dropped at the cut, and counted out of the bound at once.
+
+Each item is sorted once or twice and moved a few times, whatever the queue's length.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 from forebay.errors import QueueFull
@@ -31,11 +35,16 @@ MIN_RETRY_S, MAX_RETRY_S = 0.01, 30.0
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One waiting item of a request."""
+    """One waiting item of a request. `order` counts the queue's items: lower is older."""
 
     owner: RequestCompletion
     index: int
     item: Item
+    order: int = 0
+
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        return self.owner.waiting_rows > 0 and not self.owner.done()
 
 
 @dataclass(slots=True)
@@ -51,12 +60,15 @@ class RequestQueue:
 
     def __init__(self, policy: BatchPolicy) -> None:
         self.policy = policy
-        self._lanes: dict[int, deque[Entry]] = {}
-        self._priorities: list[int] = []
+        self._lanes: dict[tuple[int, str], _Lane] = {}
+        #: One (-priority, order of the oldest item at most, lane) for each lane that has entries.
+        self._ready: list[tuple[int, int, _Lane]] = []
         self._deadlines: list[tuple[float, int, RequestCompletion]] = []
-        self._sequence = count()
+        self._deadlines_bound = 256
+        self._expired: list[RequestCompletion] = []
+        self._orders = count()
+        #: Rows that wait.
         self.waiting_rows = 0
-        self.waiting_tokens = 0
 
     def __len__(self) -> int:
         """Rows that wait."""
@@ -69,13 +81,15 @@ class RequestQueue:
             rows_per_second: the engine's throughput, for a truthful retry delay; 0 = not known.
 
         Raises:
-            QueueFull: it does not fit. A request that is larger than the bound fits an empty queue.
+            QueueFull: it does not fit; `retry_after_s` is the time to work off what waits. A
+                request that is larger than the bound fits an empty queue.
         """
         request = completion.request
-        rows = sum(item.rows for item in request.items)
+        rows = 0
+        for item in request.items:
+            rows += item.rows
         if self.waiting_rows and self.waiting_rows + rows > self.policy.max_queue_size:
-            excess = self.waiting_rows + rows - self.policy.max_queue_size
-            delay = excess / rows_per_second if rows_per_second > 0 else 1.0
+            delay = self.waiting_rows / rows_per_second if rows_per_second > 0 else 1.0
             raise QueueFull(
                 f"the queue holds {self.waiting_rows} of {self.policy.max_queue_size} rows; "
                 f"{rows} more do not fit",
@@ -85,17 +99,21 @@ class RequestQueue:
                     "limit": str(self.policy.max_queue_size),
                 },
             )
-        lane = self._lanes.get(request.priority)
-        if lane is None:
-            lane = self._lanes[request.priority] = deque()
-            self._priorities = sorted(self._lanes, reverse=True)
-        for index, item in enumerate(request.items):
-            lane.append(Entry(completion, index, item))
-            self.waiting_tokens += item.length * item.rows
         completion.waiting_rows = rows
         self.waiting_rows += rows
+        orders = self._orders
+        for index, item in enumerate(request.items):
+            entry = Entry(completion, index, item, next(orders))
+            key = (request.priority, item.group)
+            lane = self._lanes.get(key)
+            if lane is None:
+                lane = self._lanes[key] = _Lane(self.policy, key)
+                heappush(self._ready, (-request.priority, entry.order, lane))
+            lane.add(entry)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, next(self._sequence), completion))
+            heappush(self._deadlines, (request.deadline, next(orders), completion))
+            if len(self._deadlines) > self._deadlines_bound:
+                self._forget_deadlines()
 
     def discard(self, completion: RequestCompletion) -> None:
         """Count a request out that is done before its time; its entries are skipped at the cut."""
@@ -103,106 +121,75 @@ class RequestQueue:
         completion.waiting_rows = 0
 
     def expire(self, now: float) -> list[RequestCompletion]:
-        """Take out the requests whose deadline has passed while items of theirs wait."""
-        out = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            completion = heapq.heappop(self._deadlines)[2]
-            if completion.waiting_rows and not completion.done():
-                self.discard(completion)
-                out.append(completion)
+        """Take out, once, the requests whose deadline passed while items of theirs waited."""
+        self._sweep(now)
+        out, self._expired = self._expired, []
         return out
 
     def next_deadline(self) -> float | None:
         """When to call `expire` next."""
+        if self._expired:
+            return float("-inf")
         while self._deadlines:
             deadline, _, completion = self._deadlines[0]
-            if completion.waiting_rows and not completion.done():
+            if completion.waiting_rows:
                 return deadline
-            heapq.heappop(self._deadlines)
+            heappop(self._deadlines)
         return None
 
     def oldest_enqueued(self) -> float | None:
         """When the oldest waiting request came; None when nothing waits."""
-        heads = [lane[0].owner.enqueued for lane in self._lanes.values() if lane]
-        return min(heads) if heads else None
+        if not self.waiting_rows:
+            return None
+        heads = [e.owner.enqueued for lane in self._lanes.values() if (e := lane.oldest())]
+        return min(heads, default=None)
 
     def full_batch_waits(self) -> bool:
         """Whether a batch that is cut now would be full, so that cutting early loses nothing."""
-        return (
-            self.waiting_rows >= self.policy.max_batch_size
-            or self.waiting_tokens >= 2 * self.policy.max_batch_tokens
-        )
+        return bool(self._ready) and self.waiting_rows > 0 and self._ready[0][2].full()
 
-    def cut(self) -> Cut | None:
-        """The next batch; None when nothing waits."""
-        for priority in self._priorities:
-            lane = self._lanes[priority]
-            window = self._window(lane)
-            if window:
-                chosen = self._choose(window)
-                taken = set(map(id, chosen))
-                lane.extendleft(e for e in reversed(window) if id(e) not in taken)
-                return self._take(chosen)
-        return None
+    def cut(self, now: float = float("-inf")) -> Cut | None:
+        """The next batch; None when nothing waits.
 
-    def _window(self, lane: deque[Entry]) -> list[Entry]:
-        """The oldest entries that still matter, a few batches' worth."""
-        policy = self.policy
-        most_rows = policy.max_batch_size * policy.sort_window
-        most_tokens = policy.max_batch_tokens * policy.sort_window
-        out: list[Entry] = []
-        rows = tokens = 0
-        while lane and rows < most_rows and tokens < most_tokens:
-            entry = lane.popleft()
-            item = entry.item
-            if entry.owner.done() or not entry.owner.waiting_rows:
-                self.waiting_tokens -= item.length * item.rows
+        Args:
+            now: requests whose deadline is not after it are dropped; ask `expire` for them.
+        """
+        self._sweep(now)
+        ready = self._ready
+        while ready:
+            priority, order, lane = heappop(ready)
+            oldest = lane.oldest()
+            if oldest is None:
+                del self._lanes[lane.key]
                 continue
-            out.append(entry)
-            rows += item.rows
-            tokens += item.length * item.rows
-        return out
+            if oldest.order > order and ready and ready[0] < (priority, oldest.order):
+                heappush(ready, (priority, oldest.order, lane))  # its oldest were dropped
+                continue
+            chosen = lane.take()
+            if lane.entries:
+                heappush(ready, (priority, lane.order(), lane))
+            else:
+                del self._lanes[lane.key]
+            return self._take(chosen)
+        return None
 
     def padded(self, length: int) -> int:
         """The length that items of at most `length` are padded to."""
-        buckets = self.policy.length_buckets
-        at = bisect_left(buckets, length)
-        return buckets[at] if at < len(buckets) else length
+        return padded(self.policy, length)
 
-    def _fits(self, longest: int, rows: int) -> bool:
-        policy = self.policy
-        return (
-            rows <= policy.max_batch_size and self.padded(longest) * rows <= policy.max_batch_tokens
-        )
+    def _sweep(self, now: float) -> None:
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][0] <= now:
+            completion = heappop(deadlines)[2]
+            if completion.waiting_rows:
+                self.discard(completion)
+                self._expired.append(completion)
 
-    def _choose(self, window: list[Entry]) -> list[Entry]:
-        """The oldest entry and those that go best with it."""
-        oldest = window[0]
-        group = oldest.item.group
-        same = [e for e in window if e.item.group == group]
-        lengths = [e.item.length for e in same]
-        longest, rows = max(lengths), sum(e.item.rows for e in same)
-        if self._fits(longest, rows):
-            return same
-        if longest == min(lengths):
-            return self._fill([same[0]], same[1:])
-        order = sorted(range(len(same)), key=lengths.__getitem__)
-        at = order.index(0)
-        chosen = self._fill([oldest], [same[i] for i in reversed(order[:at])])
-        if len(chosen) == at + 1:  # all the shorter ones fit: go on with longer ones
-            chosen = self._fill(chosen, [same[i] for i in order[at + 1 :]])
-        return chosen
-
-    def _fill(self, chosen: list[Entry], candidates: list[Entry]) -> list[Entry]:
-        longest = max(e.item.length for e in chosen)
-        rows = sum(e.item.rows for e in chosen)
-        for entry in candidates:
-            longest = max(longest, entry.item.length)
-            rows += entry.item.rows
-            if not self._fits(longest, rows):
-                break
-            chosen.append(entry)
-        return chosen
+    def _forget_deadlines(self) -> None:
+        """Drop requests that were served: with long deadlines they would pile up, results and all."""
+        self._deadlines = [d for d in self._deadlines if d[2].waiting_rows]
+        heapify(self._deadlines)
+        self._deadlines_bound = 2 * len(self._deadlines) + 256
 
     def _take(self, chosen: list[Entry]) -> Cut:
         rows = longest = 0
@@ -210,9 +197,215 @@ class RequestQueue:
         for entry in chosen:
             item = entry.item
             entry.owner.waiting_rows -= item.rows
-            self.waiting_tokens -= item.length * item.rows
             rows += item.rows
-            longest = max(longest, item.length)
+            if item.length > longest:
+                longest = item.length
             items.append(item)
         self.waiting_rows -= rows
-        return Cut(Batch(items, self.padded(longest), rows), chosen)
+        return Cut(Batch(items, padded(self.policy, longest), rows), chosen)
+
+
+def padded(policy: BatchPolicy, length: int) -> int:
+    """The length that items of at most `length` are padded to: the next bucket, else itself."""
+    buckets = policy.length_buckets
+    if not buckets:
+        return length
+    at = bisect_left(buckets, length)
+    return buckets[at] if at < len(buckets) else length
+
+
+class _Lane:
+    """The items of one priority and group: a window that is cut into slices, and those behind it.
+
+    `entries`, `rows` and `tokens` count all that is held, dropped ones included until met.
+    """
+
+    __slots__ = ("_pending", "_plan", "_policy", "entries", "key", "rows", "tokens")
+
+    def __init__(self, policy: BatchPolicy, key: tuple[int, str]) -> None:
+        self.key = key
+        self._policy = policy
+        self._pending: deque[Entry] = deque()
+        #: Slices of the window, next last; the first is the remainder, with room to fill up.
+        self._plan: list[list[Entry]] = []
+        self.entries = 0
+        self.rows = 0
+        self.tokens = 0
+
+    def __lt__(self, other: _Lane) -> bool:
+        return self.key < other.key  # never decides: orders differ
+
+    def add(self, entry: Entry) -> None:
+        """Append the newest item."""
+        self._pending.append(entry)
+        item = entry.item
+        self.entries += 1
+        self.rows += item.rows
+        self.tokens += item.length * item.rows
+
+    def order(self) -> int:
+        """The order of the oldest item held, dropped ones included."""
+        plan = self._plan
+        if plan:  # slices are by age but for the remainder, which goes last
+            return min(_age(plan[0]), _age(plan[-1]))
+        return self._pending[0].order
+
+    def oldest(self) -> Entry | None:
+        """The oldest item that is wanted. Forgets dropped ones on the way."""
+        plan = self._plan
+        while plan:
+            heads = [min(s, key=_order) for s in (plan[0], plan[-1])]
+            head = min(heads, key=_order)
+            if head.wanted():
+                return head
+            at = 0 if head is heads[0] else -1
+            plan[at].remove(head)
+            self._forget(head)
+            if not plan[at]:
+                del plan[at]
+            plan[1:] = sorted(plan[1:], key=_age, reverse=True)  # without it, it may be younger
+        while self._pending:
+            if self._pending[0].wanted():
+                return self._pending[0]
+            self._forget(self._pending.popleft())
+        return None
+
+    def full(self) -> bool:
+        """Whether the next batch is full."""
+        return (
+            len(self._plan) > 1
+            or self.rows >= self._policy.max_batch_size
+            or self.tokens >= self._policy.max_batch_tokens
+        )
+
+    def take(self) -> list[Entry]:
+        """The next batch's items; only called when `oldest` gave one."""
+        plan = self._plan
+        seed: list[Entry] = []
+        if len(plan) > 1 and _age(plan[0]) < _age(plan[-1]):
+            # The remainder's turn has come: a full batch around its oldest, from the same window.
+            entries = self._live([e for part in plan for e in part])
+            entries.sort(key=_order)
+            self._plan = []
+            seed = self._around([], entries)
+        while self._plan and not seed:
+            seed = self._live(self._plan.pop())
+            if seed and not self._plan and self._pending and self._room(seed):
+                seed = self._around(seed, self._window())
+        if not seed:
+            seed = self._around([], self._window())
+        for entry in seed:
+            self._forget(entry)
+        return seed
+
+    def _forget(self, entry: Entry) -> None:
+        item = entry.item
+        self.entries -= 1
+        self.rows -= item.rows
+        self.tokens -= item.length * item.rows
+
+    def _live(self, entries: list[Entry]) -> list[Entry]:
+        live = [e for e in entries if e.wanted()]
+        if len(live) < len(entries):
+            for entry in entries:
+                if not entry.wanted():
+                    self._forget(entry)
+        return live
+
+    def _fits(self, longest: int, rows: int) -> bool:
+        policy = self._policy
+        return (
+            rows <= policy.max_batch_size
+            and padded(policy, longest) * rows <= policy.max_batch_tokens
+        )
+
+    def _room(self, entries: list[Entry]) -> bool:
+        return self._fits(_longest(entries), sum(e.item.rows for e in entries) + 1)
+
+    def _around(self, seed: list[Entry], window: list[Entry]) -> list[Entry]:
+        """A batch with `seed`, else with the window's first; what is left becomes the plan."""
+        every = seed + window
+        if self._fits(_longest(every), sum(e.item.rows for e in every)):
+            return every
+        if not seed:
+            seed, window = window[:1], window[1:]
+        keys = {id(e): padded(self._policy, e.item.length) for e in window}
+        chosen = self._nearest(seed, window, keys)
+        taken = set(map(id, chosen))
+        rest = [e for e in window if id(e) not in taken]
+        rest.sort(key=lambda e: keys[id(e)])
+        self._slice(rest)
+        return chosen
+
+    def _window(self) -> list[Entry]:
+        """The oldest entries that are wanted, a few batches' worth."""
+        policy = self._policy
+        most_rows = policy.max_batch_size * policy.sort_window
+        most_tokens = policy.max_batch_tokens * policy.sort_window
+        pending = self._pending
+        out: list[Entry] = []
+        rows = tokens = 0
+        while pending:
+            entry = pending[0]
+            item = entry.item
+            if not entry.wanted():
+                self._forget(pending.popleft())
+                continue
+            rows += item.rows
+            tokens += item.length * item.rows
+            if out and (rows > most_rows or tokens > most_tokens):
+                break
+            out.append(pending.popleft())
+        return out
+
+    def _nearest(self, seed: list[Entry], window: list[Entry], keys: dict[int, int]) -> list[Entry]:
+        """`seed` filled up with the nearest shorter items, oldest first among equals, then longer."""
+        longest = padded(self._policy, _longest(seed))
+        shorter = [e for e in window if keys[id(e)] <= longest]
+        shorter.sort(key=lambda e: keys[id(e)], reverse=True)
+        chosen, full = self._fill(seed, shorter)
+        if full or len(shorter) == len(window):
+            return chosen
+        longer = [e for e in window if keys[id(e)] > longest]
+        longer.sort(key=lambda e: keys[id(e)])
+        return self._fill(chosen, longer)[0]
+
+    def _fill(self, chosen: list[Entry], candidates: list[Entry]) -> tuple[list[Entry], bool]:
+        chosen = list(chosen)
+        longest = _longest(chosen)
+        rows = sum(e.item.rows for e in chosen)
+        for entry in candidates:
+            longest = max(longest, entry.item.length)
+            rows += entry.item.rows
+            if not self._fits(longest, rows):
+                return chosen, True
+            chosen.append(entry)
+        return chosen, False
+
+    def _slice(self, rest: list[Entry]) -> None:
+        """Cut what is sorted by length into batches: full ones by age, the remainder last."""
+        slices: list[list[Entry]] = []
+        part: list[Entry] = []
+        rows = longest = 0
+        for entry in rest:
+            item = entry.item
+            longest = max(longest, item.length)
+            if part and not self._fits(longest, rows + item.rows):
+                slices.append(part)
+                part, rows, longest = [], 0, item.length
+            part.append(entry)
+            rows += item.rows
+        slices.sort(key=_age, reverse=True)
+        self._plan = ([part] if part else []) + slices
+
+
+def _order(entry: Entry) -> int:
+    return entry.order
+
+
+def _age(entries: list[Entry]) -> int:
+    return min(e.order for e in entries)
+
+
+def _longest(entries: list[Entry]) -> int:
+    return max(e.item.length for e in entries)

@@ -74,6 +74,11 @@ class EngineStatistics:
             old = self.rows_per_second
             self.rows_per_second = rate if not old else old + EWMA * (rate - old)
 
+    @property
+    def padding_ratio(self) -> float:
+        """Share of the tokens that ran which were padding, 0 to 1."""
+        return 1.0 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
     def ended(self, outcome: str, seconds: float, queue_s: float, wall: float) -> None:
         """One request that ended: `success`, `fail`, `cancelled`, `expired` or `rejected`."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -37,10 +38,15 @@ class ItemCache(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServedModel:
-    """A loaded version with its tokenizer. `encoder` raises for models without texts."""
+    """A loaded version with its tokenizer. `encoder` raises for models without texts.
+
+    `artefact` is a hash of the version's files, so that a response cache that outlives the process
+    never answers for a version whose files were replaced.
+    """
 
     loaded: LoadedModel
     text_encoder: TextEncoder | None
+    artefact: bytes = b""
 
     @property
     def name(self) -> str:
@@ -138,7 +144,7 @@ class ModelAccess:
             )
         served = loaded.attachment
         if not isinstance(served, ServedModel):
-            served = ServedModel(loaded, _encoder(loaded))
+            served = ServedModel(loaded, _encoder(loaded), artefact_of(loaded))
             loaded.attachment = served
         return served
 
@@ -147,6 +153,13 @@ def _sticky(call: Call, given: str) -> str:
     """What keeps a caller on one version: its word, its key, else nothing (each call anew)."""
     key_id = call.principal.key_id
     return given or (key_id if key_id != ANONYMOUS.key_id else call.request_id)
+
+
+def artefact_of(loaded: LoadedModel) -> bytes:
+    """16 bytes that change with the version's files. Without hashes, with each load."""
+    facts = sorted((name, f.sha256) for name, f in loaded.manifest.files.items())
+    known = repr(facts) if facts else repr(loaded.loaded_at)
+    return hashlib.blake2b(known.encode(), digest_size=16).digest()
 
 
 def _encoder(loaded: LoadedModel) -> TextEncoder | None:

@@ -166,7 +166,7 @@ class _Run:
         """Take from the cache what is there. Keys hold the version and the very token ids."""
         if not self.model.cache_enabled or not cache.enabled:
             return
-        self.keys = [_key(e) for e in self.encoded]
+        self.keys = [cache_key(e, self.model.artefact) for e in self.encoded]
         found = cache.get_many(self.model.name, self.model.version, self.keys)
         for i, value in enumerate(found):
             if value is not None:
@@ -216,9 +216,10 @@ class _Run:
         guarded(self.job.call, lambda: self.job.done(outcome))
 
 
-def _key(encoded: Encoded) -> bytes:
-    """Hash of what the model sees. Truncation is in it: it changes the ids."""
-    digest = hashlib.blake2b(encoded.tokens.ids.tobytes(), digest_size=16)
+def cache_key(encoded: Encoded, artefact: bytes) -> bytes:
+    """Hash of what the model sees, and of the model's files. Truncation is in it: it changes the
+    ids."""
+    digest = hashlib.blake2b(encoded.tokens.ids.tobytes(), digest_size=16, key=artefact)
     if encoded.tokens.type_ids is not None:
         digest.update(encoded.tokens.type_ids.tobytes())
     return digest.digest()

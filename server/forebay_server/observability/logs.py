@@ -23,43 +23,46 @@ _KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message, and whatever `extra={"fields": {...}}` holds."""
+    """Time, level, logger and message; or one line for each of `extra={"lines": [{...}]}`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        line: dict[str, Any] = {
+        """One line, or several."""
+        head: dict[str, Any] = {
             "time": _timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
         }
-        fields = getattr(record, "fields", None)
-        if fields:
-            line.update(fields)
-        else:
-            line["message"] = record.getMessage()
+        tail: dict[str, Any] = {}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        try:
-            text = orjson.dumps(line, default=str).decode()
-        except (
-            TypeError
-        ):  # lone surrogates, integers beyond 64 bits: rare, and no reason to lose it
-            text = json.dumps(line, default=str)
-        return mask(text)
+            tail["exception"] = self.formatException(record.exc_info)
+        lines = getattr(record, "lines", None)
+        if lines is None:
+            lines = [{"message": record.getMessage()}]
+        return mask("\n".join([_json(head | line | tail) for line in lines]))
+
+
+def _json(line: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(line, default=str).decode()
+    except TypeError:  # lone surrogates, integers beyond 64 bits: rare, and no reason to lose it
+        return json.dumps(line, default=str)
 
 
 class ConsoleFormatter(logging.Formatter):
-    """For people: time, level, message or fields."""
+    """For people: time, level, and the message or the fields of each line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback where there is one."""
-        fields = getattr(record, "fields", None)
-        text = " ".join(f"{k}={v}" for k, v in fields.items()) if fields else record.getMessage()
+        """One line or several, and the traceback where there is one."""
+        lines = getattr(record, "lines", None)
+        if lines is None:
+            texts = [record.getMessage()]
+        else:
+            texts = [" ".join(f"{k}={v}" for k, v in fields.items()) for fields in lines]
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{when} {record.levelname.lower():7} {text}"
+        text = "\n".join(f"{when} {record.levelname.lower():7} {text}" for text in texts)
         if record.exc_info:
-            line = f"{line}\n{self.formatException(record.exc_info)}"
-        return mask(line)
+            text = f"{text}\n{self.formatException(record.exc_info)}"
+        return mask(text)
 
 
 class _BoundedHandler(logging.handlers.QueueHandler):
@@ -79,7 +82,7 @@ class _BoundedHandler(logging.handlers.QueueHandler):
                 lost, self.dropped = self.dropped, 0
                 self.queue.put_nowait(_lost(lost))
         except queue.Full:
-            self.dropped += 1
+            self.dropped += len(getattr(record, "lines", ())) or 1
 
 
 def _lost(lines: int) -> logging.LogRecord:

@@ -22,8 +22,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from forebay_server.core.batcher import BatchReport
+from forebay_server.observability.generation_metrics import GenerationMetrics
+from forebay_server.observability.rpc_metrics import SECONDS, RpcMetrics
 
-SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: No `_created` series: they nearly double the exposition, and Prometheus has no use for them.
 disable_created_metrics()
@@ -36,16 +37,8 @@ class Metrics:
 
     def __init__(self) -> None:
         r = self.registry = CollectorRegistry()
-        self.duration = Histogram(
-            "forebay_rpc_server_duration_seconds",
-            "Time from a call's arrival to its status",
-            ["method", "code"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.in_flight = Gauge(
-            "forebay_rpc_server_active_requests", "Calls in progress", ["method"], registry=r
-        )
+        self.rpc = RpcMetrics()
+        r.register(self.rpc)
         self.rejected = Counter(
             "forebay_rpc_server_rejected",
             "Calls refused before any work",
@@ -104,6 +97,7 @@ class Metrics:
             ["collection", "reason"],
             registry=r,
         )
+        self.generation = GenerationMetrics(r)
         self.documents = Counter(
             "forebay_documents_ingested",
             "Documents whose ingest has ended",
@@ -112,23 +106,6 @@ class Metrics:
         )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
-        self._durations: dict[tuple[str, str], Any] = {}
-        self._active: dict[str, Any] = {}
-
-    def call_started(self, method: str) -> None:
-        """A call has arrived."""
-        child = self._active.get(method)
-        if child is None:
-            child = self._active[method] = self.in_flight.labels(method)
-        child.inc()
-
-    def call_ended(self, method: str, code: str, seconds: float) -> None:
-        """A call has its status."""
-        self._active[method].dec()
-        child = self._durations.get((method, code))
-        if child is None:
-            child = self._durations[method, code] = self.duration.labels(method, code)
-        child.observe(seconds)
 
     def batch_observer(self, model: str, version: int) -> Callable[[BatchReport], None]:
         """The observer of one model version's batches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 #: Version 00 ends after the flags; later versions may go on after another dash; ff is no version.
@@ -37,9 +38,13 @@ def parse_traceparent(value: str | None) -> TraceContext | None:
     return TraceContext(match[1], match[2], bool(int(match[3], 16) & 1))
 
 
+_PROCESS = secrets.token_hex(8)
+_numbers = count(secrets.randbits(32))
+
+
 def new_request_id() -> str:
-    """128 random bits as hexadecimal."""
-    return secrets.token_hex(16)
+    """128 bits as hexadecimal: 64 random ones of this process, and a number."""
+    return f"{_PROCESS}{next(_numbers):016x}"
 
 
 class Tracer:

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime as ort
 
 from forebay_server.engines.onnx import DATATYPES
+from forebay_server.repository import language_models
 from forebay_server.repository.manifest import (
     ClassificationHead,
     EmbeddingHead,
@@ -33,6 +34,9 @@ def describe(folder: Path) -> Manifest:
     """
     if (folder / "manifest.json").exists():
         return read_manifest(folder / "manifest.json")
+    language_model = language_models.describe(folder)
+    if language_model is not None:
+        return language_model
     model_file = _model_file(folder)
     inputs, outputs = _signature(folder / model_file)
     config = _json(folder / "config.json")

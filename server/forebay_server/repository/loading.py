@@ -18,6 +18,7 @@ from forebay.errors import ForebayError
 from forebay_server.core.batcher import BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
 from forebay_server.engines.factory import create
+from forebay_server.repository import language_models
 from forebay_server.repository.inspect import describe
 from forebay_server.repository.manifest import (
     TEXT_TASKS,
@@ -50,6 +51,8 @@ class Defaults:
     max_batch_rows: int = 256
     max_queue_size: int = 4096
     tensorrt_cache: str = ""
+    vllm_python: str = ""
+    vllm_cache_gb: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +63,7 @@ class LoadedModel:
     version: int
     manifest: Manifest
     config: ModelConfig
-    client: BatchingEngineClient
+    client: Any  # BatchingEngineClient, or GenerationClient for language models
     tokenizer: Any
     loaded_at: float
     attachment: object = None
@@ -91,6 +94,12 @@ def load(
         raise rejected("the deterministic engine needs a manifest.json")
     manifest = describe(folder)
     check_files(folder, manifest)
+    if manifest.task == "generation":
+        tokenizer = language_models.tokenizer_of(folder, manifest)
+        generation = language_models.load(
+            name, version, folder, config, manifest, tokenizer, defaults
+        )
+        return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
     tokenizer = _tokenizer(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
     engines: list[Engine] = []
@@ -151,7 +160,7 @@ def engine_spec(
     return EngineSpec(
         model=name,
         version=version,
-        engine=config.engine,
+        engine="onnxruntime" if config.engine == "auto" else config.engine,
         path=str(model),
         kind="tokens" if head else "tensors",
         inputs=inputs,

@@ -24,6 +24,7 @@ Task = Literal[
     "rerank",
     "tabular-regression",
     "tabular-classification",
+    "generation",
     "tensor",
 ]
 TEXT_TASKS = ("embedding", "text-classification", "zero-shot-classification", "rerank")
@@ -128,6 +129,18 @@ class TabularHead(_Strict):
         return {f.name: f for f in self.features}
 
 
+class GenerationHead(_Strict):
+    """How a language model is spoken to.
+
+    `sampling`: the model's own defaults of temperature, top_p, top_k, min_p, repetition_penalty.
+    """
+
+    context_length: int = Field(ge=1)
+    template_file: str | None = None
+    eos_token_ids: list[int] = []
+    sampling: dict[str, float] = {}
+
+
 class FileFacts(_Strict):
     """Hash and size of a file."""
 
@@ -157,6 +170,7 @@ class Manifest(_Strict):
     zero_shot: ZeroShotHead | None = None
     rerank: RerankHead | None = None
     tabular: TabularHead | None = None
+    generation: GenerationHead | None = None
     metrics: dict[str, Any] = {}
     parity: dict[str, Any] = {}
 
@@ -184,6 +198,11 @@ class Manifest(_Strict):
     def tabular_head(self) -> TabularHead:
         """The block of tabular models."""
         return _block(self.tabular, self.task)
+
+    @property
+    def generation_head(self) -> GenerationHead:
+        """The block of language models."""
+        return _block(self.generation, self.task)
 
     @property
     def text_head(self) -> EmbeddingHead | ClassificationHead | ZeroShotHead | RerankHead | None:
@@ -221,6 +240,7 @@ class Manifest(_Strict):
             "rerank": self.rerank,
             "tabular-regression": self.tabular,
             "tabular-classification": self.tabular,
+            "generation": self.generation,
             "tensor": True,
         }
         if not blocks[self.task]:
@@ -261,17 +281,45 @@ class CachePolicy(_Strict):
     enabled: bool = False
 
 
+class Prices(_Strict):
+    """model.yaml: generation: prices, in money per million tokens."""
+
+    prompt: float = Field(default=0.0, ge=0)
+    completion: float = Field(default=0.0, ge=0)
+    cached: float | None = Field(default=None, ge=0)
+
+
+class Generation(_Strict):
+    """model.yaml: generation. How a language model is served.
+
+    `max_running`: answers generated at once; more wait in the fair queue, `max_queue_size` at most.
+    `stream_interval_ms`: least time between two messages of a stream after its first; 0 = each
+    engine step is sent on. Many streams on few cores cost less with 50.
+    `tool_parser` and `reasoning_parser`: names of vLLM's parsers. `adapters`: LoRA folders by name.
+    """
+
+    context_length: int | None = Field(default=None, ge=1)
+    max_running: int = Field(default=64, ge=1, le=4096)
+    max_queue_size: int = Field(default=1024, ge=0)
+    stream_interval_ms: float = Field(default=0.0, ge=0, le=10_000)
+    tool_parser: str = ""
+    reasoning_parser: str = ""
+    adapters: dict[str, str] = {}
+    prices: Prices = Prices()
+
+
 class ModelConfig(_Strict):
     """model.yaml: how a model is served. All of it is optional."""
 
     description: str = ""
-    engine: Literal["onnxruntime", "deterministic"] = "onnxruntime"
+    engine: Literal["auto", "onnxruntime", "deterministic", "openvino", "vllm", "openai"] = "auto"
     engine_options: dict[str, Any] = {}
     default_for: list[Task] = []
     version_policy: Literal["latest", "all"] | list[int] = "latest"
     execution: Execution = Execution()
     batching: Batching = Batching()
     cache: CachePolicy = CachePolicy()
+    generation: Generation = Generation()
     aliases: dict[str, int] = {}
 
 

@@ -46,5 +46,7 @@ def _is_artefact(folder: Path) -> bool:
         (folder / "manifest.json").exists()
         or (folder / "onnx" / "model.onnx").exists()
         or any(folder.glob("*.onnx"))
+        or (folder / "openvino_model.xml").exists()
+        or any(folder.glob("*.safetensors"))
         or any(p.suffix in (".pkl", ".joblib") for p in folder.iterdir())
     )

@@ -19,6 +19,12 @@ _SCOPES = {
     pb.KEY_SCOPE_READ: "read",
     pb.KEY_SCOPE_ADMIN: "admin",
 }
+_PERIODS = {
+    pb.BUDGET_PERIOD_DAY: "day",
+    pb.BUDGET_PERIOD_MONTH: "month",
+    pb.BUDGET_PERIOD_TOTAL: "total",
+}
+_PERIOD_MESSAGES = {v: k for k, v in _PERIODS.items()}
 _MESSAGES = {v: k for k, v in _SCOPES.items()}
 
 
@@ -75,6 +81,9 @@ def _limits(m: pb.KeyLimits) -> Limits:
         m.burst if given("burst") else None,
         m.tokens_per_minute if given("tokens_per_minute") else None,
         m.max_concurrency if given("max_concurrency") else None,
+        m.budget_tokens if given("budget_tokens") else None,
+        m.budget_money if given("budget_money") else None,
+        _PERIODS.get(m.budget_period),
     )
 
 
@@ -90,6 +99,9 @@ def _message(key: ApiKey) -> pb.Key:
             burst=limits.burst,
             tokens_per_minute=limits.tokens_per_minute,
             max_concurrency=limits.max_concurrency,
+            budget_tokens=limits.budget_tokens,
+            budget_money=limits.budget_money,
+            budget_period=_PERIOD_MESSAGES.get(limits.budget_period or ""),
         ),
         created_at=timestamp(key.created_at),
     )

@@ -28,6 +28,7 @@ TASKS = {
     "embedding": pb.TASK_EMBEDDING,
     "rerank": pb.TASK_RERANK,
     "tensor": pb.TASK_TENSOR,
+    "generation": pb.TASK_GENERATION,
     "": pb.TASK_UNSPECIFIED,
 }
 STATES = {

@@ -8,6 +8,7 @@ from typing import cast
 from forebay.errors import InvalidArgument
 from forebay.v1 import usage_pb2 as pb
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import require_scope
 from forebay_server.access.usage import COUNTERS, Counters, UsageLedger
 from forebay_server.core.call import Call
@@ -20,8 +21,9 @@ class UsageService(Service):
 
     name = "forebay.v1.UsageService"
 
-    def __init__(self, ledger: UsageLedger) -> None:
+    def __init__(self, ledger: UsageLedger, budgets: Budgets) -> None:
         self._ledger = ledger
+        self._budgets = budgets
 
     async def get_usage(self, call: Call) -> pb.GetUsageResponse:
         """GetUsage."""
@@ -36,6 +38,25 @@ class UsageService(Service):
             raise InvalidArgument.at("to_day", f"is {last}, before from_day, {first}")
         total = await self._ledger.total(key_id, first, last)
         return pb.GetUsageResponse(key_id=key_id, total=_message(total))
+
+    async def get_budget(self, call: Call) -> pb.GetBudgetResponse:
+        """GetBudget."""
+        request = cast(pb.GetBudgetRequest, call.request)
+        key_id = request.key_id or call.principal.key_id
+        if key_id != call.principal.key_id:
+            require_scope(call.principal, "admin")
+        limits = self._budgets.limits(key_id)
+        now = await self._budgets.standing(key_id)
+        return pb.GetBudgetResponse(
+            key_id=key_id,
+            budget_tokens=limits.budget_tokens,
+            budget_money=limits.budget_money,
+            spent_tokens=now.tokens,
+            spent_money=now.money,
+            reserved_tokens=now.reserved_tokens,
+            reserved_money=now.reserved_money,
+            from_day=now.since,
+        )
 
     async def list_usage(self, call: Call) -> pb.ListUsageResponse:
         """ListUsage."""

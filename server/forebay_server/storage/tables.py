@@ -30,6 +30,9 @@ api_keys = Table(
     Column("burst", Integer),
     Column("tokens_per_minute", BigInteger),
     Column("max_concurrency", Integer),
+    Column("budget_tokens", BigInteger),
+    Column("budget_money", Float),
+    Column("budget_period", String(8)),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
     Column("revoked_at", Float),
@@ -49,6 +52,7 @@ usage = Table(
     Column("errors", BigInteger, nullable=False),
     Column("cancelled", BigInteger, nullable=False),
     Column("engine_ms", Float, nullable=False),
+    Column("cost", Float, nullable=False, server_default="0"),
     Index("usage_day", "day"),
 )
 

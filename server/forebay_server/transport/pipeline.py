@@ -27,8 +27,8 @@ class Stage(Protocol):
         """Look at calls that start. May `fail` some of them; those go no further."""
         ...
 
-    def end(self, call: Call) -> None:
-        """Look at a call that has its status. Never raises for a good reason."""
+    def end(self, calls: Sequence[Call]) -> None:
+        """Look at calls that have their status. Never raises for a good reason."""
         ...
 
 
@@ -41,9 +41,11 @@ class Pipeline:
     def begin(self, calls: Sequence[Call]) -> list[Call]:
         """Pass all stages; returns the calls that may go on to their service."""
         live = list(calls)
-        for depth, stage in enumerate(self.stages):
-            for call in live:
-                call.context["passed"] = depth + 1
+        progress = [0]
+        for call in live:
+            call.progress = progress
+        for stage in self.stages:
+            progress[0] += 1
             try:
                 stage.begin(live)
             except ForebayError as e:
@@ -53,19 +55,22 @@ class Pipeline:
                 log.exception("stage %s failed", type(stage).__name__)
                 for call in live:
                     call.fail(Internal("the call could not be admitted"), cause=e)
-            live = [c for c in live if not c.ended]
+            live = [c for c in live if c.code is None]
             if not live:
                 break
         return live
 
-    def end(self, call: Call) -> None:
-        """Tell the stages that the call has passed, innermost first."""
-        passed = int(call.context.get("passed", 0))  # type: ignore[call-overload]
-        for stage in reversed(self.stages[:passed]):
+    def end(self, calls: Sequence[Call]) -> None:
+        """Tell the stages that the calls have passed, innermost first."""
+        for depth in range(len(self.stages), 0, -1):
+            through = [c for c in calls if c.passed >= depth]
+            if not through:
+                continue
+            stage = self.stages[depth - 1]
             try:
-                stage.end(call)
+                stage.end(through)
             except Exception:
-                log.exception("stage %s failed at the end of a call", type(stage).__name__)
+                log.exception("stage %s failed at the end of calls", type(stage).__name__)
 
 
 def guard(run: Callable[[], None], calls: Sequence[Call]) -> None:

@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 
 from forebay.errors import ForebayError, Unavailable
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.access.limits import Limiter, LimitSpent
 from forebay_server.access.usage import UsageLedger
-from forebay_server.core.call import ANONYMOUS, Call
+from forebay_server.core.call import ANONYMOUS, Call, Principal
 from forebay_server.observability.logs import ACCESS
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer, new_request_id, parse_traceparent
 from forebay_server.transport.pipeline import Stage
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+#: Codes of calls that were refused before any work.
+REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 #: Codes that are the server's fault, and so errors in the log; the rest are the caller's.
 OUR_FAULTS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "UNIMPLEMENTED")
 
@@ -32,10 +35,12 @@ class Tracing:
     def begin(self, calls: Sequence[Call]) -> None:
         """Take the caller's ids, or make some."""
         for call in calls:
-            given = call.metadata.get("x-request-id", "")
-            call.request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
+            given = call.metadata.get("x-request-id")
+            good = given is not None and _REQUEST_ID.fullmatch(given)
+            call.request_id = given if given and good else new_request_id()
             call.trailers.append(("x-request-id", call.request_id))
-            trace = parse_traceparent(call.metadata.get("traceparent"))
+            parent = call.metadata.get("traceparent")
+            trace = parse_traceparent(parent) if parent else None
             if trace is not None:
                 call.context["trace"] = trace
             if self._tracer.enabled:
@@ -45,8 +50,14 @@ class Tracing:
                 span.set_attribute("rpc.method", call.method.name)
                 call.context["span"] = span
 
-    def end(self, call: Call) -> None:
-        """Close the span with what is known of the call."""
+    def end(self, calls: Sequence[Call]) -> None:
+        """Close the spans with what is known of the calls."""
+        if not self._tracer.enabled:
+            return
+        for call in calls:
+            self._close(call)
+
+    def _close(self, call: Call) -> None:
         span = call.context.pop("span", None)
         if span is None:
             return
@@ -72,19 +83,29 @@ class Measuring:
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Count calls in progress."""
-        for call in calls:
-            self._metrics.call_started(call.method.path)
+        self._metrics.rpc.started(call.method.path for call in calls)
 
-    def end(self, call: Call) -> None:
-        """Observe duration and outcome."""
-        code = call.code or "UNKNOWN"
-        self._metrics.call_ended(call.method.path, code, self._clock() - call.started)
-        if code in ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED") and call.error:
-            self._metrics.rejected.labels(call.error.reason).inc()
-        elif code == "OK" and call.facts.items:
-            self._metrics.items.labels(call.facts.model).inc(call.facts.items)
-            if call.facts.tokens:
-                self._metrics.tokens.labels(call.facts.model).inc(call.facts.tokens)
+    def end(self, calls: Sequence[Call]) -> None:
+        """Observe durations and outcomes."""
+        now = self._clock()
+        self._metrics.rpc.ended(
+            (call.method.path, call.code or "UNKNOWN", now - call.started) for call in calls
+        )
+        items: dict[str, int] = {}
+        tokens: dict[str, int] = {}
+        for call in calls:
+            if call.code == "OK":
+                f = call.facts
+                if f.items:
+                    items[f.model] = items.get(f.model, 0) + f.items
+                if f.tokens:
+                    tokens[f.model] = tokens.get(f.model, 0) + f.tokens
+            elif call.code in REFUSALS and call.error:
+                self._metrics.rejected.labels(call.error.reason).inc()
+        for model, n in items.items():
+            self._metrics.items.labels(model).inc(n)
+        for model, n in tokens.items():
+            self._metrics.tokens.labels(model).inc(n)
 
 
 class AccessLog:
@@ -97,40 +118,46 @@ class AccessLog:
     def begin(self, calls: Sequence[Call]) -> None:
         """Nothing to say yet."""
 
-    def end(self, call: Call) -> None:
-        """Write the line: the server's faults as errors, all else as information."""
-        level = logging.ERROR if call.code in OUR_FAULTS else logging.INFO
-        if not self._log.isEnabledFor(level):
-            return
+    def end(self, calls: Sequence[Call]) -> None:
+        """Write the lines: the server's faults as errors, all else as information."""
+        if self._log.isEnabledFor(logging.INFO):
+            now = self._clock()
+            lines = [self._fields(c, now) for c in calls if c.code not in OUR_FAULTS]
+            if lines:
+                self._log.info("", extra={"lines": lines})
+        for call in calls:
+            if call.code in OUR_FAULTS and self._log.isEnabledFor(logging.ERROR):
+                cause = call.error.__cause__ if call.error is not None else None
+                info = (type(cause), cause, cause.__traceback__) if cause else None
+                lines = [self._fields(call, self._clock())]
+                self._log.error("", extra={"lines": lines}, exc_info=info)
+
+    def _fields(self, call: Call, now: float) -> dict[str, object]:
         f = call.facts
         fields: dict[str, object] = {
             "method": call.method.path,
             "code": call.code,
-            "ms": round((self._clock() - call.started) * 1e3, 3),
+            "ms": round((now - call.started) * 1e3, 3),
             "request_id": call.request_id,
             "key": call.principal.key_id,
             "peer": call.peer,
         }
         if f.model:
-            fields.update(
-                model=f"{f.model}@{f.version}",
-                items=f.items,
-                tokens=f.tokens,
-                cached=f.cached,
-                queue_ms=round(f.queue_s * 1e3, 3),
-                batch_rows=f.batch_rows,
-            )
+            fields["model"] = f"{f.model}@{f.version}"
+            fields["items"] = f.items
+            fields["tokens"] = f.tokens
+            fields["cached"] = f.cached
+            fields["queue_ms"] = round(f.queue_s * 1e3, 3)
+            fields["batch_rows"] = f.batch_rows
+        if call.context.get("user"):
+            fields["user"] = call.context["user"]
         trace = call.context.get("trace")
         if trace is not None:
             fields["trace_id"] = trace.trace_id  # type: ignore[attr-defined]
         if call.error is not None:
             fields["reason"] = call.error.reason
             fields["error"] = call.error.message[:500]
-        cause = call.error.__cause__ if call.error is not None else None
-        info = (
-            (type(cause), cause, cause.__traceback__) if cause and level == logging.ERROR else None
-        )
-        self._log.log(level, "", extra={"fields": fields}, exc_info=info)
+        return fields
 
 
 class UsageRecording:
@@ -142,26 +169,29 @@ class UsageRecording:
     def begin(self, calls: Sequence[Call]) -> None:
         """Nothing to count yet."""
 
-    def end(self, call: Call) -> None:
-        """Append the call's counters, before its answer is sent."""
-        if call.method.scope != "infer":
-            return
-        f = call.facts
-        failed = call.code not in ("OK", "CANCELLED")
-        self._ledger.record(
-            call.principal.key_id,
-            f.model,
-            f.version,
-            (
-                1,
-                f.items,
-                f.tokens,
-                f.cached,
-                int(failed),
-                int(call.code == "CANCELLED"),
-                round(f.engine_s * 1e3, 3),
-            ),
-        )
+    def end(self, calls: Sequence[Call]) -> None:
+        """Append the calls' counters, before their answers are sent."""
+        sums: dict[tuple[str, str, int], list[float]] = {}
+        for call in calls:
+            if call.method.scope != "infer":
+                continue
+            f = call.facts
+            key = (call.principal.key_id, f.model, f.version)
+            total = sums.get(key)
+            if total is None:
+                total = sums[key] = [0, 0, 0, 0, 0, 0, 0.0, 0.0]
+            total[0] += 1
+            total[1] += f.items
+            total[2] += f.tokens
+            total[3] += f.cached
+            if call.code == "CANCELLED":
+                total[5] += 1
+            elif call.code != "OK":
+                total[4] += 1
+            total[6] += f.engine_s * 1e3
+            total[7] += call.context.get("cost", 0.0)  # type: ignore[operator]
+        if sums:
+            self._ledger.record(sums)
 
 
 class Authentication:
@@ -172,26 +202,31 @@ class Authentication:
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Set the principal, or end the call."""
+        known: dict[str, Principal] = {}  # one look at a key, however many of its calls came
         for call in calls:
             if call.method.scope == "public":
                 continue
+            given = call.metadata.get("authorization", "")
             try:
-                principal = self._keys.authenticate(call.metadata.get("authorization", ""))
-                call.principal = principal or ANONYMOUS
-                require_scope(call.principal, call.method.scope)
+                principal = known.get(given)
+                if principal is None:
+                    principal = known[given] = self._keys.authenticate(given) or ANONYMOUS
+                call.principal = principal
+                require_scope(principal, call.method.scope)
             except ForebayError as e:
                 call.fail(e)
 
-    def end(self, call: Call) -> None:
+    def end(self, calls: Sequence[Call]) -> None:
         """Nothing was opened."""
 
 
 class Admission:
     """Draining, and the limits of keys."""
 
-    def __init__(self, keys: KeyStore, limiter: Limiter) -> None:
+    def __init__(self, keys: KeyStore, limiter: Limiter, budgets: Budgets) -> None:
         self._keys = keys
         self._limiter = limiter
+        self._budgets = budgets
         self.draining = False
 
     def begin(self, calls: Sequence[Call]) -> None:
@@ -205,7 +240,7 @@ class Admission:
                 )
                 continue
             limits = self._keys.limits(call.principal.key_id)
-            if limits is None or limits == _NO_LIMITS:
+            if limits is None or _without_budget(limits) == _NO_LIMITS:
                 continue
             try:
                 standing = self._limiter.acquire(call.principal.key_id, limits)
@@ -216,15 +251,27 @@ class Admission:
             call.context["permit"] = limits
             call.trailers.extend(standing.headers())
 
-    def end(self, call: Call) -> None:
-        """Give the permit back, and take what was used from the tokens' bucket."""
-        limits = call.context.pop("permit", None)
-        if isinstance(limits, Limits):
-            used = call.facts.tokens or call.facts.items
-            self._limiter.release(call.principal.key_id, limits, used)
+    def end(self, calls: Sequence[Call]) -> None:
+        """Give the permits back, and take what was used from the tokens' bucket."""
+        for call in calls:
+            self._budgets.settle(call)
+            limits = call.context.pop("permit", None)
+            if isinstance(limits, Limits):
+                used = call.facts.tokens or call.facts.items
+                self._limiter.release(call.principal.key_id, limits, used)
 
 
 _NO_LIMITS = Limits()
+
+
+def _without_budget(limits: Limits) -> Limits:
+    """The limits that the limiter knows; budgets are the Budgets' own."""
+    return Limits(
+        limits.requests_per_second,
+        limits.burst,
+        limits.tokens_per_minute,
+        limits.max_concurrency,
+    )
 
 
 def standard_stages(

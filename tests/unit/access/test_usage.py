@@ -37,7 +37,7 @@ async def main():
     n = 0
     while True:
         for _ in range(50):
-            ledger.record("k", "m", 1, (1, 2, 10, 1, 0, 0, 0.5))
+            ledger.record({("k", "m", 1): (1, 2, 10, 1, 0, 0, 0.5)})
             n += 1
             print(n, flush=True)
         await ledger.flush()
@@ -60,13 +60,13 @@ async def calls(ledger: UsageLedger, key: str = "k") -> int:
 async def test_records_are_added_up_by_key_model_version_and_day(
     ledger: UsageLedger, clock: Clock
 ) -> None:
-    ledger.record("k", "m", 1, ONE)
-    ledger.record("k", "m", 1, (1, 0, 0, 0, 1, 0, 0.0))
-    ledger.record("k", "m", 2, (1, 0, 0, 0, 0, 1, 0.0))
-    ledger.record("k2", "m", 1, ONE)
+    ledger.record({("k", "m", 1): ONE})
+    ledger.record({("k", "m", 1): (1, 0, 0, 0, 1, 0, 0.0)})
+    ledger.record({("k", "m", 2): (1, 0, 0, 0, 0, 1, 0.0)})
+    ledger.record({("k2", "m", 1): ONE})
     await ledger.flush()
     clock.now += 86400
-    ledger.record("k", "m", 1, ONE)
+    ledger.record({("k", "m", 1): ONE})
     rows = await ledger.rows(None, None, None, None, 0, 10)
     assert [(r.key_id, r.version, r.day, r.counters.calls) for r in rows] == [
         ("k", 1, "2027-01-16", 1),
@@ -82,7 +82,7 @@ async def test_records_are_added_up_by_key_model_version_and_day(
 async def test_threads_lose_nothing_to_each_other_or_to_rolls(ledger: UsageLedger) -> None:
     def write() -> None:
         for _ in range(300):
-            ledger.record("k", "m", 1, ONE)
+            ledger.record({("k", "m", 1): ONE})
 
     with ThreadPoolExecutor(4) as pool:
         running = [asyncio.wrap_future(pool.submit(write)) for _ in range(4)]
@@ -148,12 +148,12 @@ async def test_a_segment_that_was_committed_before_the_crash_is_not_counted_agai
 async def test_servers_with_one_home_leave_each_others_segments_alone(
     database: Database, ledger: UsageLedger, tmp_path: Path
 ) -> None:
-    ledger.record("k", "m", 1, ONE)
+    ledger.record({("k", "m", 1): ONE})
     second = UsageLedger(database, tmp_path / "usage")
     await second.start()
     assert await calls(second) == 0
-    ledger.record("k", "m", 1, ONE)
-    second.record("k", "m", 1, ONE)
+    ledger.record({("k", "m", 1): ONE})
+    second.record({("k", "m", 1): ONE})
     assert await calls(ledger) == 2
     assert await calls(second) == 3
     await second.close()
@@ -165,12 +165,12 @@ async def test_records_wait_on_disk_while_the_database_is_away(
     def locked(*_: object, **__: object) -> None:
         raise Unavailable("away")
 
-    ledger.record("k", "m", 1, ONE)
+    ledger.record({("k", "m", 1): ONE})
     with monkeypatch.context() as away:
         away.setattr(Database, "begin", locked)
         with pytest.raises(Unavailable):
             await ledger.flush()
-        ledger.record("k", "m", 1, ONE)
+        ledger.record({("k", "m", 1): ONE})
         with pytest.raises(Unavailable):
             await ledger.flush()
     assert await calls(ledger) == 2
@@ -191,9 +191,9 @@ async def test_a_full_disk_costs_no_record_and_no_call(ledger: UsageLedger) -> N
     ledger._write = write
     room[0] = 75  # the second record is torn
     for _ in range(5):
-        ledger.record("k", "m", 1, ONE)
+        ledger.record({("k", "m", 1): ONE})
     assert await calls(ledger) < 5
     room[0] = 1_000_000
-    ledger.record("k", "m", 1, ONE)
+    ledger.record({("k", "m", 1): ONE})
     assert await calls(ledger) == 6
     await ledger.close()

@@ -14,12 +14,15 @@ from forebay_exporters.artefact import ExportError
 from forebay_exporters.joblib_sandbox import joblib_to_skops
 from forebay_exporters.parity import Bounds, report
 from forebay_exporters.sklearn_export import export_sklearn, load_skops
+from forebay_exporters.starters import tables
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from tests.conftest import data_folder
 
 
 @pytest.fixture
@@ -58,6 +61,37 @@ def test_a_pipeline_with_gaps_and_categories_is_the_same_in_onnx(
     assert metric["exported"] == pytest.approx(metric["original"], abs=1e-4)
     with pytest.raises(ExportError, match="already"):
         export_sklearn(model, table, tmp_path, "prices")
+
+
+def test_ranges_are_those_of_the_rows_that_describe_not_of_the_sample(
+    table: pd.DataFrame, tmp_path: Path
+) -> None:
+    train, held = table.iloc[:200], table.iloc[200:].copy()
+    held.loc[held.index[1], "rooms"] = 99.0
+    model = mixed(Ridge()).fit(train, train["rooms"])
+    folder = export_sklearn(model, held, tmp_path, "m", describing=train)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rooms = {f["name"]: f for f in manifest["tabular"]["features"]}["rooms"]
+    assert (rooms["min"], rooms["max"]) == (train["rooms"].min(), train["rooms"].max())
+    assert manifest["parity"]["samples"] == len(held)
+    with pytest.raises(ExportError, match="columns"):
+        export_sklearn(model, held, tmp_path, "n", describing=train[["rooms", "size", "town"]])
+
+
+def test_the_housing_model_says_the_ranges_of_its_training_rows(tmp_path: Path) -> None:
+    folder = data_folder()
+    if folder is None:
+        pytest.skip("no data folder: set FOREBAY_DATA, or put it at ../shared/data")
+    found = tables.housing_data(folder, tmp_path)
+    assert found is not None
+    rows = found[0].iloc[tables.split(len(found[0]))[0]]
+    made = tables.make_housing(tmp_path, tmp_path, folder, lambda *_: None)
+    manifest = json.loads((made / "manifest.json").read_text())
+    for feature in manifest["tabular"]["features"]:
+        column = rows[feature["name"]]
+        if feature["type"] == "number":
+            assert (feature["min"], feature["max"]) == (column.min(), column.max()), feature
+        assert feature["nullable"] == bool(column.isna().any()), feature
 
 
 def test_a_classifier_keeps_classes_and_probabilities(table: pd.DataFrame, tmp_path: Path) -> None:

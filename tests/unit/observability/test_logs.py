@@ -25,7 +25,7 @@ def record(message: str = "text", fields: dict[str, Any] | None = None) -> loggi
     made = logging.LogRecord("forebay.x", logging.INFO, "", 0, message, None, None)
     made.created = 1_800_000_000.25
     if fields is not None:
-        made.fields = fields
+        made.lines = [fields]
     return made
 
 
@@ -46,6 +46,14 @@ def test_fields_are_the_lines_own() -> None:
     assert line.items() >= fields.items()
     assert "message" not in line
     assert "tokens=7" in ConsoleFormatter().format(record("", fields))
+
+
+def test_calls_that_ended_together_are_lines_of_one_record() -> None:
+    made = record("")
+    made.lines = [{"code": "OK"}, {"code": "NOT_FOUND"}]
+    lines = [json.loads(t) for t in JsonFormatter().format(made).split("\n")]
+    assert [line["code"] for line in lines] == ["OK", "NOT_FOUND"]
+    assert len(ConsoleFormatter().format(made).splitlines()) == 2
 
 
 @pytest.mark.parametrize("value", ["\ud800", 2**70, object(), {1: 2}])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from forebay_server.core.batcher import BatchReport
+from forebay_server.core.generation import Tally
+from forebay_server.generation.gate import Gate
 from forebay_server.observability.metrics import Metrics
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,9 +26,8 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 def filled() -> Metrics:
     """Metrics with at least one sample each."""
     m = Metrics()
-    m.call_started("/s/M")
-    m.call_started("/s/M")
-    m.call_ended("/s/M", "OK", 0.02)
+    m.rpc.started(["/s/M", "/s/M"])
+    m.rpc.ended([("/s/M", "OK", 0.02)])
     m.rejected.labels("QUEUE_FULL").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)
@@ -37,9 +39,16 @@ def filled() -> Metrics:
     )
     m.batch_observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
-    m.watch_collections(lambda: [("c", 10, 4096)])
-    m.index_rebuilds.labels("c", "damaged").inc()
+    m.watch_collections(lambda: [("c", 1, 5)])
+    m.index_rebuilds.labels("c", "checksum").inc()
     m.documents.labels("ready").inc()
+    m.generation.first_token("m", 0.1)
+    m.generation.between_tokens("m", 0.02, 2)
+    m.generation.queued("m", 0.0)
+    m.generation.ended("m", Tally(prompt=5, completion=7), "done")
+    engine = SimpleNamespace(info=lambda: {"kv_use": 0.25})
+    client = SimpleNamespace(gate=Gate(4, 4), engine=engine)
+    m.generation.watch(lambda: [("m", "2", client)])
     return m
 
 
@@ -49,6 +58,9 @@ def test_calls_are_counted_timed_and_given_back() -> None:
     assert sample(m, "forebay_rpc_server_duration_seconds_count", **labels) == 1
     assert sample(m, "forebay_rpc_server_duration_seconds_sum", **labels) == 0.02
     assert sample(m, "forebay_rpc_server_active_requests", method="/s/M") == 1
+    bucket = "forebay_rpc_server_duration_seconds_bucket"
+    counts = [sample(m, bucket, le=le, **labels) for le in ("0.01", "0.025", "+Inf")]
+    assert counts == [0, 1, 1]
 
 
 def test_batches_are_observed_by_model_and_version() -> None:

@@ -1,0 +1,267 @@
+"""Tokens a second and time to the first token: vLLM offline, its own server, Forebay by gRPC and REST.
+
+    python -m benchmarks.generation --vllm-python .venv-vllm/bin/python
+
+One after the other in one run, on the same cores as the load; the same model, prompts and options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CONTEXT, PROMPT = 1024, 32
+MAKE = """
+import json, sys
+from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=8, head_dim=64, max_position_embeddings=1024,
+    tie_word_embeddings=True, bos_token_id=0, eos_token_id=2)
+model = LlamaForCausalLM(config)
+print(sum(p.numel() for p in model.parameters()) / 1e6)
+model.to(torch.bfloat16).save_pretrained(sys.argv[1])
+"""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def result(command: list[str], env: dict[str, str]) -> Any:
+    """The RESULT line of a command."""
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line[7:])
+    raise RuntimeError(done.stderr[-2000:])
+
+
+@contextlib.contextmanager
+def process(command: list[str], env: dict[str, str], ready: str) -> Iterator[None]:
+    """A server that is ready, ended with its children."""
+    running = subprocess.Popen(
+        command,
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(ready, timeout=2) as answer:
+                if answer.status == 200:
+                    break
+            if running.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not start")
+            time.sleep(0.5)
+        yield
+    finally:
+        running.send_signal(signal.SIGTERM)
+        try:
+            running.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+
+def prompts(streams: list[int], rounds: int) -> dict[str, Any]:
+    """Random prompts, new ones each round: no prefix is in the cache."""
+    r = random.Random(1)
+    return {
+        str(n): [
+            [[r.randrange(3, 2000) for _ in range(PROMPT)] for _ in range(n)]
+            for _ in range(rounds + 1)
+        ]
+        for n in streams
+    }
+
+
+def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
+    """All four ways for one model."""
+    streams = [1, 8, 32]
+    common = {
+        "streams": streams,
+        "rounds": a.rounds,
+        "tokens": a.tokens,
+        "prompts": prompts(streams, a.rounds),
+    }
+    options: dict[str, Any] = {"dtype": "bfloat16"} | ({"enforce_eager": True} if a.eager else {})
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONPATH": os.pathsep.join(
+            str(ROOT / p) for p in ("contract", "server", "gateway", "cli")
+        ),
+    }
+    plain = {k: v for k, v in env.items() if k != "PYTHONPATH"}
+    out: dict[str, Any] = {}
+    offline = {**common, "model": str(model), "context": CONTEXT, "options": options}
+    script = str(ROOT / "benchmarks" / "generation_offline.py")
+    out["offline"] = {
+        n: {"rates": rates}
+        for n, rates in result([str(a.vllm_python), script, json.dumps(offline)], plain).items()
+    }
+    print(name, "offline", out["offline"], flush=True)
+    load = [sys.executable, "-m", "benchmarks.generation_load"]
+    port = free_port()
+    server = [str(a.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    server += ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"]
+    server += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "64", "--dtype", "bfloat16"]
+    server += ["--enforce-eager"] if a.eager else []
+    base = f"http://127.0.0.1:{port}"
+    with process(server, plain, f"{base}/health"):
+        wanted = {**common, "kind": "sse", "target": base, "model": "m"}
+        out["vllm server"] = result([*load, json.dumps(wanted)], env)
+    print(name, "vllm server", out["vllm server"], flush=True)
+    out["forebay gRPC"], out["forebay REST"] = forebay(model, a, common, options, env, 0)
+    merged = forebay(model, a, common, options, env, 50)
+    out["forebay gRPC, 50 ms"], out["forebay REST, 50 ms"] = merged
+    print(name, out["forebay gRPC"], out["forebay REST"], flush=True)
+    return out
+
+
+def forebay(
+    model: Path,
+    a: argparse.Namespace,
+    common: dict[str, Any],
+    options: dict[str, Any],
+    env: dict[str, str],
+    interval_ms: int,
+) -> tuple[Any, Any]:
+    """By gRPC and by REST, with so much time between two messages of a stream."""
+    load = [sys.executable, "-m", "benchmarks.generation_load"]
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "models" / "m"
+        folder.mkdir(parents=True)
+        shutil.copytree(model, folder / "1")
+        lines = ["engine: vllm", f"engine_options: {json.dumps(options)}"]
+        lines.append(f"generation: {{stream_interval_ms: {interval_ms}}}")
+        (folder / "model.yaml").write_text("\n".join(lines) + "\n")
+        grpc_port, http_port = free_port(), free_port()
+        flags = {
+            **env,
+            "FOREBAY_HOME": home,
+            "FOREBAY_GRPC_PORT": str(grpc_port),
+            "FOREBAY_HTTP_PORT": str(http_port),
+            "FOREBAY_MODELS__STARTERS": "false",
+            "FOREBAY_GENERATION__VLLM_PYTHON": str(a.vllm_python),
+            "FOREBAY_OBSERVABILITY__ACCESS_LOG": "false",
+        }
+        rest = f"http://127.0.0.1:{http_port}"
+        with process([sys.executable, "-m", "forebay_cli", "up"], flags, f"{rest}/readyz"):
+            wanted = {**common, "kind": "grpc", "target": f"127.0.0.1:{grpc_port}", "model": "m"}
+            by_grpc = result([*load, json.dumps(wanted)], env)
+            wanted = {**common, "kind": "sse", "target": rest, "model": "m"}
+            by_rest = result([*load, json.dumps(wanted)], env)
+    return by_grpc, by_rest
+
+
+def table(name: str, found: dict[str, Any]) -> str:
+    """Markdown: medians over rounds."""
+    lines = [
+        f"## {name}",
+        "",
+        "| way | streams | tokens/s (median) | least - most | of offline | first token p50, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, by_streams in found.items():
+        for n, one in by_streams.items():
+            rates = one["rates"]
+            median = statistics.median(rates)
+            bar = statistics.median(found["offline"][n]["rates"])
+            first = f"{one['first_ms']:.1f}" if "first_ms" in one else ""
+            lines.append(
+                f"| {way} | {n} | {median:.0f} | {min(rates):.0f} - {max(rates):.0f} | {median / bar:.2f} | {first} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Tokens a second by streams, one panel per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), squeeze=False)
+    for axis, (name, ways) in zip(axes[0], found.items(), strict=True):
+        for way, by_streams in ways.items():
+            xs = [int(n) for n in by_streams]
+            axis.plot(
+                xs,
+                [statistics.median(v["rates"]) for v in by_streams.values()],
+                marker="o",
+                label=way,
+            )
+        axis.set(title=name, xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
+        axis.set_xticks(xs, [str(x) for x in xs])
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
+    parser.add_argument("--tiny", type=Path, default=ROOT / ".forebay" / "tiny-lm")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--eager", action="store_true", help="without vLLM's compiler")
+    parser.add_argument("--only", default="", help="one of tiny, random")
+    a = parser.parse_args()
+    a.vllm_python = a.vllm_python.absolute()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "random"
+        shutil.copytree(a.tiny, made, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        subprocess.run([str(a.vllm_python), "-c", MAKE, str(made)], check=True, capture_output=True)
+        for name, key, model in (
+            ("tiny model, 2.0M", "tiny", a.tiny),
+            ("random Llama, 27M", "random", made),
+        ):
+            if a.only in ("", key):
+                found[name] = measure(name, model, a)
+    text = "# Language models on the CPU: what the layers cost\n\n"
+    text += f"{a.rounds} rounds after one to warm up, {PROMPT} tokens in, {a.tokens} out, greedy, bfloat16; "
+    text += f"{os.cpu_count()} cores shared by engine, server and load. All ways in one run; '50 ms' is `stream_interval_ms: 50`"
+    text += ", without vLLM's compiler" if a.eager else ""
+    text += ".\nRepeat: `python -m benchmarks.generation`.\n\n"
+    text += "\n".join(table(n, f) for n, f in found.items())
+    text += "\n![tokens per second](generation.png)\n"
+    (RESULTS / "generation.md").write_text(text)
+    (RESULTS / "generation.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot(found, RESULTS / "generation.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

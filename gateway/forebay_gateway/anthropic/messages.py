@@ -1,0 +1,345 @@
+"""/v1/messages: GenerationService.Chat and ChatStream in Anthropic's shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
+from forebay.errors import ForebayError, InvalidArgument
+from forebay.methods import methods
+from forebay.v1 import generation_pb2 as pb
+from google.rpc import status_pb2
+from grpc import aio
+from starlette.requests import Request
+from starlette.responses import Response
+
+from forebay_gateway import http_errors
+from forebay_gateway.json_codec import dumps, parse_json
+from forebay_gateway.openai import fields, generation
+from forebay_gateway.upstream import ClientGone, Upstream, returned, unless_gone
+
+CHAT = methods()["/forebay.v1.GenerationService/Chat"]
+STREAM = methods()["/forebay.v1.GenerationService/ChatStream"]
+KNOWN = (
+    "model",
+    "messages",
+    "system",
+    "max_tokens",
+    "stop_sequences",
+    "temperature",
+    "top_p",
+    "top_k",
+    "tools",
+    "tool_choice",
+    "stream",
+    "metadata",
+)
+STOP = {
+    pb.FINISH_REASON_STOP: "end_turn",
+    pb.FINISH_REASON_LENGTH: "max_tokens",
+    pb.FINISH_REASON_TOOL_CALLS: "tool_use",
+    pb.FINISH_REASON_CONTENT_FILTER: "refusal",
+}
+#: HTTP status to this API's word for it.
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
+    """Errors in Anthropic's shape."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except aio.AioRpcError as e:
+            return _error(http_errors.from_rpc(e), returned(e.trailing_metadata()))
+        except ForebayError as e:
+            return _error(e.to_status(), {})
+        except ClientGone:
+            return Response(status_code=499)
+
+    return run
+
+
+def _error_body(status: status_pb2.Status) -> tuple[http_errors.HttpError, dict[str, Any]]:
+    e, _ = http_errors.error_object(generation.renamed(status))
+    kind = TYPES.get(e.status, "api_error")
+    return e, {"type": "error", "error": {"type": kind, "message": e.message}}
+
+
+def _error(status: status_pb2.Status, headers: dict[str, str]) -> Response:
+    e, body = _error_body(status)
+    return Response(
+        orjson.dumps(body),
+        status_code=e.status,
+        media_type="application/json",
+        headers={**headers, **http_errors.headers_of(e)},
+    )
+
+
+def _event(kind: str, value: dict[str, Any]) -> bytes:
+    return f"event: {kind}\n".encode() + generation.data({"type": kind, **value})
+
+
+def _error_frame(status: status_pb2.Status) -> bytes:
+    return b"event: error\n" + generation.data(_error_body(status)[1])
+
+
+def endpoint(upstream: Upstream) -> Any:
+    """POST /v1/messages."""
+
+    async def messages(request: Request) -> Response:
+        body = parse_json(await upstream.body(request))
+        message = read(body)
+        headers = dict(request.headers)
+        if "x-api-key" in headers and "authorization" not in headers:
+            headers["authorization"] = f"Bearer {headers['x-api-key']}"
+        if fields.flag(body, "stream"):
+            return await stream(upstream, headers, message)
+        call = upstream.start(CHAT, headers, message.SerializeToString())
+        data = await unless_gone(request, call)
+        answer = pb.ChatResponse.FromString(data)
+        choice = answer.choices[0]
+        reason = "stop_sequence" if choice.stop_reason else STOP.get(choice.finish_reason)
+        out = {
+            "id": answer.id.replace("chatcmpl-", "msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": answer.served_by.model,
+            "content": _content(choice.message),
+            "stop_reason": reason,
+            "stop_sequence": choice.stop_reason or None,
+            "usage": _usage(answer.generation_usage),
+        }
+        return Response(
+            dumps(out),
+            media_type="application/json",
+            headers=returned(await call.trailing_metadata()),
+        )
+
+    return guarded(messages)
+
+
+def _usage(found: pb.GenerationUsage) -> dict[str, Any]:
+    return {
+        "input_tokens": found.prompt_tokens - found.cached_tokens,
+        "output_tokens": found.completion_tokens,
+        "cache_read_input_tokens": found.cached_tokens,
+        "cache_creation_input_tokens": 0,
+    }
+
+
+def _content(message: pb.ChatMessage) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    if message.reasoning:
+        out.append({"type": "thinking", "thinking": message.reasoning, "signature": ""})
+    text = "".join(p.text for p in message.content)
+    if text:
+        out.append({"type": "text", "text": text, "citations": None})
+    for call in message.tool_calls:
+        try:
+            value = orjson.loads(call.arguments or "{}")
+        except orjson.JSONDecodeError:  # cut off by max_tokens
+            value = {}
+        out.append({"type": "tool_use", "id": call.id, "name": call.name, "input": value})
+    return out
+
+
+def read(body: dict[str, Any]) -> pb.ChatRequest:
+    """The request. Raises InvalidArgument that names what is wrong, or not supported."""
+    fields.only(body, KNOWN)
+    out = pb.ChatRequest(model=fields.text(body, "model"))
+    if body.get("max_tokens") is None:
+        raise InvalidArgument.at("max_tokens", "is required")
+    generation.sampling(
+        {k: body.get(k) for k in ("max_tokens", "temperature", "top_p", "top_k")}, out.sampling
+    )
+    if body.get("stop_sequences"):
+        out.sampling.stop.extend(fields.texts(body, "stop_sequences"))
+    metadata = body.get("metadata")
+    if isinstance(metadata, dict):
+        out.user = fields.text(metadata, "user_id", "")
+    system = body.get("system")
+    if system:
+        said = out.messages.add(role=pb.CHAT_ROLE_SYSTEM)
+        parts = [{"type": "text", "text": system}] if isinstance(system, str) else system
+        for i, part in enumerate(parts):
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise InvalidArgument.at(f"system[{i}]", "must be a text block")
+            said.content.add(text=fields.text(part, "text"))
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidArgument.at("messages", "must be a list of messages that is not empty")
+    for i, one in enumerate(messages):
+        _message(one, f"messages[{i}]", out)
+    _tools(body, out)
+    return out
+
+
+def _message(value: Any, path: str, out: pb.ChatRequest) -> None:
+    role = value.get("role") if isinstance(value, dict) else None
+    if role not in ("user", "assistant"):
+        raise InvalidArgument.at(f"{path}.role", f"is {role!r:.40}; allowed are user, assistant")
+    content = value.get("content")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(blocks, list):
+        raise InvalidArgument.at(f"{path}.content", "must be a string or a list of blocks")
+    # Results of tools come within a user's turn here; in the contract they are messages.
+    said = pb.ChatMessage(role=pb.CHAT_ROLE_USER if role == "user" else pb.CHAT_ROLE_ASSISTANT)
+    for i, block in enumerate(blocks):
+        _block(block, f"{path}.content[{i}]", said, out)
+    if said.content or said.tool_calls or said.reasoning:
+        out.messages.append(said)
+
+
+def _block(block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest) -> None:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text":
+        said.content.add(text=fields.text(block, "text"))
+    elif kind == "image":
+        source = block.get("source") or {}
+        if source.get("type") == "base64":
+            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        else:
+            url = source.get("url")
+        generation.image(url, f"{path}.source", said.content.add().image)
+    elif kind == "tool_use":
+        arguments = orjson.dumps(block.get("input") or {}).decode()
+        said.tool_calls.add(
+            id=fields.text(block, "id"), name=fields.text(block, "name"), arguments=arguments
+        )
+    elif kind == "tool_result":
+        result = out.messages.add(
+            role=pb.CHAT_ROLE_TOOL, tool_call_id=fields.text(block, "tool_use_id")
+        )
+        content = block.get("content") or ""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for i, part in enumerate(parts):
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise InvalidArgument.at(f"{path}.content[{i}]", "must be a text block")
+            result.content.add(text=fields.text(part, "text"))
+    elif kind == "thinking":
+        said.reasoning += fields.text(block, "thinking", "")
+    else:
+        raise InvalidArgument.at(f"{path}.type", f"is {kind!r:.40}, which is not supported here")
+
+
+def _tools(body: dict[str, Any], out: pb.ChatRequest) -> None:
+    for i, tool in enumerate(body.get("tools") or ()):
+        if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
+            raise InvalidArgument.at(f"tools[{i}].type", "only tools of the caller are supported")
+        schema = tool.get("input_schema") or {}
+        out.tools.add(
+            name=fields.text(tool, "name"),
+            description=fields.text(tool, "description", ""),
+            parameters=orjson.dumps(schema).decode(),
+            strict=fields.flag(tool, "strict"),
+        )
+    choice = body.get("tool_choice")
+    if choice is None:
+        return
+    modes = {
+        "auto": pb.TOOL_MODE_AUTO,
+        "any": pb.TOOL_MODE_REQUIRED,
+        "none": pb.TOOL_MODE_NONE,
+        "tool": pb.TOOL_MODE_NAMED,
+    }
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind not in modes:
+        raise InvalidArgument.at(
+            "tool_choice.type", f"is {kind!r:.40}; allowed are {', '.join(modes)}"
+        )
+    out.tool_choice.mode = modes[kind]
+    out.tool_choice.name = fields.text(choice, "name", "")
+    if fields.flag(choice, "disable_parallel_tool_use"):
+        out.parallel_tool_calls = False
+
+
+class _Blocks:
+    """Content blocks, one open at a time."""
+
+    def __init__(self) -> None:
+        self.index = -1
+        self._open: Any = None
+
+    def start(self, key: Any, block: dict[str, Any]) -> list[bytes]:
+        """Events that make the block of `key` the open one."""
+        if self._open == key:
+            return []
+        out = self.stop()
+        self.index += 1
+        self._open = key
+        out.append(_event("content_block_start", {"index": self.index, "content_block": block}))
+        return out
+
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        """A delta of the open block."""
+        return _event("content_block_delta", {"index": self.index, "delta": delta})
+
+    def stop(self) -> list[bytes]:
+        """Close the open block."""
+        if self._open is None:
+            return []
+        self._open = None
+        return [_event("content_block_stop", {"index": self.index})]
+
+
+async def stream(upstream: Upstream, headers: dict[str, str], message: pb.ChatRequest) -> Response:
+    """The answer as Anthropic's events."""
+    wrapped = pb.ChatStreamRequest(request=message)
+    call, events, first = await generation.begin(upstream, STREAM, headers, wrapped)
+    started = pb.ChatStreamResponse.FromString(first).started
+
+    async def frames() -> AsyncIterator[bytes]:
+        opening = {
+            "id": started.id.replace("chatcmpl-", "msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": started.served_by.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": started.prompt_tokens, "output_tokens": 0},
+        }
+        yield _event("message_start", {"message": opening})
+        blocks, end = _Blocks(), pb.GenerationFinish()
+        async for raw in events:
+            event = pb.ChatStreamResponse.FromString(raw)
+            kind = event.WhichOneof("event")
+            if kind == "text" and event.text.text:
+                for f in blocks.start("text", {"type": "text", "text": ""}):
+                    yield f
+                yield blocks.delta({"type": "text_delta", "text": event.text.text})
+            elif kind == "reasoning":
+                block = {"type": "thinking", "thinking": "", "signature": ""}
+                for f in blocks.start("thinking", block):
+                    yield f
+                yield blocks.delta({"type": "thinking_delta", "thinking": event.reasoning.text})
+            elif kind == "tool_call":
+                c = event.tool_call
+                block = {"type": "tool_use", "id": c.id, "name": c.name, "input": {}}
+                for f in blocks.start(("tool", c.call_index), block):
+                    yield f
+                if c.arguments:
+                    yield blocks.delta({"type": "input_json_delta", "partial_json": c.arguments})
+            elif kind == "finish":
+                end = event.finish
+            elif kind == "usage":
+                for f in blocks.stop():
+                    yield f
+                reason = "stop_sequence" if end.stop_reason else STOP.get(end.reason)
+                delta = {"stop_reason": reason, "stop_sequence": end.stop_reason or None}
+                yield _event("message_delta", {"delta": delta, "usage": _usage(event.usage)})
+        yield _event("message_stop", {})
+
+    beat = _event("ping", {})
+    return generation.event_stream(call, frames(), _error_frame, beat)

@@ -1,0 +1,323 @@
+"""/v1/chat/completions: GenerationService.Chat and ChatStream in OpenAI's shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from forebay.errors import InvalidArgument
+from forebay.methods import methods
+from forebay.v1 import generation_pb2 as pb
+from starlette.requests import Request
+from starlette.responses import Response
+
+from forebay_gateway.json_codec import dumps, parse_json
+from forebay_gateway.openai import fields, generation
+from forebay_gateway.upstream import Upstream
+
+CHAT = methods()["/forebay.v1.GenerationService/Chat"]
+STREAM = methods()["/forebay.v1.GenerationService/ChatStream"]
+KNOWN = (
+    "model",
+    "messages",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "structured_outputs",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "stream",
+    "stream_options",
+    "user",
+    "documents",
+    "chat_template_kwargs",
+    "priority",
+    "adapter",
+    "truncate_prompt",
+    *generation.SAMPLING,
+)
+ROLES = {
+    "system": pb.CHAT_ROLE_SYSTEM,
+    "developer": pb.CHAT_ROLE_SYSTEM,
+    "user": pb.CHAT_ROLE_USER,
+    "assistant": pb.CHAT_ROLE_ASSISTANT,
+    "tool": pb.CHAT_ROLE_TOOL,
+}
+MODES = {
+    "auto": pb.TOOL_MODE_AUTO,
+    "none": pb.TOOL_MODE_NONE,
+    "required": pb.TOOL_MODE_REQUIRED,
+}
+
+
+def endpoint(upstream: Upstream) -> Any:
+    """POST /v1/chat/completions."""
+
+    async def chat(request: Request) -> Response:
+        body = parse_json(await upstream.body(request))
+        message = read(body)
+        if fields.flag(body, "stream"):
+            return await stream(upstream, request, body, message)
+        if body.get("stream_options") is not None:
+            raise InvalidArgument.at("stream_options", "needs stream: true")
+        data, headers = await upstream.unary(CHAT, request, message.SerializeToString())
+        answer = pb.ChatResponse.FromString(data)
+        out = {
+            "id": answer.id,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": answer.served_by.model,
+            "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
+            "choices": [_choice(c) for c in answer.choices],
+            "usage": generation.usage(answer.generation_usage),
+        }
+        return Response(dumps(out), media_type="application/json", headers=headers)
+
+    return chat
+
+
+def read(body: dict[str, Any]) -> pb.ChatRequest:
+    """The request. Raises InvalidArgument that names what is wrong, or not supported."""
+    fields.only(body, KNOWN)
+    message = pb.ChatRequest(
+        model=fields.text(body, "model"),
+        adapter=fields.text(body, "adapter", ""),
+        user=fields.text(body, "user", ""),
+        truncate_prompt=fields.flag(body, "truncate_prompt"),
+        priority=fields.number(body, "priority") or 0,
+    )
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise InvalidArgument.at("messages", "must be a list of messages that is not empty")
+    for i, one in enumerate(given):
+        _message(one, f"messages[{i}]", message.messages.add())
+    _tools(body, message)
+    generation.response_format(body, message.response_format)
+    generation.sampling(body, message.sampling)
+    limit = generation.whole(body, "max_completion_tokens")
+    if limit is not None:
+        message.sampling.max_tokens = limit
+    top = fields.number(body, "top_logprobs")
+    if fields.flag(body, "logprobs"):
+        message.sampling.logprobs = top or 0
+    elif top is not None:
+        raise InvalidArgument.at("top_logprobs", "needs logprobs: true")
+    for i, document in enumerate(body.get("documents") or ()):
+        if not isinstance(document, dict):
+            raise InvalidArgument.at(f"documents[{i}]", "an object is needed")
+        fields.only(document, ("title", "text"))
+        message.documents.add(
+            title=fields.text(document, "title", ""), text=fields.text(document, "text")
+        )
+    values = body.get("chat_template_kwargs")
+    if values is not None:
+        message.template_values = orjson.dumps(values).decode()
+    return message
+
+
+def _message(value: Any, path: str, out: pb.ChatMessage) -> None:
+    if not isinstance(value, dict):
+        raise InvalidArgument.at(path, "an object is needed")
+    role = ROLES.get(value.get("role", ""))
+    if role is None:
+        raise InvalidArgument.at(
+            f"{path}.role", f"is {value.get('role')!r:.40}; allowed are {', '.join(ROLES)}"
+        )
+    out.role = role
+    for name in value:
+        if name not in MESSAGE_FIELDS and value[name] is not None:
+            raise InvalidArgument.at(f"{path}.{name}", "is not supported here")
+    out.name = fields.text(value, "name", "")
+    out.tool_call_id = fields.text(value, "tool_call_id", "")
+    out.reasoning = fields.text(value, "reasoning_content", "")
+    content = value.get("content")
+    if isinstance(content, str):
+        out.content.add(text=content)
+    elif isinstance(content, list):
+        for i, part in enumerate(content):
+            _part(part, f"{path}.content[{i}]", out.content.add())
+    elif content is not None:
+        raise InvalidArgument.at(f"{path}.content", "must be a string or a list of parts")
+    for i, call in enumerate(value.get("tool_calls") or ()):
+        at = f"{path}.tool_calls[{i}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise InvalidArgument.at(f"{at}.function", "is required")
+        out.tool_calls.add(
+            id=fields.text(call, "id", ""),
+            name=fields.text(function, "name"),
+            arguments=fields.text(function, "arguments", "{}"),
+        )
+
+
+MESSAGE_FIELDS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "refusal",
+    "annotations",
+)
+
+
+def _part(value: Any, path: str, out: pb.ContentPart) -> None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        out.text = fields.text(value, "text")
+    elif kind == "image_url":
+        picture = value.get("image_url")
+        url = picture.get("url") if isinstance(picture, dict) else None
+        generation.image(url, f"{path}.image_url.url", out.image)
+    else:
+        raise InvalidArgument.at(f"{path}.type", f"is {kind!r:.40}; allowed are text, image_url")
+
+
+def _tools(body: dict[str, Any], message: pb.ChatRequest) -> None:
+    for i, tool in enumerate(body.get("tools") or ()):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            raise InvalidArgument.at(f"tools[{i}]", "must be of type function, with a function")
+        parameters = function.get("parameters")
+        message.tools.add(
+            name=fields.text(function, "name"),
+            description=fields.text(function, "description", ""),
+            parameters="" if parameters is None else orjson.dumps(parameters).decode(),
+            strict=fields.flag(function, "strict"),
+        )
+    choice = body.get("tool_choice")
+    if isinstance(choice, str):
+        if choice not in MODES:
+            raise InvalidArgument.at(
+                "tool_choice", f"is {choice!r:.40}; allowed are {', '.join(MODES)}, or a tool"
+            )
+        message.tool_choice.mode = MODES[choice]
+    elif choice is not None:
+        function = choice.get("function") if isinstance(choice, dict) else None
+        if not isinstance(function, dict):
+            raise InvalidArgument.at("tool_choice.function", "is required")
+        message.tool_choice.mode = pb.TOOL_MODE_NAMED
+        message.tool_choice.name = fields.text(function, "name")
+    if body.get("parallel_tool_calls") is not None:
+        message.parallel_tool_calls = fields.flag(body, "parallel_tool_calls")
+
+
+def _choice(choice: pb.ChatChoice) -> dict[str, Any]:
+    said = choice.message
+    text = "".join(p.text for p in said.content)
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": text or (None if said.tool_calls else ""),
+        "refusal": None,
+    }
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
+    if said.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": c.id,
+                "type": "function",
+                "function": {"name": c.name, "arguments": c.arguments},
+            }
+            for c in said.tool_calls
+        ]
+    return {
+        "index": choice.index,
+        "message": message,
+        "finish_reason": generation.FINISH.get(choice.finish_reason),
+        "logprobs": {"content": _logprobs(choice.logprobs)} if choice.logprobs else None,
+    }
+
+
+def _logprobs(tokens: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "token": t.token,
+            "logprob": t.logprob,
+            "bytes": list(t.raw),
+            "top_logprobs": [
+                {"token": p.token, "logprob": p.logprob, "bytes": list(p.raw)} for p in t.top
+            ],
+        }
+        for t in tokens
+    ]
+
+
+async def stream(
+    upstream: Upstream, request: Request, body: dict[str, Any], message: pb.ChatRequest
+) -> Response:
+    """The answer as SSE chunks."""
+    with_usage = include_usage(body)
+    wrapped = pb.ChatStreamRequest(request=message)
+    call, events, first = await generation.begin(upstream, STREAM, request.headers, wrapped)
+    started = pb.ChatStreamResponse.FromString(first).started
+    answers = message.sampling.n or 1
+    base: dict[str, Any] = {
+        "id": started.id,
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": started.served_by.model,
+        "system_fingerprint": f"{started.served_by.model}@{started.served_by.version}",
+    }
+    if with_usage:
+        base["usage"] = None
+
+    def chunk(
+        index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return generation.data({**base, "choices": [choice]})
+
+    async def frames() -> AsyncIterator[bytes]:
+        for i in range(answers):
+            yield chunk(i, {"role": "assistant", "content": ""})
+        async for raw in events:
+            event = pb.ChatStreamResponse.FromString(raw)
+            kind = event.WhichOneof("event")
+            if kind == "text":
+                t = event.text
+                logprobs = {"content": _logprobs(t.logprobs)} if t.logprobs else None
+                yield chunk(t.index, {"content": t.text}, logprobs=logprobs)
+            elif kind == "reasoning":
+                yield chunk(event.reasoning.index, {"reasoning_content": event.reasoning.text})
+            elif kind == "tool_call":
+                c = event.tool_call
+                one: dict[str, Any] = {
+                    "index": c.call_index,
+                    "function": {"arguments": c.arguments},
+                }
+                if c.name:
+                    one |= {"id": c.id, "type": "function"}
+                    one["function"] = {"name": c.name, "arguments": c.arguments}
+                yield chunk(c.index, {"tool_calls": [one]})
+            elif kind == "finish":
+                yield chunk(event.finish.index, {}, generation.FINISH.get(event.finish.reason))
+            elif kind == "usage" and with_usage:
+                yield generation.data(
+                    {**base, "choices": [], "usage": generation.usage(event.usage)}
+                )
+        yield b"data: [DONE]\n\n"
+
+    return generation.event_stream(call, frames(), generation.error_frame)
+
+
+def include_usage(body: dict[str, Any]) -> bool:
+    """stream_options, of which include_usage is known."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise InvalidArgument.at("stream_options", "an object is needed")
+    for name, value in options.items():
+        if name not in ("include_usage", "include_obfuscation") or (
+            name == "include_obfuscation" and value
+        ):
+            raise InvalidArgument.at(
+                f"stream_options.{name}", "is not supported here; supported is include_usage"
+            )
+    return fields.flag(options, "include_usage")

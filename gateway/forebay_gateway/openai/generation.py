@@ -1,0 +1,222 @@
+"""What the doors to language models share: the request's parts, events, and errors' words."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import orjson
+from forebay.errors import ForebayError, InvalidArgument
+from forebay.methods import Method
+from forebay.v1 import generation_pb2 as pb
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+from starlette.responses import StreamingResponse
+
+from forebay_gateway import http_errors
+from forebay_gateway.openai import fields
+from forebay_gateway.upstream import Upstream, with_heartbeats
+
+#: Seconds of silence after which a stream says that it lives.
+HEARTBEAT_S = 10.0
+FINISH = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
+    pb.FINISH_REASON_CONTENT_FILTER: "content_filter",
+}
+#: Sampling fields that both doors of OpenAI have under the contract's names: number or whole number.
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
+WHOLE = ("n", "seed", "top_k", "min_tokens", "max_tokens")
+SAMPLING = (*NUMBERS, *WHOLE, "stop", "stop_token_ids", "ignore_eos", "logit_bias")
+#: The contract's paths in OpenAI's words.
+_PATHS = (("request.", ""), ("sampling.", ""), ("prompts", "prompt"), ("token_ids", "prompt"))
+
+
+def sampling(body: Mapping[str, Any], out: pb.Sampling) -> None:
+    """The fields that both doors have."""
+    for name in NUMBERS:
+        value = body.get(name)
+        if value is None:
+            continue
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise InvalidArgument.at(name, f"is {value!r:.40}; a number is needed")
+        setattr(out, name, value)
+    for name in WHOLE:
+        value = whole(body, name)
+        if value is not None:
+            setattr(out, name, value)
+    if body.get("stop") is not None:
+        out.stop.extend(fields.texts(dict(body), "stop"))
+    for i, value in enumerate(body.get("stop_token_ids") or ()):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InvalidArgument.at(f"stop_token_ids[{i}]", "a token id is needed")
+        out.stop_token_ids.append(value)
+    out.ignore_eos = fields.flag(dict(body), "ignore_eos")
+    biases = body.get("logit_bias") or {}
+    if not isinstance(biases, dict):
+        raise InvalidArgument.at("logit_bias", f"is a {fields.kind(biases)}; an object is needed")
+    for token, bias in biases.items():
+        if not str(token).isascii() or not str(token).isdigit() or len(str(token)) > 9:
+            raise InvalidArgument.at(f"logit_bias.{token}", "the name must be a token id")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise InvalidArgument.at(f"logit_bias.{token}", "a number is needed")
+        out.logit_bias.add(token_id=int(token), bias=bias)
+
+
+def whole(body: Mapping[str, Any], name: str) -> int | None:
+    """A whole number of up to 63 bits."""
+    value = body.get(name)
+    if value is None:
+        return None
+    limit = 2**63 if name == "seed" else 2**31
+    if not isinstance(value, int) or isinstance(value, bool) or not -limit <= value < limit:
+        raise InvalidArgument.at(name, f"is {value!r:.40}; a whole number is needed")
+    return value
+
+
+def response_format(body: Mapping[str, Any], out: pb.ResponseFormat) -> None:
+    """OpenAI's response_format, or vLLM's structured_outputs."""
+    form = body.get("response_format")
+    if form is not None:
+        if not isinstance(form, dict):
+            raise InvalidArgument.at("response_format", "an object is needed")
+        kind = form.get("type")
+        if kind == "json_object":
+            out.json_object = True
+        elif kind == "json_schema":
+            described = form.get("json_schema")
+            schema = described.get("schema") if isinstance(described, dict) else None
+            if not isinstance(schema, dict):
+                raise InvalidArgument.at("response_format.json_schema.schema", "is required")
+            out.json_schema = orjson.dumps(schema).decode()
+        elif kind != "text":
+            raise InvalidArgument.at(
+                "response_format.type",
+                f"is {kind!r:.40}; allowed are text, json_object, json_schema",
+            )
+    wanted = body.get("structured_outputs")
+    if wanted is None:
+        return
+    if not isinstance(wanted, dict) or len(wanted) != 1 or out.ByteSize():
+        raise InvalidArgument.at("structured_outputs", "must have exactly one form")
+    kind, value = next(iter(wanted.items()))
+    if kind == "json":
+        out.json_schema = value if isinstance(value, str) else orjson.dumps(value).decode()
+    elif kind == "choice":
+        out.choices.extend(fields.texts({"choice": value}, "choice"))
+    elif kind in ("regex", "grammar"):
+        setattr(out, kind, fields.text(wanted, kind))
+    else:
+        raise InvalidArgument.at(
+            f"structured_outputs.{kind}", "is not known; known are json, regex, choice, grammar"
+        )
+
+
+def image(url: Any, path: str, out: pb.ImagePart) -> None:
+    """A picture by its address, or in a data: address."""
+    if not isinstance(url, str) or not url:
+        raise InvalidArgument.at(path, "an address is needed")
+    if not url.startswith("data:"):
+        out.url = url
+        return
+    head, _, data = url[5:].partition(",")
+    if not head.endswith(";base64"):
+        raise InvalidArgument.at(path, "a data: address must be in base64")
+    try:
+        out.data = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidArgument.at(path, "is no base64") from None
+    out.media_type = head.removesuffix(";base64")
+
+
+def usage(found: pb.GenerationUsage) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": found.prompt_tokens,
+        "completion_tokens": found.completion_tokens,
+        "total_tokens": found.prompt_tokens + found.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": found.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": found.reasoning_tokens},
+    }
+
+
+def renamed(status: status_pb2.Status) -> status_pb2.Status:
+    """The status with the contract's field paths in OpenAI's words."""
+    out = status_pb2.Status()
+    out.CopyFrom(status)
+    bad = error_details_pb2.BadRequest()
+    for detail in out.details:
+        if not detail.Unpack(bad):
+            continue
+        for violation in bad.field_violations:
+            old = violation.field
+            for theirs, ours in _PATHS:
+                if violation.field.startswith(theirs):
+                    violation.field = ours + violation.field[len(theirs) :]
+            out.message = out.message.replace(f"{old}:", f"{violation.field}:")
+        detail.Pack(bad)
+    return out
+
+
+async def begin(
+    upstream: Upstream, method: Method, headers: Mapping[str, str], message: Message
+) -> tuple[Any, AsyncIterator[bytes], bytes]:
+    """Start a stream and read its first event: an error of the start is a real HTTP status."""
+    call = upstream.start(method, headers, message.SerializeToString())
+    stream = aiter(call)
+    first = await anext(stream, None)
+    return call, stream, first or b""
+
+
+def event_stream(
+    call: Any,
+    frames: AsyncIterator[bytes],
+    error_frame: Any,
+    beat: bytes = b": heartbeat\n\n",
+    headers: dict[str, str] | None = None,
+) -> StreamingResponse:
+    """SSE of the frames, with heartbeats; an error becomes the last event, never a silent end."""
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            async for frame in with_heartbeats(frames, HEARTBEAT_S, lambda: beat):
+                yield frame
+        except aio.AioRpcError as e:
+            yield error_frame(http_errors.from_rpc(e))
+        except ForebayError as e:
+            yield error_frame(e.to_status())
+        finally:
+            call.cancel()
+
+    return StreamingResponse(
+        body(),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
+    )
+
+
+def data(value: Any) -> bytes:
+    """One SSE event."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def error_frame(status: status_pb2.Status) -> bytes:
+    """The event of an error."""
+    _, body = http_errors.error_object(renamed(status))
+    return b"event: error\ndata: " + orjson.dumps(body) + b"\n\n"

@@ -1,0 +1,64 @@
+"""What many calls leave behind at once, handled once.
+
+Calls that ride in one batch end one after the other on one thread. Within `together()` their ends
+are collected, and passed on as one list when it is left: one look at a lock, one line of the usage
+journal, one hand-over to the transport, instead of one each.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Local(threading.local):
+    pending: dict[Collector[Any], list[Any]] | None = None
+
+
+_local = _Local()
+
+
+class Collector(Generic[T]):
+    """Gives `flush` all that was added on this thread within `together()`; outside of it, at once.
+
+    `flush` must not raise.
+    """
+
+    __slots__ = ("_flush",)
+
+    def __init__(self, flush: Callable[[list[T]], None]) -> None:
+        self._flush = flush
+
+    def add(self, value: T) -> None:
+        """Pass on, now or with others."""
+        pending = _local.pending
+        if pending is None:
+            self._flush([value])
+        else:
+            pending.setdefault(self, []).append(value)
+
+
+class together:  # noqa: N801: used as a function
+    """Context manager; the outermost one on a thread counts."""
+
+    __slots__ = ("_outermost",)
+
+    def __enter__(self) -> None:
+        self._outermost = _local.pending is None
+        if self._outermost:
+            _local.pending = {}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._outermost:
+            pending, _local.pending = _local.pending, None
+            for collector, values in (pending or {}).items():
+                collector._flush(values)

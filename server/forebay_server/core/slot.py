@@ -1,0 +1,461 @@
+"""One engine and its thread: cut when the slot is free, prepare, execute, finish.
+
+Two overlaps, each only where it pays:
+
+- The next batch is prepared while one executes, but only when a full batch waits: an early cut of a
+  partial batch would miss the items that arrive meanwhile.
+- Results are split and callbacks run on a second thread, but only when more work waits: a lone
+  caller would pay a thread hop (about 50 microseconds) for nothing.
+
+What goes wrong stays with those it concerns: a failing batch is bisected, a dead engine is brought
+back, and whatever a stage raises, every item of its batch is answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
+
+from forebay_server.core.collector import together
+from forebay_server.core.intake import Intake, quarantined, too_late
+from forebay_server.core.interfaces import Batch, Engine
+from forebay_server.core.queue import Cut, Entry, padded
+
+log = logging.getLogger("forebay.batcher")
+
+#: Seconds that waiting requests are kept for an engine that does not come back.
+PATIENCE_S = 5.0
+BACKOFF_S, MAX_BACKOFF_S = 0.05, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What an observer learns of a batch; times in seconds."""
+
+    rows: int
+    tokens: int
+    padded_tokens: int
+    queue_s: float
+    execute_s: float
+    queue_depth: int
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """A batch that was cut early, and its inputs in the making."""
+
+    cut: Cut
+    preparing: Future[tuple[Any, float]]
+
+
+class Slot:
+    """See the module.
+
+    Args:
+        revive: brings the engine back after it died; raises while it cannot.
+        wait: sleeps the seconds given, or less when the client closes.
+        hop_s: a stage is given to a second thread only when it takes longer than this.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        engine: Engine,
+        name: str,
+        *,
+        revive: Callable[[Engine], None],
+        wait: Callable[[float], object],
+        observer: Callable[[BatchReport], None] | None,
+        hop_s: float,
+    ) -> None:
+        self.engine = engine
+        self.thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._intake = intake
+        self._revive = revive
+        self._wait = wait
+        self._observer = observer
+        self._hop_s = hop_s
+        self._preparer = ThreadPoolExecutor(1, f"prepare {name}")
+        self._finisher = ThreadPoolExecutor(1, f"finish {name}")
+        self._finishing: Future[None] | None = None
+        self._finish_s = 0.0
+        self._ahead: _Ahead | None = None
+        self._backlog: deque[Cut] = deque()
+        #: All that was taken and is not answered for yet; `abandon` reads it from other threads.
+        self._held: dict[int, Cut] = {}
+        self._deaths = 0
+        self._proven = True
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.thread.start()
+
+    def abandon(self, error: ForebayError) -> None:
+        """Fail what the slot holds, whatever its thread does."""
+        for cut in list(self._held.values()):
+            _fail_all(cut, error)
+
+    def close(self) -> None:
+        """Close the engine, whatever its thread does. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.engine.close()
+        except Exception:
+            log.exception("closing an engine failed")
+        self._preparer.shutdown(wait=False)
+        self._finisher.shutdown(wait=False)
+
+    # The loop.
+
+    def _run(self) -> None:
+        while True:
+            cut: Cut | None = None
+            try:
+                ahead, self._ahead = self._ahead, None
+                if ahead is not None:
+                    cut = ahead.cut
+                elif self._backlog:
+                    cut = self._backlog.popleft()
+                else:
+                    cut = self._intake.take()
+                    if cut is None:
+                        break
+                    self._held[id(cut)] = cut
+                self._serve(cut, ahead.preparing if ahead is not None else None)
+            except BaseException:  # a bug of ours must not leave callers waiting
+                log.exception("serving a batch failed")
+                error = Internal("the batch could not be served")
+                if cut is not None:
+                    self._settle(cut, error)
+                else:
+                    self._intake.fail_waiting(error)
+        if self._finishing is not None:
+            self._finishing.result()
+
+    def _settle(self, cut: Cut, error: ForebayError | None = None) -> None:
+        """Nothing more will happen to a cut: none of its items may be left without an answer."""
+        if error is not None:
+            _fail_all(cut, error)
+        self._held.pop(id(cut), None)
+
+    def _serve(self, cut: Cut, preparing: Future[tuple[Any, float]] | None) -> None:
+        started = self._intake.clock()
+        if preparing is None:
+            part = self._screen(cut, started)
+        else:
+            part = cut if self._live(cut.entries, started) else None
+        if part is None:
+            self._settle(cut)
+            return
+        waited = 0.0
+        for entry in part.entries:
+            owner = entry.owner
+            queue_s = started - owner.enqueued
+            waited = max(waited, queue_s)
+            if queue_s > owner.timing.queue_s:
+                owner.timing.queue_s = queue_s
+        try:
+            inputs, prepare_s = preparing.result() if preparing else self._prepare(part.batch)
+        except BaseException as e:
+            self._failed(part, e, waited)
+            self._settle(cut)
+            return
+        if prepare_s >= self._hop_s and not self._backlog:
+            self._look_ahead()
+        before = self._intake.clock()
+        try:
+            outputs = self.engine.execute(inputs)
+        except BaseException as e:
+            self._park(e)
+            self._failed(part, e, waited)
+            self._settle(cut)
+            return
+        execute_s = self._intake.clock() - before
+        self._deliver(cut, part, outputs, (waited, prepare_s, execute_s))
+
+    def _prepare(self, batch: Batch) -> tuple[Any, float]:
+        before = self._intake.clock()
+        return self.engine.prepare(batch), self._intake.clock() - before
+
+    def _live(self, entries: list[Entry], now: float) -> list[Entry]:
+        """The entries that are wanted still; those of requests that are too late fail."""
+        live = []
+        for entry in entries:
+            owner = entry.owner
+            if owner.done():
+                continue
+            deadline = owner.request.deadline
+            if deadline is not None and deadline <= now:
+                owner.timing.queue_s = now - owner.enqueued
+                owner.fail(too_late())
+                continue
+            live.append(entry)
+        return live
+
+    def _screen(self, cut: Cut, now: float) -> Cut | None:
+        """What of a cut runs now. Suspects are put aside, to run alone after it."""
+        live = self._live(cut.entries, now)
+        quarantine = self._intake.quarantine
+        if live and not quarantine.empty:
+            clean, suspects = [], []
+            for entry in live:
+                reason = quarantine.verdict(entry.item)
+                if reason is not None:
+                    entry.owner.fail(quarantined(reason), entry.index)
+                elif len(live) > 1 and quarantine.is_suspect(entry.item):
+                    suspects.append(entry)
+                else:
+                    clean.append(entry)
+            for entry in suspects:
+                alone = self._recut([entry])
+                self._held[id(alone)] = alone
+                self._backlog.append(alone)
+            live = clean
+        if not live:
+            return None
+        return cut if len(live) == len(cut.entries) else self._recut(live)
+
+    def _look_ahead(self) -> None:
+        following = self._intake.take_full()
+        if following is None:
+            return
+        self._held[id(following)] = following
+        part = self._screen(following, self._intake.clock())
+        if part is None:
+            self._settle(following)
+            return
+        if part is not following:  # seldom: some of it was dropped or put aside
+            self._held[id(part)] = part
+            self._backlog.appendleft(part)
+            self._settle(following)
+            return
+        self._ahead = _Ahead(part, self._preparer.submit(self._prepare, part.batch))
+
+    def _park(self, error: BaseException) -> None:
+        """Let the preparation of the next batch end; a dead engine's inputs are made anew."""
+        ahead = self._ahead
+        if ahead is None:
+            return
+        try:
+            ahead.preparing.result()
+        except BaseException:
+            pass  # met again when its turn comes
+        if died(error):
+            self._ahead = None
+            self._backlog.append(ahead.cut)
+
+    # Results.
+
+    def _deliver(
+        self, cut: Cut, part: Cut, outputs: Any, times: tuple[float, float, float]
+    ) -> None:
+        if self._finishing is not None:
+            self._finishing.result()  # one batch of results at most waits for its callbacks
+            self._finishing = None
+        more = self._ahead is not None or self._intake.waiting_rows > 0
+        if more and self._finish_s >= self._hop_s:
+            self._finishing = self._finisher.submit(self._finish, cut, part, outputs, times)
+        else:
+            self._finish(cut, part, outputs, times)
+
+    def _finish(self, cut: Cut, part: Cut, outputs: Any, times: tuple[float, float, float]) -> None:
+        """Answer the items of `part`, and settle `cut`, which it came from. Never raises."""
+        before = self._intake.clock()
+        try:
+            self._answer(part, outputs, *times)
+        except BaseException:
+            log.exception("finishing a batch failed")
+            _fail_all(part, Internal("the model's answer could not be read"))
+        finally:
+            self._held.pop(id(cut), None)
+        self._finish_s = self._intake.clock() - before
+
+    def _answer(
+        self, cut: Cut, outputs: Any, waited: float, prepare_s: float, execute_s: float
+    ) -> None:
+        batch, entries = cut.batch, cut.entries
+        before = self._intake.clock()
+        results = self.engine.finish(outputs, batch)
+        if len(results) != len(entries):
+            raise RuntimeError(f"{len(results)} results for {len(entries)} items")
+        split_s = self._intake.clock() - before
+        self._deaths = 0
+        self._proven = True
+        tokens = sum(i.length * i.rows for i in batch.items)
+        rows, all_tokens = batch.rows, batch.length * batch.rows
+        self._intake.statistics.batch(rows, tokens, all_tokens, prepare_s, execute_s, split_s)
+        self._observe(BatchReport(rows, tokens, all_tokens, waited, execute_s, 0))
+        seen: set[int] = set()
+        for entry in entries:
+            owner = entry.owner
+            if id(owner) not in seen:
+                seen.add(id(owner))
+                timing = owner.timing
+                timing.prepare_s += prepare_s
+                timing.execute_s += execute_s
+                timing.finish_s += split_s
+                timing.batch_rows = rows
+                timing.batch_tokens = tokens
+        quarantine = self._intake.quarantine
+        if not quarantine.empty:
+            for entry in entries:
+                if quarantine.is_suspect(entry.item):
+                    quarantine.acquit(entry.item)
+        with together():
+            for entry, result in zip(entries, results, strict=True):
+                entry.owner.set_result(entry.index, result)
+
+    def _observe(self, report: BatchReport) -> None:
+        if self._observer is None:
+            return
+        try:
+            depth = self._intake.waiting_rows
+            self._observer(
+                BatchReport(
+                    report.rows,
+                    report.tokens,
+                    report.padded_tokens,
+                    report.queue_s,
+                    report.execute_s,
+                    depth,
+                )
+            )
+        except Exception:
+            log.exception("the observer of batches raised")
+
+    # Faults.
+
+    def _recut(self, entries: list[Entry]) -> Cut:
+        items = [e.item for e in entries]
+        longest = max(i.length for i in items)
+        rows = sum(i.rows for i in items)
+        return Cut(Batch(items, padded(self._intake.policy, longest), rows), entries)
+
+    def _failed(self, cut: Cut, error: BaseException, waited: float) -> None:
+        """A batch failed: find the guilty items, answer the others."""
+        guilty: list[tuple[Entry, BaseException]] = []
+        served = self._bisect(cut.entries, error, waited, guilty)
+        # When several fail and none succeeds, or one after the other fails alone, the engine is at
+        # fault, not the items: they are not held against their next try.
+        theirs = served or (len(guilty) == 1 and self._proven)
+        if guilty and not served:
+            self._proven = False
+        for entry, fault in guilty:
+            if isinstance(fault, InvalidArgument):
+                told: ForebayError = fault
+                reason = fault.message
+            else:
+                log.error("an item failed on %s", self._intake.name, exc_info=fault)
+                told = Internal("the model failed on this input", reason="ITEM_FAILED")
+                reason = "this input made the model fail before"
+            if theirs or isinstance(fault, InvalidArgument):
+                self._intake.quarantine.blame(entry.item, reason)
+            entry.owner.fail(told, entry.index)
+
+    def _bisect(
+        self,
+        entries: list[Entry],
+        error: BaseException,
+        waited: float,
+        guilty: list[tuple[Entry, BaseException]],
+    ) -> bool:
+        """Run halves until the items to blame are alone. True when any item was answered."""
+        if died(error):
+            self._engine_died(entries, error)
+            return False
+        if isinstance(error, ForebayError) and not isinstance(error, InvalidArgument | Internal):
+            for entry in entries:  # out of memory, say: no item's fault
+                entry.owner.fail(error)
+            return False
+        entries = self._live(entries, self._intake.clock())
+        if len(entries) == 1:
+            guilty.append((entries[0], error))
+        if len(entries) < 2:
+            return False
+        served = False
+        middle = len(entries) // 2
+        for half in (entries[:middle], entries[middle:]):
+            part = self._recut(half)
+            try:
+                inputs, prepare_s = self._prepare(part.batch)
+                before = self._intake.clock()
+                outputs = self.engine.execute(inputs)
+            except BaseException as e:
+                served |= self._bisect(half, e, waited, guilty)
+            else:
+                self._finish(
+                    part, part, outputs, (waited, prepare_s, self._intake.clock() - before)
+                )
+                served = True
+        return served
+
+    def _engine_died(self, entries: list[Entry], error: BaseException) -> None:
+        """Fail the running batch, then bring the engine back; what waits is served after that."""
+        if not self._closed:
+            quarantine = self._intake.quarantine
+            for entry in entries:
+                if entry.owner.done():
+                    continue
+                if len(entries) == 1 and quarantine.is_suspect(entry.item):
+                    quarantine.blame(entry.item, "this input killed the model's process")
+                else:
+                    quarantine.suspect(entry.item)
+        retry = getattr(error, "retry_after_s", None) or 0.5
+        told = Unavailable(str(error), reason="ENGINE_DIED", retry_after_s=retry)
+        for entry in entries:
+            entry.owner.fail(told)
+        self._restart()
+
+    def _restart(self) -> None:
+        intake = self._intake
+        intake.statistics.restarts += 1
+        self._deaths += 1
+        # An engine that dies over and over is not started at full speed.
+        delay = 0.0 if self._deaths == 1 else min(MAX_BACKOFF_S, BACKOFF_S * 2**self._deaths)
+        waited = 0.0
+        given_up = False
+        while not self._closed:
+            if delay:
+                self._wait(delay)
+                waited += delay
+            try:
+                self._revive(self.engine)
+                self.engine.check_health()
+            except BaseException as e:
+                log.error("engine %s does not come back: %s", intake.name, e)
+            else:
+                if self._closed:  # closed meanwhile: it must not outlive its slot
+                    self.engine.close()
+                if given_up:
+                    intake.set_down(self, False)
+                log.info("engine %s is back", intake.name)
+                return
+            if intake.closing.is_set():
+                error = Unavailable("the engine is down", reason="ENGINE_DIED", retry_after_s=1.0)
+                intake.fail_waiting(error)
+                return
+            if not given_up and waited >= PATIENCE_S:
+                given_up = True
+                intake.set_down(self, True)
+            delay = min(MAX_BACKOFF_S, max(BACKOFF_S, delay * 2))
+
+
+def died(error: BaseException) -> bool:
+    """Whether the engine itself is gone."""
+    return isinstance(error, Unavailable) and error.reason == "ENGINE_DIED"
+
+
+def _fail_all(cut: Cut, error: ForebayError) -> None:
+    with together():
+        for entry in cut.entries:
+            entry.owner.fail(error)

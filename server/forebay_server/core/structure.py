@@ -1,0 +1,212 @@
+"""Forms that answers must have: what grammar engines enforce, and whether an answer has it.
+
+xgrammar, which both engines on this machine use, passes over some keywords of JSON schema in
+silence. Such a schema is refused here: an answer must not look as if it were checked when it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from re import _constants, _parser  # type: ignore[attr-defined] # pyright: ignore
+from typing import Any
+
+from forebay.errors import InvalidArgument
+
+from forebay_server.core.generation import Structure
+
+#: Keywords that hold values for answers and that the grammar does not enforce.
+UNENFORCED = frozenset(
+    {
+        "contains",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+        "dependencies",
+        "dependentRequired",
+        "dependentSchemas",
+        "else",
+        "if",
+        "maxContains",
+        "minContains",
+        "multipleOf",
+        "not",
+        "propertyNames",
+        "then",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+        "uniqueItems",
+    }
+)
+#: Formats that the grammar knows; others are refused.
+FORMATS = frozenset(
+    {
+        "date",
+        "date-time",
+        "duration",
+        "email",
+        "hostname",
+        "ipv4",
+        "ipv6",
+        "json-pointer",
+        "relative-json-pointer",
+        "time",
+        "uri",
+        "uri-reference",
+        "uri-template",
+        "uuid",
+    }
+)
+_OPCODES = frozenset(code.name for code in _constants.OPCODES)
+TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+_SCHEMAS = ("items", "additionalProperties", "additionalItems")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_MAPS = ("properties", "$defs", "definitions", "patternProperties")
+MAX_DEPTH = 48
+
+
+def parse_schema(text: str, path: str) -> dict[str, Any]:
+    """A JSON schema that is an object and can be enforced. Raises InvalidArgument at `path`."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InvalidArgument.at(path, f"is not JSON: {e}") from None
+    if not isinstance(schema, dict):
+        raise InvalidArgument.at(path, "must be a JSON schema, an object")
+    return schema
+
+
+def check_enforceable(schema: Any, path: str) -> None:
+    """Raise InvalidArgument that names the first keyword the grammar would pass over."""
+    _walk(schema, path, "", 0)
+    _compile(schema, path)
+
+
+#: Parts of regular expressions that grammars can be made of.
+_REGEX = frozenset(
+    {
+        "ANY",
+        "AT",
+        "BRANCH",
+        "IN",
+        "LITERAL",
+        "MAX_REPEAT",
+        "MIN_REPEAT",
+        "NOT_LITERAL",
+        "SUBPATTERN",
+        "RANGE",
+        "NEGATE",
+        "CATEGORY",
+        "MAX_UNTIL",
+        "MIN_UNTIL",
+    }
+)
+
+
+def check_regex(pattern: str, path: str) -> None:
+    """Raise InvalidArgument unless a grammar can enforce the expression: no look-around, no
+    references back, no conditions."""
+    try:
+        parsed = _parser.parse(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise InvalidArgument.at(path, f"is no regular expression: {e}") from None
+    _walk_regex(parsed, path)
+
+
+def _walk_regex(node: Any, path: str) -> None:
+    if isinstance(node, (list, tuple, _parser.SubPattern)):
+        for one in node:
+            _walk_regex(one, path)
+    elif (name := getattr(node, "name", None)) and name in _OPCODES and name not in _REGEX:
+        raise InvalidArgument.at(
+            path,
+            f"has {name.lower()}, which the engine cannot enforce",
+            reason="REGEX_NOT_ENFORCEABLE",
+        )
+
+
+def _compile(schema: Any, path: str) -> Any:
+    import jsonschema_rs
+
+    try:
+        return jsonschema_rs.validator_for(schema)
+    except (ValueError, TypeError) as e:
+        reason = str(e).strip().splitlines()[0][:200]
+        raise InvalidArgument.at(path, f"is no valid JSON schema: {reason}") from None
+
+
+def _refuse(path: str, at: str, why: str) -> None:
+    raise InvalidArgument.at(path, f"{at or 'the schema'}: {why}", reason="SCHEMA_NOT_ENFORCEABLE")
+
+
+def _walk(schema: Any, path: str, at: str, depth: int) -> None:
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, Mapping):
+        _refuse(path, at, "is no schema")
+    if depth > MAX_DEPTH:
+        _refuse(path, at, f"is nested more than {MAX_DEPTH} deep")
+    dot = f"{at}." if at else ""
+    for keyword in schema:
+        if keyword in UNENFORCED:
+            _refuse(path, f"{dot}{keyword}", "the engine cannot enforce this keyword")
+    kinds = schema.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in TYPES:
+            known = ", ".join(sorted(TYPES))
+            _refuse(path, f"{dot}type", f"is {kind!r:.40}; allowed are {known}")
+    form = schema.get("format")
+    if form is not None and form not in FORMATS:
+        _refuse(path, f"{dot}format", f"the engine cannot enforce the format {form!r:.40}")
+    if len(schema.get("allOf", [])) > 1:
+        _refuse(path, f"{dot}allOf", "the engine cannot enforce more than one part")
+    if isinstance(schema.get("pattern"), str):
+        check_regex(schema["pattern"], path)
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and not reference.startswith("#"):
+        _refuse(path, f"{dot}$ref", "only references within the schema are followed")
+    if "patternProperties" in schema and ("properties" in schema or "required" in schema):
+        _refuse(path, f"{dot}patternProperties", "the engine cannot enforce it beside properties")
+    for name in _SCHEMAS:
+        value = schema.get(name)
+        if isinstance(value, list):
+            for i, one in enumerate(value):
+                _walk(one, path, f"{dot}{name}[{i}]", depth + 1)
+        elif value is not None:
+            _walk(value, path, f"{dot}{name}", depth + 1)
+    for name in _LISTS:
+        for i, one in enumerate(schema.get(name) or []):
+            _walk(one, path, f"{dot}{name}[{i}]", depth + 1)
+    for name in _MAPS:
+        value = schema.get(name) or {}
+        if not isinstance(value, Mapping):
+            _refuse(path, f"{dot}{name}", "must be an object")
+        for key, one in value.items():
+            _walk(one, path, f"{dot}{name}.{key}", depth + 1)
+
+
+def fault_of(structure: Structure, text: str) -> str | None:
+    """What is wrong with an answer that ended well; None when it has its form.
+
+    Grammars are not checked again: nothing here reads them but the engine.
+    """
+    if structure.kind in ("json_schema", "json_object"):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            return f"the answer is not JSON: {e}"
+        if structure.kind == "json_object":
+            return None if isinstance(value, dict) else "the answer is no JSON object"
+        validator = _compile(json.loads(str(structure.value)), "json_schema")
+        error = next(iter(validator.iter_errors(value)), None)
+        return None if error is None else f"the answer breaks the schema: {error.message[:200]}"
+    if structure.kind == "choice":
+        return None if text in structure.value else "the answer is none of the choices"
+    if structure.kind == "regex":
+        try:
+            good = re.fullmatch(str(structure.value), text, re.DOTALL) is not None
+        except re.error:  # a dialect that Python does not read; the engine has enforced it
+            return None
+        return None if good else "the answer does not match the expression"
+    return None

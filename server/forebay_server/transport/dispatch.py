@@ -1,0 +1,66 @@
+"""From calls with their bytes to the services: pipeline, parsing, checks; all per batch.
+
+Both lanes end here, so a call is treated the same whichever lane it came by.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from forebay.constraints import Validator
+from forebay.errors import ForebayError, InvalidArgument
+from google.protobuf.message import DecodeError, Message
+
+from forebay_server.core.call import Call
+from forebay_server.core.collector import together
+from forebay_server.services.base import Handler
+from forebay_server.transport.pipeline import Pipeline, guard
+
+log = logging.getLogger("forebay.transport")
+
+
+class Dispatcher:
+    """Passes calls of batched methods to their services."""
+
+    def __init__(
+        self, handlers: Mapping[str, Handler], pipeline: Pipeline, validator: Validator
+    ) -> None:
+        self._handlers = handlers
+        self._pipeline = pipeline
+        self._validator = validator
+
+    def serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
+        """Start calls, of any methods. Never raises: what goes wrong ends calls."""
+        try:
+            with together():
+                self._serve(taken)
+        except Exception:  # a thread that dies would leave every later caller waiting
+            log.exception("dispatching failed")
+            for call, _ in taken:
+                call.fail(ForebayError("internal error"))
+
+    def _serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
+        messages = {id(call): message for call, message in taken}
+        by_path: dict[str, list[Call]] = {}
+        for call in self._pipeline.begin([call for call, _ in taken]):
+            try:
+                call.request = parse(call.method.request, messages[id(call)])
+                self._validator.check(call.request)
+            except ForebayError as e:
+                call.fail(e)
+                continue
+            by_path.setdefault(call.method.path, []).append(call)
+        for path, calls in by_path.items():
+            function = self._handlers[path].function
+            guard(lambda f=function, c=calls: f(c), calls)
+
+
+def parse(kind: type[Message], data: bytes) -> Message:
+    """The message of these bytes. Raises InvalidArgument when they are none."""
+    try:
+        return cast(Message, kind.FromString(data))
+    except DecodeError:
+        name = kind.DESCRIPTOR.full_name
+        raise InvalidArgument.at("request", f"the bytes are not a {name} message") from None

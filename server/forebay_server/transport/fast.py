@@ -1,0 +1,187 @@
+"""The fast lane: the Rust extension `forebay_native` terminates gRPC, and hands over all calls of
+batched methods that wait, as one list. It passes all other calls to the ordinary lane.
+
+Its sources are in server/native. Without it the ordinary lane serves alone: all works, only slower.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+from forebay.errors import DeadlineExceeded, QueueFull
+from forebay.settings import GrpcSettings
+
+from forebay_server.core.call import Call
+from forebay_server.core.collector import Collector
+from forebay_server.services.base import Handler
+from forebay_server.transport.dispatch import Dispatcher
+from forebay_server.transport.inbox import MAX_TAKE
+from forebay_server.transport.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    import forebay_native
+
+log = logging.getLogger("forebay.transport")
+
+_CODES = {code.name: int(code.value[0]) for code in grpc.StatusCode}  # type: ignore[index]
+
+
+def available() -> bool:
+    """Whether the extension is installed."""
+    return importlib.util.find_spec("forebay_native") is not None
+
+
+class FastLane:
+    """Listens on the server's port.
+
+    Args:
+        ordinary: path of the ordinary lane's Unix socket.
+
+    Raises:
+        OSError: it cannot listen there.
+        ValueError: the TLS files are not what they should be.
+    """
+
+    def __init__(
+        self,
+        settings: GrpcSettings,
+        handlers: Mapping[str, Handler],
+        pipeline: Pipeline,
+        dispatcher: Dispatcher,
+        ordinary: str,
+    ) -> None:
+        import forebay_native
+
+        self._settings = settings
+        self._pipeline = pipeline
+        self._dispatcher = dispatcher
+        self._methods = [h.method for h in handlers.values() if h.method.batched]
+        full = QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
+        self._server = forebay_native.Server(
+            settings.address,
+            [m.path for m in self._methods],
+            ordinary,
+            threads=settings.transport_threads,
+            max_message_bytes=settings.max_message_bytes,
+            max_header_bytes=settings.max_header_bytes,
+            max_connections=settings.max_connections,
+            max_streams=settings.max_streams,
+            max_waiting_calls=settings.max_waiting_calls,
+            max_waiting_bytes=settings.max_waiting_bytes,
+            keepalive_s=settings.keepalive_s,
+            keepalive_timeout_s=settings.keepalive_timeout_s,
+            max_age_s=settings.max_connection_age_s,
+            age_grace_s=settings.drain_s,
+            receive_timeout_s=settings.receive_timeout_s,
+            overload=(full.message, full.to_status().SerializeToString()),
+            tls=_tls(settings),
+        )
+        self.port = self._server.port
+        self._ended: Collector[Call] = Collector(self._end)
+        self._ending = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"fast-ingest-{i}", daemon=True)
+            for i in range(settings.ingest_threads)
+        ]
+        if settings.tls_key is not None:
+            self._threads.append(threading.Thread(target=self._reload_tls, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def drain(self, timeout_s: float) -> None:
+        """Stop listening, and answer what has been accepted. Blocks."""
+        if not self._server.drain(timeout_s):
+            log.warning("%d connections were still open", self.stats()["connections"])
+
+    def close(self) -> None:
+        """End connections and threads."""
+        self._ending.set()
+        self._server.close()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters of the transport; see forebay_native.pyi."""
+        return self._server.stats()
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            taken, gone = self._server.take(MAX_TAKE, 1.0)
+            for call, late in gone:
+                assert isinstance(call, Call)
+                error = DeadlineExceeded("the deadline passed during the call", stage="server")
+                call.cancel(error if late else None)
+            if taken:
+                self._dispatcher.serve([(self._call(native), native.message) for native in taken])
+
+    def _call(self, native: forebay_native.Call) -> Call:
+        now = time.monotonic()
+        left = native.time_left
+        call = Call(
+            self._methods[native.method],
+            native.metadata,
+            started=now - native.waited,
+            deadline=None if left is None else now + left,
+            peer=native.peer,
+            on_end=self._ended.add,
+        )
+        call.origin = native
+        native.set_owner(call)
+        return call
+
+    def _end(self, calls: list[Call]) -> None:
+        """Send the answers of calls that ended together."""
+        self._pipeline.end(calls)
+        answers = []
+        for call in calls:
+            error = call.error
+            if error is None:
+                answers.append((call.origin, 0, call.payload, "", call.trailers))
+            else:
+                details = error.to_status().SerializeToString()
+                code = _CODES[error.code]
+                answers.append((call.origin, code, details, error.message, call.trailers))
+        self._server.answer(cast(Any, answers))
+
+    def _reload_tls(self) -> None:
+        """Take renewed certificates without a restart."""
+        seen = _stamps(self._settings)
+        while not self._ending.wait(self._settings.tls_reload_s):
+            stamps = _stamps(self._settings)
+            if stamps == seen:
+                continue
+            try:
+                files = _tls(self._settings)
+                if files is not None:
+                    self._server.set_tls(*files)
+            except (OSError, ValueError) as e:  # half written, say: try again
+                log.warning("the new TLS files are not usable yet: %s", e)
+                continue
+            seen = stamps
+            log.info("TLS certificates reloaded")
+
+
+def _files(settings: GrpcSettings) -> list[Path]:
+    every = (settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    return [p for p in every if p is not None]
+
+
+def _stamps(settings: GrpcSettings) -> list[int]:
+    try:
+        return [p.stat().st_mtime_ns for p in _files(settings)]
+    except OSError:
+        return []
+
+
+def _tls(settings: GrpcSettings) -> tuple[bytes, bytes, bytes | None] | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
+    return settings.tls_certificate.read_bytes(), settings.tls_key.read_bytes(), ca

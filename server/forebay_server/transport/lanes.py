@@ -1,0 +1,151 @@
+"""Both lanes of the transport on one port, from listening to the orderly end.
+
+With the extension, the fast lane has the port, and the ordinary lane a Unix socket behind it.
+Without, the ordinary lane has the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import grpc
+from forebay.constraints import Validator
+from forebay.settings import GrpcSettings
+from grpc import aio
+
+from forebay_server.access.idempotency import IdempotencyStore
+from forebay_server.services.base import Handler
+from forebay_server.transport.dispatch import Dispatcher
+from forebay_server.transport.fast import FastLane, available
+from forebay_server.transport.inbox import Inbox
+from forebay_server.transport.ordinary import OrdinaryLane
+from forebay_server.transport.pipeline import Pipeline
+
+
+def choose(settings: GrpcSettings) -> Literal["fast", "ordinary"]:
+    """The lane that serves the port. Raises OSError when the one asked for is not installed."""
+    if settings.lane == "fast" and not available():
+        raise OSError("grpc.lane is 'fast', but the extension forebay_native is not installed")
+    return "ordinary" if settings.lane == "ordinary" or not available() else "fast"
+
+
+class Lanes:
+    """The server's gRPC port."""
+
+    def __init__(
+        self,
+        settings: GrpcSettings,
+        handlers: Mapping[str, Handler],
+        pipeline: Pipeline,
+        validator: Validator,
+        idempotency: IdempotencyStore,
+    ) -> None:
+        self.lane = choose(settings)
+        self.port = 0
+        self._settings = settings
+        self._handlers = handlers
+        self._pipeline = pipeline
+        self._dispatcher = Dispatcher(handlers, pipeline, validator)
+        self._inbox = Inbox(self._dispatcher, settings.ingest_threads)
+        self._ordinary = OrdinaryLane(
+            handlers,
+            pipeline,
+            self._inbox,
+            validator,
+            idempotency,
+            asyncio.get_running_loop(),
+            behind=self.lane == "fast",
+        )
+        self._grpc: aio.Server | None = None
+        self._fast: FastLane | None = None
+        self._folder: str | None = None
+
+    async def start(self, servicers: Iterable[Any]) -> None:
+        """Listen.
+
+        Args:
+            servicers: functions that add standard services (health, reflection) to a server.
+
+        Raises:
+            OSError: the address is taken, or the TLS files cannot be read.
+        """
+        s = self._settings
+        server = self._grpc = aio.server(options=self._options())
+        server.add_generic_rpc_handlers((self._ordinary,))
+        for add in servicers:
+            add(server)
+        if self.lane == "ordinary":
+            self.port = self._bind(server, s.address, self._credentials())
+            await server.start()
+            return
+        # Its name is short: a socket's path has 107 bytes at most.
+        self._folder = tempfile.mkdtemp(prefix="forebay-")
+        socket = str(Path(self._folder, "ordinary.sock"))
+        self._bind(server, f"unix:{socket}", None)
+        await server.start()
+        self._fast = FastLane(s, self._handlers, self._pipeline, self._dispatcher, socket)
+        self.port = self._fast.port
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        assert self._grpc is not None
+        await self._grpc.wait_for_termination()
+
+    async def stop(self) -> None:
+        """Refuse new calls, answer those that were accepted, close."""
+        assert self._grpc is not None
+        drain_s = self._settings.drain_s
+        if self._fast is not None:
+            # First: the ordinary lane still serves what the fast lane's connections bring.
+            await asyncio.to_thread(self._fast.drain, drain_s)
+            await self._grpc.stop(0.2)  # streams that are open still hear of the end
+            await asyncio.to_thread(self._fast.close)
+        else:
+            await self._grpc.stop(drain_s)
+        await asyncio.to_thread(self._inbox.close)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters of the fast lane; empty without it."""
+        return self._fast.stats() if self._fast is not None else {}
+
+    def _options(self) -> list[tuple[str, int]]:
+        s = self._settings
+        options = [
+            ("grpc.max_receive_message_length", s.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", int(s.keepalive_s * 1000)),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.so_reuseport", 0),
+        ]
+        if s.max_connection_age_s and self.lane == "ordinary":
+            options.append(("grpc.max_connection_age_ms", int(s.max_connection_age_s * 1000)))
+            options.append(("grpc.max_connection_age_grace_ms", int(s.drain_s * 1000)))
+        return options
+
+    def _bind(
+        self, server: aio.Server, address: str, credentials: grpc.ServerCredentials | None
+    ) -> int:
+        with contextlib.suppress(RuntimeError):
+            if credentials is not None:
+                return server.add_secure_port(address, credentials)
+            return server.add_insecure_port(address)
+        raise OSError(f"cannot listen on {address}")
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        s = self._settings
+        if s.tls_certificate is None or s.tls_key is None:
+            return None
+        roots = s.tls_client_ca.read_bytes() if s.tls_client_ca else None
+        return grpc.ssl_server_credentials(
+            [(s.tls_key.read_bytes(), s.tls_certificate.read_bytes())],
+            root_certificates=roots,
+            require_client_auth=roots is not None,
+        )

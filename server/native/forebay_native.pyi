@@ -1,0 +1,86 @@
+"""The fast lane: gRPC over HTTP/2 that gives Python all waiting calls of some methods as batches."""
+
+from collections.abc import Sequence
+
+__version__: str
+
+class Call:
+    """One unary call, ended by `Server.answer`. Forgotten unended, it is UNAVAILABLE."""
+
+    @property
+    def method(self) -> int:
+        """Index into the server's `methods`."""
+    @property
+    def message(self) -> bytes:
+        """The request, without framing and compression."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The caller's text metadata; the last value of a repeated key."""
+    @property
+    def peer(self) -> str:
+        """`ipv4:address:port`, `ipv6:[address]:port` or `unix:`."""
+    @property
+    def waited(self) -> float:
+        """Seconds since the request was there in whole."""
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the deadline, negative when it has passed; None without one."""
+    def set_owner(self, owner: object) -> None:
+        """What `Server.take` names when this call is gone."""
+
+class Server:
+    """Listens as soon as it is made.
+
+    Args:
+        address: `host:port` (port 0 = any) or `unix:path`.
+        methods: paths of the methods that `take` gives; calls of others go to `ordinary`.
+        ordinary: path of the Unix socket of a gRPC server that serves all methods.
+        overload: message and serialised google.rpc.Status of the refusal (RESOURCE_EXHAUSTED) when
+            too much waits.
+        tls: contents of PEM files: certificate chain, key, authority of client certificates.
+
+    Raises:
+        OSError: it cannot listen there.
+        ValueError: the TLS files are not what they should be.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        methods: Sequence[str],
+        ordinary: str,
+        *,
+        threads: int,
+        max_message_bytes: int,
+        max_header_bytes: int,
+        max_connections: int,
+        max_streams: int,
+        max_waiting_calls: int,
+        max_waiting_bytes: int,
+        keepalive_s: float,
+        keepalive_timeout_s: float,
+        max_age_s: float,
+        age_grace_s: float,
+        receive_timeout_s: float,
+        overload: tuple[str, bytes],
+        tls: tuple[bytes, bytes, bytes | None] | None = None,
+    ) -> None: ...
+    @property
+    def port(self) -> int:
+        """The port in force; 0 for a Unix socket."""
+    def take(self, most: int, timeout_s: float) -> tuple[list[Call], list[tuple[object, bool]]]:
+        """Wait for calls. Also gives the owners of calls that were taken and are gone, with True
+        for those whose deadline passed, False for those that the client left."""
+    @staticmethod
+    def answer(answers: Sequence[tuple[Call, int, bytes, str, Sequence[tuple[str, str]]]]) -> None:
+        """End calls: (call, code, data, message, trailers). For code 0 the data is the response;
+        else it is a serialised google.rpc.Status or empty. Ends of calls that ended are ignored."""
+    def set_tls(self, certificate: bytes, key: bytes, client_ca: bytes | None = None) -> None:
+        """For connections from now on. Raises ValueError, and keeps the old ones."""
+    def drain(self, timeout_s: float) -> bool:
+        """Stop listening, send GOAWAY, wait for running calls. True when all connections ended."""
+    def close(self) -> None:
+        """End what is left. Idempotent."""
+    def stats(self) -> dict[str, int]:
+        """connections, refused_connections, waiting_calls, held_bytes, refused_calls,
+        abandoned_calls."""

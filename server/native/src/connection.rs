@@ -1,0 +1,288 @@
+//! One HTTP/2 connection: which lane each of its calls takes, and how it ends.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{sleep, timeout, timeout_at};
+
+use crate::frame::Receiver;
+use crate::inbox::{Call, Gone, Outcome, Reservation};
+use crate::metadata;
+use crate::ordinary::Ordinary;
+use crate::reply::{Reply, answer, plain, refusal};
+use crate::server::{Phase, Shared, Stream};
+use crate::status::{Code, Refusal};
+
+/// After the deadline, the time for Python to say where the call was when it passed.
+const LATE_GRACE: Duration = Duration::from_secs(1);
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Answers that one stream may have unsent.
+const SEND_BUFFER: usize = 1 << 20;
+
+/// Serves the connection until its end.
+pub async fn serve(
+    stream: Box<dyn Stream>,
+    peer: &str,
+    shared: &Arc<Shared>,
+    mut phase: watch::Receiver<Phase>,
+) {
+    let config = &shared.config;
+    let greeted = Arc::new(AtomicBool::new(false));
+    let stream = Greeted {
+        stream,
+        heard: greeted.clone(),
+        read: 0,
+    };
+    let ordinary = Arc::new(Ordinary::new(config.ordinary.clone(), peer));
+    let peer: Arc<str> = peer.into();
+    let service = service_fn(|request| {
+        let (shared, ordinary, peer) = (shared.clone(), ordinary.clone(), peer.clone());
+        async move { Ok::<_, Infallible>(route(request, &shared, &ordinary, peer).await) }
+    });
+    let mut connection = std::pin::pin!(
+        http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .auto_date_header(false) // gRPC has none
+            .max_concurrent_streams(config.max_streams)
+            .max_header_list_size(config.max_header_bytes)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            .keep_alive_interval(config.keepalive)
+            .keep_alive_timeout(config.keepalive_timeout)
+            .serve_connection(TokioIo::new(stream), service)
+    );
+    let age = config
+        .max_age
+        .map(|age| jittered(age, Arc::as_ptr(&ordinary).addr()));
+    let mut end_of_age = std::pin::pin!(sleep(age.unwrap_or(Duration::MAX)));
+    let mut greeting = std::pin::pin!(sleep(config.receive_timeout));
+    let mut unsure = true;
+    let mut ending = false;
+    loop {
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = &mut greeting, if unsure => {
+                if !greeted.load(Ordering::Relaxed) {
+                    return; // opened, and never spoke HTTP/2
+                }
+                unsure = false;
+            }
+            () = &mut end_of_age, if age.is_some() => {
+                if ending {
+                    return; // the grace is over too
+                }
+                ending = true;
+                connection.as_mut().graceful_shutdown();
+                end_of_age.as_mut().reset(tokio::time::Instant::now() + config.age_grace);
+            }
+            changed = phase.changed(), if !ending => {
+                if changed.is_err() || *phase.borrow() == Phase::Draining {
+                    ending = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    }
+}
+
+/// Up to a tenth more, so that connections that came together do not leave together.
+fn jittered(age: Duration, seed: usize) -> Duration {
+    let share = (seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48) as u32 & 0xff;
+    age + age / 10 * share / 256
+}
+
+async fn route(
+    request: Request<Incoming>,
+    shared: &Arc<Shared>,
+    ordinary: &Ordinary,
+    peer: Arc<str>,
+) -> Response<Reply> {
+    let Some(&method) = shared.methods.get(request.uri().path()) else {
+        return ordinary.pass(request).await;
+    };
+    let kind = request
+        .headers()
+        .get(CONTENT_TYPE)
+        .map_or(&b""[..], |v| v.as_bytes());
+    if request.method() != Method::POST || !kind.starts_with(b"application/grpc") {
+        return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE);
+    }
+    match fast(method, request, shared, peer).await {
+        Ok(outcome) => answer(outcome),
+        Err(error) => refusal(error.trailers()),
+    }
+}
+
+/// A call of the fast lane, from its headers to its outcome.
+async fn fast(
+    method: u32,
+    request: Request<Incoming>,
+    shared: &Arc<Shared>,
+    peer: Arc<str>,
+) -> Result<Outcome, Refusal> {
+    let (head, body) = request.into_parts();
+    let deadline = metadata::timeout(&head.headers).and_then(|t| Instant::now().checked_add(t));
+    let receiving = receive(body, &head.headers, shared);
+    let (message, _held) = match timeout(shared.config.receive_timeout, receiving).await {
+        Ok(received) => received?,
+        Err(_) => {
+            return Err(Refusal::new(
+                Code::DeadlineExceeded,
+                "the request did not come in whole",
+            ));
+        }
+    };
+    let (call, answer) = Call::new(method, message, head.headers, deadline, peer);
+    if !shared.inbox.put(call.clone()) {
+        return Err(shared.config.overload.clone());
+    }
+    let leaving = Leaving {
+        shared,
+        call: &call,
+    };
+    let outcome = wait(answer, deadline, &leaving).await;
+    drop(leaving);
+    outcome
+}
+
+async fn wait(
+    mut answer: oneshot::Receiver<Outcome>,
+    deadline: Option<Instant>,
+    leaving: &Leaving<'_>,
+) -> Result<Outcome, Refusal> {
+    let gone = |_| Refusal::new(Code::Unavailable, "the server is shutting down");
+    let Some(deadline) = deadline else {
+        return answer.await.map_err(gone);
+    };
+    if let Ok(outcome) = timeout_at(deadline.into(), &mut answer).await {
+        return outcome.map_err(gone);
+    }
+    leaving.shared.inbox.leave(leaving.call, Gone::Late);
+    match timeout(LATE_GRACE, answer).await {
+        Ok(outcome) => outcome.map_err(gone),
+        Err(_) => Err(Refusal::new(Code::DeadlineExceeded, "the deadline passed")),
+    }
+}
+
+async fn receive(
+    mut body: Incoming,
+    headers: &HeaderMap,
+    shared: &Arc<Shared>,
+) -> Result<(Bytes, [Option<Reservation>; 2]), Refusal> {
+    let limit = shared.config.max_message_bytes;
+    let gzip = metadata::is_gzip(headers);
+    let mut receiver = Receiver::new(limit, gzip);
+    let mut held = None;
+    let overload = || shared.config.overload.clone();
+    loop {
+        let next = std::future::poll_fn(|c| Pin::new(&mut body).poll_frame(c)).await;
+        let Some(frame) = next else { break };
+        let broken = |_| Refusal::new(Code::Unavailable, "the request broke off");
+        let Ok(piece) = frame.map_err(broken)?.into_data() else {
+            continue;
+        };
+        receiver.push(piece)?;
+        if let (None, Some(size)) = (&held, receiver.expected()) {
+            held = Some(shared.inbox.reserve(size).ok_or_else(overload)?);
+        }
+    }
+    let message = receiver.finish()?;
+    // What compression hid counts too.
+    let unpacked = if gzip {
+        Some(shared.inbox.reserve(message.len()).ok_or_else(overload)?)
+    } else {
+        None
+    };
+    Ok((message, [held, unpacked]))
+}
+
+/// Dropped with the call's future: when the client resets the stream, or the connection ends.
+struct Leaving<'a> {
+    shared: &'a Shared,
+    call: &'a Arc<Call>,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.shared.inbox.leave(self.call, Gone::Cancelled);
+    }
+}
+
+/// Notices whether as much as HTTP/2's opening words have come.
+struct Greeted {
+    stream: Box<dyn Stream>,
+    heard: Arc<AtomicBool>,
+    read: usize,
+}
+
+const OPENING: usize = 24;
+
+impl AsyncRead for Greeted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if self.read < OPENING {
+            self.read += buffer.filled().len() - before;
+            if self.read >= OPENING {
+                self.heard.store(true, Ordering::Relaxed);
+            }
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Greeted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

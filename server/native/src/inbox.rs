@@ -1,0 +1,329 @@
+//! Where calls wait for Python, and where Python hears of those that nobody waits for any more.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+
+use crate::status::{Code, Refusal};
+
+/// How a call ends.
+#[derive(Debug)]
+pub struct Outcome {
+    /// None for an error: then the trailers say which.
+    pub payload: Option<Bytes>,
+    pub trailers: HeaderMap,
+}
+
+const WAITING: u8 = 0;
+const TAKEN: u8 = 1;
+const DROPPED: u8 = 2;
+
+/// One call between the connection that it came by and Python.
+pub struct Call {
+    /// Index into the server's list of methods.
+    pub method: u32,
+    pub message: Bytes,
+    pub headers: HeaderMap,
+    pub received: Instant,
+    pub deadline: Option<Instant>,
+    pub peer: Arc<str>,
+    /// Whatever Python wants to find again when it hears that the call is gone.
+    pub owner: Mutex<Option<Box<dyn Any + Send>>>,
+    state: AtomicU8,
+    answer: Mutex<Option<oneshot::Sender<Outcome>>>,
+}
+
+impl Call {
+    pub fn new(
+        method: u32,
+        message: Bytes,
+        headers: HeaderMap,
+        deadline: Option<Instant>,
+        peer: Arc<str>,
+    ) -> (Arc<Self>, oneshot::Receiver<Outcome>) {
+        let (sender, receiver) = oneshot::channel();
+        let call = Self {
+            method,
+            message,
+            headers,
+            received: Instant::now(),
+            deadline,
+            peer,
+            owner: Mutex::new(None),
+            state: AtomicU8::new(WAITING),
+            answer: Mutex::new(Some(sender)),
+        };
+        (Arc::new(call), receiver)
+    }
+
+    /// Ends the call. False when it has ended before, or when nobody waits.
+    pub fn end(&self, outcome: Outcome) -> bool {
+        let sender = self.answer.lock().take();
+        sender.is_some_and(|s| s.send(outcome).is_ok())
+    }
+
+    fn answered(&self) -> bool {
+        self.answer.lock().is_none()
+    }
+}
+
+/// Why Python hears of a call again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// The client reset the call, or its connection ended.
+    Cancelled,
+    /// The deadline passed.
+    Late,
+}
+
+/// What `take` gives: calls that start, and calls that were taken and are gone.
+pub type Taken = (Vec<Arc<Call>>, Vec<(Arc<Call>, Gone)>);
+
+/// Bounds of all that waits at once, over all connections.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Calls that wait for Python.
+    pub calls: usize,
+    /// Bytes of messages, those that are on their way included.
+    pub bytes: usize,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Arc<Call>>,
+    gone: Vec<(Arc<Call>, Gone)>,
+    closed: bool,
+}
+
+/// See the module.
+pub struct Inbox {
+    bounds: Bounds,
+    state: Mutex<State>,
+    ready: Condvar,
+    bytes: AtomicUsize,
+    /// Calls that were refused because too many waited.
+    pub refused: AtomicUsize,
+    /// Calls whose client left before Python took them.
+    pub abandoned: AtomicUsize,
+}
+
+impl Inbox {
+    pub fn new(bounds: Bounds) -> Self {
+        Self {
+            bounds,
+            state: Mutex::default(),
+            ready: Condvar::new(),
+            bytes: AtomicUsize::new(0),
+            refused: AtomicUsize::new(0),
+            abandoned: AtomicUsize::new(0),
+        }
+    }
+
+    /// Room for `more` bytes of messages, given back when the value is dropped. None when full.
+    pub fn reserve(self: &Arc<Self>, more: usize) -> Option<Reservation> {
+        let before = self.bytes.fetch_add(more, Ordering::Relaxed);
+        let reservation = Reservation {
+            inbox: self.clone(),
+            bytes: more,
+        };
+        if before + more > self.bounds.bytes {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(reservation)
+    }
+
+    /// Hands a call over. False when too many wait.
+    pub fn put(&self, call: Arc<Call>) -> bool {
+        let mut state = self.state.lock();
+        if state.closed || state.waiting.len() >= self.bounds.calls {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        state.waiting.push_back(call);
+        if state.waiting.len() == 1 {
+            self.ready.notify_one();
+        }
+        true
+    }
+
+    /// Says that nobody waits for this call's answer, or that it is late.
+    pub fn leave(&self, call: &Arc<Call>, why: Gone) {
+        if call.answered() {
+            return;
+        }
+        if why == Gone::Cancelled
+            && call
+                .state
+                .compare_exchange(WAITING, DROPPED, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok()
+        {
+            self.abandoned.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let mut state = self.state.lock();
+        state.gone.push((call.clone(), why));
+        if state.gone.len() == 1 {
+            self.ready.notify_one();
+        }
+    }
+
+    /// Waits for calls; empty after `timeout`, or when closed.
+    pub fn take(&self, most: usize, timeout: Duration) -> Taken {
+        let until = Instant::now() + timeout;
+        let mut state = self.state.lock();
+        loop {
+            let mut taken = Vec::with_capacity(most.min(state.waiting.len()));
+            while taken.len() < most {
+                let Some(call) = state.waiting.pop_front() else {
+                    break;
+                };
+                let was = call.state.compare_exchange(
+                    WAITING,
+                    TAKEN,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                );
+                if was.is_ok() {
+                    taken.push(call);
+                }
+            }
+            if !state.waiting.is_empty() {
+                self.ready.notify_one();
+            }
+            let gone = std::mem::take(&mut state.gone);
+            if !taken.is_empty() || !gone.is_empty() || state.closed {
+                return (taken, gone);
+            }
+            if self.ready.wait_until(&mut state, until).timed_out() && state.waiting.is_empty() {
+                return Taken::default();
+            }
+        }
+    }
+
+    /// No more calls: those that wait end as UNAVAILABLE.
+    pub fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        let error = Refusal::new(Code::Unavailable, "the server is shutting down");
+        for call in state.waiting.drain(..) {
+            call.end(Outcome {
+                payload: None,
+                trailers: error.trailers(),
+            });
+        }
+        self.ready.notify_all();
+    }
+
+    /// Calls that wait.
+    pub fn waiting(&self) -> usize {
+        self.state.lock().waiting.len()
+    }
+
+    /// Bytes of messages that are held.
+    pub fn held(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// See `Inbox::reserve`.
+pub struct Reservation {
+    inbox: Arc<Inbox>,
+    bytes: usize,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.inbox.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
+        Call::new(
+            0,
+            Bytes::from_static(b"m"),
+            HeaderMap::new(),
+            None,
+            "".into(),
+        )
+    }
+
+    fn inbox(calls: usize) -> Arc<Inbox> {
+        Arc::new(Inbox::new(Bounds { calls, bytes: 100 }))
+    }
+
+    #[test]
+    fn calls_come_out_in_order_and_within_the_bound() {
+        let inbox = inbox(2);
+        let calls: Vec<_> = (0..3).map(|_| call()).collect();
+        let put: Vec<_> = calls.iter().map(|(c, _)| inbox.put(c.clone())).collect();
+        assert_eq!(put, [true, true, false]);
+        let (first, _) = inbox.take(1, Duration::ZERO);
+        let (second, _) = inbox.take(9, Duration::ZERO);
+        assert!(Arc::ptr_eq(&first[0], &calls[0].0) && Arc::ptr_eq(&second[0], &calls[1].0));
+        assert_eq!(inbox.refused.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn who_leaves_early_never_reaches_python_and_who_leaves_late_is_told() {
+        let inbox = inbox(9);
+        let (early, _e) = call();
+        let (late, _l) = call();
+        inbox.put(early.clone());
+        inbox.leave(&early, Gone::Cancelled);
+        inbox.put(late.clone());
+        let (taken, gone) = inbox.take(9, Duration::ZERO);
+        assert!(taken.len() == 1 && Arc::ptr_eq(&taken[0], &late) && gone.is_empty());
+        inbox.leave(&late, Gone::Cancelled);
+        let (taken, gone) = inbox.take(9, Duration::ZERO);
+        assert!(taken.is_empty() && gone.len() == 1 && gone[0].1 == Gone::Cancelled);
+    }
+
+    #[test]
+    fn an_answer_counts_once() {
+        let (call, mut answer) = call();
+        let outcome = || Outcome {
+            payload: None,
+            trailers: HeaderMap::new(),
+        };
+        assert!(call.end(outcome()) && !call.end(outcome()));
+        assert!(answer.try_recv().is_ok());
+        let inbox = inbox(1);
+        inbox.leave(&call, Gone::Cancelled);
+        assert!(
+            inbox.take(1, Duration::ZERO).1.is_empty(),
+            "it has its answer"
+        );
+    }
+
+    #[test]
+    fn bytes_are_bounded_and_given_back() {
+        let inbox = inbox(1);
+        let held = inbox.reserve(60).unwrap();
+        assert!(inbox.reserve(60).is_none());
+        assert_eq!(inbox.held(), 60);
+        drop(held);
+        assert!(inbox.reserve(100).is_some());
+    }
+
+    #[test]
+    fn close_wakes_whoever_waits() {
+        let inbox = inbox(1);
+        let other = inbox.clone();
+        let waiter = std::thread::spawn(move || other.take(1, Duration::from_secs(60)));
+        inbox.close();
+        assert!(waiter.join().unwrap().0.is_empty());
+        assert!(!inbox.put(call().0));
+    }
+}

@@ -1,0 +1,83 @@
+//! Status codes, and how a status looks on the wire.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+
+pub const STATUS: HeaderName = HeaderName::from_static("grpc-status");
+pub const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+pub const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+/// What gRPC does not let stand as it is; all that is not ASCII is escaped too.
+const ESCAPED: &AsciiSet = &CONTROLS.add(b'%').add(0x7f);
+
+/// The codes that this crate itself answers with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Code {
+    InvalidArgument = 3,
+    DeadlineExceeded = 4,
+    ResourceExhausted = 8,
+    Unimplemented = 12,
+    Unavailable = 14,
+}
+
+/// An error that is answered here, without Python.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    pub code: Code,
+    pub message: String,
+    /// A serialised google.rpc.Status; may be empty.
+    pub details: Vec<u8>,
+}
+
+impl Refusal {
+    pub fn new(code: Code, message: &str) -> Self {
+        Self {
+            code,
+            message: message.to_owned(),
+            details: Vec::new(),
+        }
+    }
+
+    pub fn trailers(&self) -> HeaderMap {
+        trailers(
+            self.code as u8,
+            &self.message,
+            &self.details,
+            HeaderMap::new(),
+        )
+    }
+}
+
+/// The status as trailers, added to `more`.
+pub fn trailers(code: u8, message: &str, details: &[u8], mut more: HeaderMap) -> HeaderMap {
+    more.insert(STATUS, HeaderValue::from(u16::from(code)));
+    if !message.is_empty() {
+        let text = utf8_percent_encode(message, ESCAPED).to_string();
+        if let Ok(value) = HeaderValue::try_from(text) {
+            more.insert(MESSAGE, value);
+        }
+    }
+    if !details.is_empty()
+        && let Ok(value) = HeaderValue::try_from(STANDARD_NO_PAD.encode(details))
+    {
+        more.insert(DETAILS, value);
+    }
+    more
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_text_makes_a_header() {
+        let t = trailers(3, "ü 100%\n\u{1F4A7}", b"\x00\xff", HeaderMap::new());
+        assert_eq!(t[STATUS], "3");
+        assert_eq!(t[MESSAGE], "%C3%BC 100%25%0A%F0%9F%92%A7");
+        assert_eq!(t[DETAILS], "AP8");
+        let ok = trailers(0, "", b"", HeaderMap::new());
+        assert_eq!((ok.len(), &ok[STATUS]), (1, &HeaderValue::from_static("0")));
+    }
+}

@@ -1,0 +1,357 @@
+"""GenerationService through the wire, on the embedded engine with the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from forebay.v1 import generation_pb2 as pb
+from forebay.v1 import generation_pb2_grpc as rpc
+from forebay.v1 import usage_pb2, usage_pb2_grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from tests.conftest import Live, Start
+from tests.integration.language_models import openvino_models
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+    return start(openvino_models(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def stub(tiny: Live) -> rpc.GenerationServiceStub:
+    return rpc.GenerationServiceStub(tiny.channel)
+
+
+def user(text: str, **kwargs: Any) -> pb.ChatRequest:
+    """A conversation of one message; sampling fields as keywords."""
+    message = pb.ChatMessage(role=pb.CHAT_ROLE_USER, content=[pb.ContentPart(text=text)])
+    sampling = pb.Sampling(**{"temperature": 0, "max_tokens": 64, **kwargs})
+    return pb.ChatRequest(messages=[message], sampling=sampling)
+
+
+def text_of(choice: pb.ChatChoice) -> str:
+    return "".join(p.text for p in choice.message.content)
+
+
+def violations(error: grpc.RpcError) -> dict[str, str]:
+    details = dict(error.trailing_metadata())["grpc-status-details-bin"]  # type: ignore[attr-defined]
+    bad = error_details_pb2.BadRequest()
+    for detail in status_pb2.Status.FromString(details).details:
+        if detail.Unpack(bad):
+            return {v.field: v.description for v in bad.field_violations}
+    return {}
+
+
+def refused(call: Any) -> dict[str, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
+    return violations(caught.value)
+
+
+def test_a_chat_is_answered_whole(stub: rpc.GenerationServiceStub) -> None:
+    answer = stub.Chat(user("Who are you?"))
+    assert text_of(answer.choices[0]) == "I am a tiny test model."
+    assert answer.choices[0].finish_reason == pb.FINISH_REASON_STOP
+    assert (answer.served_by.model, answer.served_by.version) == ("tiny", 1)
+    used = answer.generation_usage
+    assert answer.usage.tokens == used.prompt_tokens + used.completion_tokens
+    assert used.prompt_tokens > 5 < used.completion_tokens
+
+
+def test_a_stream_says_the_same_in_typed_deltas(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Count to 20", max_tokens=600, ignore_eos=True)
+    whole = stub.Chat(request)
+    events = list(stub.ChatStream(pb.ChatStreamRequest(request=request)))
+    kinds = [e.WhichOneof("event") for e in events]
+    assert kinds[0] == "started" and kinds[-2:] == ["finish", "usage"]
+    assert kinds.count("text") > 3, "a stream that comes in one piece is none"
+    texts = [e.text for e in events if e.HasField("text")]
+    assert "".join(t.text for t in texts) == text_of(whole.choices[0])
+    assert events[-1].usage == whole.generation_usage
+    assert events[0].started.prompt_tokens == whole.generation_usage.prompt_tokens
+
+
+def test_max_tokens_ends_an_answer_with_length(stub: rpc.GenerationServiceStub) -> None:
+    answer = stub.Chat(user("Count to 20", max_tokens=5))
+    assert answer.choices[0].finish_reason == pb.FINISH_REASON_LENGTH
+    assert answer.generation_usage.completion_tokens == 5
+
+
+def test_stop_strings_end_an_answer_before_them(stub: rpc.GenerationServiceStub) -> None:
+    answer = stub.Chat(user("Count to 20", stop=["6 7", "never"]))
+    assert text_of(answer.choices[0]) == "1 2 3 4 5 "
+    assert answer.choices[0].stop_reason == "6 7"
+    assert answer.choices[0].finish_reason == pb.FINISH_REASON_STOP
+
+
+def test_logprobs_are_those_of_the_tokens(stub: rpc.GenerationServiceStub) -> None:
+    choice = stub.Chat(user("Hello", logprobs=0)).choices[0]
+    assert "".join(t.token for t in choice.logprobs) == text_of(choice)
+    assert all(t.logprob <= 0 for t in choice.logprobs)
+    assert refused(lambda: stub.Chat(user("Hello", logprobs=5))) == {
+        "sampling.logprobs": "is 5; this model's engine gives the likeliest 0 at most"
+    }
+
+
+def test_n_answers_are_numbered_and_seeds_repeat(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Repeat: one two three", n=3, temperature=1.5, seed=7)
+    first, second = stub.Chat(request), stub.Chat(request)
+    assert [c.index for c in first.choices] == [0, 1, 2]
+    assert [text_of(c) for c in first.choices] == [text_of(c) for c in second.choices]
+    assert len({text_of(c) for c in first.choices}) > 1
+
+
+def test_structured_output_has_its_form(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Answer in JSON: Anna lives in Rome.", max_tokens=200)
+    request.response_format.json_schema = json.dumps(WEATHER)
+    value = json.loads(text_of(stub.Chat(request).choices[0]))
+    assert set(value) == {"city"}
+    request.response_format.CopyFrom(pb.ResponseFormat(choices=["yes", "no", "maybe"]))
+    assert text_of(stub.Chat(request).choices[0]) in ("yes", "no", "maybe")
+    request.response_format.CopyFrom(pb.ResponseFormat(regex="[a-f]{4}-[0-9]{3}"))
+    said = text_of(stub.Chat(request).choices[0])
+    assert len(said) == 8 and said[4] == "-"
+
+
+def test_schemas_that_cannot_be_enforced_are_refused(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Hello")
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 5}}}
+    request.response_format.json_schema = json.dumps(schema)
+    said = refused(lambda: stub.Chat(request))
+    assert "properties.a.multipleOf" in said["response_format.json_schema"]
+    request.response_format.json_schema = '{"type": "objekt"}'
+    assert "objekt" in refused(lambda: stub.Chat(request))["response_format.json_schema"]
+    request.response_format.json_object = True
+    assert "response_format.json_object" in refused(lambda: stub.Chat(request))
+    bad = user("Hello")
+    bad.response_format.regex = "([a-z"
+    assert refused(lambda: stub.Chat(bad))
+
+
+def test_a_required_tool_is_called_and_its_arguments_stream(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    request = user("What is the weather in Paris?", max_tokens=200)
+    request.tools.add(name="get_weather", parameters=json.dumps(WEATHER))
+    request.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+    request.parallel_tool_calls = False
+    call = stub.Chat(request).choices[0]
+    assert call.finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    assert [c.name for c in call.message.tool_calls] == ["get_weather"]
+    arguments = call.message.tool_calls[0].arguments
+    assert set(json.loads(arguments)) == {"city"}
+    pieces = [
+        e.tool_call
+        for e in stub.ChatStream(pb.ChatStreamRequest(request=request))
+        if e.HasField("tool_call")
+    ]
+    assert pieces[0].name == "get_weather" and pieces[0].id
+    assert not any(p.name or p.id for p in pieces[1:])
+    assert "".join(p.arguments for p in pieces) == arguments
+
+
+def test_tools_and_their_choice_are_checked(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Hello")
+    request.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+    assert "tool_choice.mode" in refused(lambda: stub.Chat(request))
+    request.tools.add(name="f", parameters="{")
+    assert "tools[0].parameters" in refused(lambda: stub.Chat(request))
+    request.tools[0].parameters = ""
+    request.tool_choice.CopyFrom(pb.ToolChoice(mode=pb.TOOL_MODE_NAMED, name="g"))
+    assert refused(lambda: stub.Chat(request)) == {"tool_choice.name": "is 'g'; the tools are f"}
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    request = user("word " * 3000)
+    said = refused(lambda: stub.Chat(request))["messages"]
+    assert "2048" in said
+    said = refused(lambda: stub.Chat(user("Hello", max_tokens=2048)))["sampling.max_tokens"]
+    assert "2048" in said and "together" in said
+    stream = pb.ChatStreamRequest(request=request)
+    assert "request.messages" in refused(lambda: list(stub.ChatStream(stream)))
+
+
+def test_a_long_conversation_is_cut_when_asked_for(stub: rpc.GenerationServiceStub) -> None:
+    request = pb.ChatRequest(
+        truncate_prompt=True, sampling=pb.Sampling(temperature=0, max_tokens=32)
+    )
+    request.messages.add(role=pb.CHAT_ROLE_SYSTEM, content=[pb.ContentPart(text="Be brief.")])
+    for _ in range(6):
+        request.messages.add(role=pb.CHAT_ROLE_USER, content=[pb.ContentPart(text="word " * 400)])
+        request.messages.add(role=pb.CHAT_ROLE_ASSISTANT, content=[pb.ContentPart(text="ok")])
+    request.messages.add(role=pb.CHAT_ROLE_USER, content=[pb.ContentPart(text="Who are you?")])
+    answer = stub.Chat(request)
+    assert answer.dropped_messages > 0 and answer.dropped_messages % 2 == 0
+    assert answer.generation_usage.prompt_tokens <= 2048 - 32
+
+
+def test_images_and_adapters_that_the_model_lacks_are_refused(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    request = user("Hello")
+    request.messages[0].content.add(image=pb.ImagePart(data=b"\x89PNG123"))
+    assert "messages[0].content" in refused(lambda: stub.Chat(request))
+    other = user("Hello")
+    other.adapter = "law"
+    assert refused(lambda: stub.Chat(other)) == {
+        "adapter": "is 'law'; this model's adapters are none"
+    }
+    biased = user("Hello")
+    biased.sampling.logit_bias.add(token_id=5, bias=3)
+    assert "sampling.logit_bias" in refused(lambda: stub.Chat(biased))
+
+
+def test_completions_of_several_prompts_and_ids(stub: rpc.GenerationServiceStub) -> None:
+    sampling = pb.Sampling(temperature=0, max_tokens=8, n=2)
+    request = pb.CompleteRequest(prompts=["The origin", "To be"], sampling=sampling, echo=True)
+    answer = stub.Complete(request)
+    assert [c.index for c in answer.completions] == [0, 1, 2, 3]
+    assert answer.completions[0].text.startswith("The origin")
+    assert answer.completions[2].text.startswith("To be")
+    assert answer.generation_usage.completion_tokens == 32
+    streamed = ["", "", "", ""]
+    for event in stub.CompleteStream(pb.CompleteStreamRequest(request=request)):
+        if event.HasField("text"):
+            streamed[event.text.index] += event.text.text
+    assert streamed == [c.text for c in answer.completions]
+    by_ids = pb.CompleteRequest(token_ids=[{"ids": [5, 6, 7]}], sampling=sampling)
+    assert len(stub.Complete(by_ids).completions) == 2
+    by_ids.token_ids[0].ids.append(99999)
+    assert "99999" in refused(lambda: stub.Complete(by_ids))["token_ids[0].ids"]
+    assert refused(lambda: stub.Complete(pb.CompleteRequest()))
+
+
+def usage_tokens(live: Live) -> tuple[int, int]:
+    stub = usage_pb2_grpc.UsageServiceStub(live.channel)
+    rows = stub.ListUsage(usage_pb2.ListUsageRequest(model="tiny")).rows
+    return sum(r.counters.tokens for r in rows), sum(r.counters.cancelled for r in rows)
+
+
+def test_a_cancelled_stream_stops_the_work_and_is_counted(
+    tiny: Live, stub: rpc.GenerationServiceStub
+) -> None:
+    before, cancelled = usage_tokens(tiny)
+    request = user("Count to 30", max_tokens=1500)
+    request.sampling.ignore_eos = True
+    call = stub.ChatStream(pb.ChatStreamRequest(request=request))
+    seen = 0
+    prompt = next(call).started.prompt_tokens
+    for event in call:
+        seen += event.text.tokens
+        if seen > 20:
+            break
+    call.cancel()
+    client = tiny.server.repository.loaded[("tiny", 1)].client
+    deadline = time.monotonic() + 10
+    while client.gate.running or client.engine.info()["running"]:
+        assert time.monotonic() < deadline, "the work goes on without its client"
+        time.sleep(0.02)
+    after, now_cancelled = usage_tokens(tiny)
+    assert now_cancelled == cancelled + 1
+    assert prompt + seen <= after - before < prompt + 1500
+
+
+def test_a_deadline_ends_the_work(tiny: Live, stub: rpc.GenerationServiceStub) -> None:
+    request = user("Hello", max_tokens=1900)
+    request.sampling.ignore_eos = True
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Chat(request, timeout=0.5)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    client = tiny.server.repository.loaded[("tiny", 1)].client
+    deadline = time.monotonic() + 10
+    while client.engine.info()["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_many_streams_at_once_with_half_of_them_cancelled(
+    tiny: Live, stub: rpc.GenerationServiceStub
+) -> None:
+    client = tiny.server.repository.loaded[("tiny", 1)].client
+
+    def one(i: int) -> str:
+        request = user(f"Count to {3 + i % 27}", max_tokens=100, ignore_eos=True)
+        call = stub.ChatStream(pb.ChatStreamRequest(request=request))
+        for n, event in enumerate(call):
+            if i % 2 and n == i % 3:
+                call.cancel()
+                return "cancelled"
+            last = event
+        return last.WhichOneof("event")
+
+    with ThreadPoolExecutor(60) as pool:
+        ends = list(pool.map(one, range(120)))
+    assert ends[::2] == ["usage"] * 60
+    assert ends[1::2] == ["cancelled"] * 60
+    deadline = time.monotonic() + 20
+    while client.gate.running or client.gate.waiting or client.engine.info()["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_kill_9_is_a_clean_error_and_the_next_call_succeeds(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    live = start(openvino_models(tmp_path_factory.mktemp("killed")))
+    stub = rpc.GenerationServiceStub(live.channel)
+    engine = live.server.repository.loaded[("tiny", 1)].client.engine
+    request = user("Count to 30", max_tokens=1900, ignore_eos=True)
+    call = stub.ChatStream(pb.ChatStreamRequest(request=request))
+    next(call)
+    pid = engine.info()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert text_of(stub.Chat(user("Who are you?"), timeout=60).choices[0]).startswith("I am")
+    assert engine.info()["pid"] != pid
+
+
+def test_one_keys_flood_does_not_starve_another(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    live = start(
+        openvino_models(tmp_path_factory.mktemp("fair"), running=2), auth__required="always"
+    )
+    keys = [live.run(live.server.keys.create(n, ("infer",)))[1] for n in ("flood", "lone")]
+    stub = rpc.GenerationServiceStub(live.channel)
+    request = user("Count to 30", max_tokens=60, ignore_eos=True)
+    order: list[str] = []
+    lock = threading.Lock()
+
+    def one(name: str, key: str) -> None:
+        stub.Chat(request, metadata=[("authorization", f"Bearer {key}")], timeout=100)
+        with lock:
+            order.append(name)
+
+    with ThreadPoolExecutor(64) as pool:
+        flood = [pool.submit(one, "flood", keys[0]) for _ in range(60)]
+        client = live.server.repository.loaded[("tiny", 1)].client
+        while client.gate.waiting < 30:
+            time.sleep(0.01)
+        lone = pool.submit(one, "lone", keys[1])
+        lone.result(60)
+        ahead = order.index("lone")
+        for f in flood:
+            f.result(100)
+    done_before = ahead
+    assert done_before < 40, f"{done_before} calls of the flood went first"

@@ -1,0 +1,333 @@
+"""The real SDKs of OpenAI, Anthropic and LangChain, unchanged, through the gateway."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel, Field
+
+from tests.conftest import Live, Start
+from tests.integration.language_models import openvino_models
+from tests.integration.test_gateway import Gateway
+
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+HELLO: Any = [{"role": "user", "content": "Who are you?"}]
+SAID = "I am a tiny test model."
+
+
+@pytest.fixture(scope="module")
+def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+    return start(openvino_models(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def gateway(tiny: Live) -> Iterator[Gateway]:
+    running = Gateway(tiny.target)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
+        yield sdk
+
+
+def test_openai_chat_whole(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0)
+    assert answer.choices[0].message.content == SAID
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.model == "tiny" and answer.system_fingerprint == "tiny@1"
+
+
+def test_openai_chat_stream_with_usage_and_logprobs(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            temperature=0,
+            stream=True,
+            logprobs=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == SAID
+    tokens = [
+        t.token
+        for c in chunks
+        if c.choices and c.choices[0].logprobs
+        for t in c.choices[0].logprobs.content or ()
+    ]
+    assert "".join(tokens) == SAID
+    assert chunks[-1].usage is not None and not chunks[-1].choices
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_openai_stream_helper_accumulates_tool_calls(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="tiny",
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[TOOL],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+    ) as stream:
+        kinds = [event.type for event in stream]
+        answer = stream.get_final_completion()
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert "tool_calls.function.arguments.done" in kinds
+    calls = answer.choices[0].message.tool_calls
+    assert calls and calls[0].function.name == "get_weather"
+    assert set(json.loads(calls[0].function.arguments)) == {"city"}
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_openai_tool_round_trip(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    first = client.chat.completions.create(
+        model="tiny", messages=messages, tools=[TOOL], tool_choice=named, temperature=0
+    )
+    said = first.choices[0].message
+    assert said.tool_calls
+    messages += [
+        said.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "sunny 20"},
+    ]
+    second = client.chat.completions.create(
+        model="tiny", messages=messages, tools=[TOOL], temperature=0, max_tokens=40
+    )
+    assert second.choices[0].message.content
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=120)
+
+
+def test_openai_structured_output_helper(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="tiny",
+        messages=[
+            {"role": "user", "content": "Answer in JSON: Anna is 31 years old and lives in Rome."}
+        ],
+        response_format=Person,
+        temperature=0,
+    )
+    parsed = answer.choices[0].message.parsed
+    assert isinstance(parsed, Person)
+
+
+def test_openai_completions_whole_and_streamed(client: openai.OpenAI) -> None:
+    kwargs: Any = {"model": "tiny", "prompt": ["The origin", "To be"], "temperature": 0}
+    whole = client.completions.create(**kwargs, echo=True, logprobs=0)
+    assert [c.index for c in whole.choices] == [0, 1]
+    assert whole.choices[0].text.startswith("The origin")
+    assert whole.choices[0].logprobs is not None
+    texts = {0: "", 1: ""}
+    for chunk in client.completions.create(**kwargs, stream=True, echo=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == {c.index: c.text for c in whole.choices}
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"temperature": 9}, "temperature"),
+        ({"max_tokens": 99999}, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+)
+def test_openai_errors_name_the_field(client: openai.OpenAI, extra: Any, param: str) -> None:
+    body = {"model": "tiny", "messages": HELLO, **extra}
+    for stream in (False, True):
+        if stream and "stream_options" in extra:
+            continue
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.post("/chat/completions", body={**body, "stream": stream}, cast_to=object)
+        assert caught.value.param == param, caught.value.message
+
+
+def test_openai_unknown_models_are_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-9", messages=HELLO)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-9", messages=HELLO, stream=True)
+
+
+def test_langchain(gateway: Gateway) -> None:
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(
+        base_url=f"{gateway.url}/v1", api_key="none", model="tiny", temperature=0, max_retries=0
+    )
+    assert model.invoke("Who are you?").content == SAID
+    assert "".join(str(c.content) for c in model.stream("Who are you?")) == SAID
+    called = model.bind_tools([TOOL], tool_choice="required", parallel_tool_calls=False).invoke(
+        "What is the weather in Paris?"
+    )
+    assert called.tool_calls[0]["name"] == "get_weather"
+    person = model.with_structured_output(Person, method="json_schema").invoke(
+        "Answer in JSON: Anna is 31 years old and lives in Rome."
+    )
+    assert isinstance(person, Person)
+
+
+def test_anthropic_messages(gateway: Gateway) -> None:
+    sdk = anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+    answer = sdk.messages.create(
+        model="tiny",
+        max_tokens=50,
+        messages=HELLO,
+        extra_body={"temperature": 0},
+        system="You are a helpful assistant.",
+    )
+    assert answer.content[0].type == "text" and answer.content[0].text
+    assert answer.stop_reason == "end_turn" and answer.usage.output_tokens > 3
+    with sdk.messages.stream(
+        model="tiny", max_tokens=50, messages=HELLO, extra_body={"temperature": 0}
+    ) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text == SAID
+    assert final.stop_reason == "end_turn" and final.usage.output_tokens > 3
+    tool: Any = {
+        "name": "get_weather",
+        "input_schema": TOOL["function"]["parameters"],
+    }
+    question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    with sdk.messages.stream(
+        model="tiny",
+        max_tokens=100,
+        messages=question,
+        tools=[tool],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        extra_body={"temperature": 0},
+    ) as stream:
+        final = stream.get_final_message()
+    assert final.stop_reason == "tool_use"
+    used = next(b for b in final.content if b.type == "tool_use")
+    assert used.name == "get_weather" and set(used.input) == {"city"}  # type: ignore[arg-type]
+    question += [
+        {"role": "assistant", "content": [b.model_dump(exclude_none=True) for b in final.content]},
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": used.id, "content": "sunny"}],
+        },
+    ]
+    after = sdk.messages.create(
+        model="tiny", max_tokens=30, messages=question, tools=[tool], extra_body={"temperature": 0}
+    )
+    assert after.content
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        sdk.messages.create(model="tiny", max_tokens=50, messages=HELLO, service_tier="auto")
+    assert "service_tier" in str(caught.value)
+    with pytest.raises(anthropic.NotFoundError):
+        sdk.messages.create(model="claude-9", max_tokens=50, messages=HELLO)
+
+
+def test_rest_streams_are_server_sent_events(gateway: Gateway) -> None:
+    request = {
+        "messages": [{"role": "CHAT_ROLE_USER", "content": [{"text": "Who are you?"}]}],
+        "sampling": {"temperature": 0},
+    }
+    answer = gateway.http.post("/api/v1/generation:chat", json=request).json()
+    assert answer["choices"][0]["message"]["content"][0]["text"] == SAID
+    body = {"request": request}
+    with gateway.http.stream("POST", "/api/v1/generation:chatStream", json=body) as stream:
+        events = [json.loads(x[6:]) for x in stream.iter_lines() if x.startswith("data: ")]
+    assert "".join(e["text"]["text"] for e in events if "text" in e) == SAID
+
+
+def test_a_browser_that_leaves_ends_the_stream(gateway: Gateway, tiny: Live) -> None:
+    body = {
+        "model": "tiny",
+        "messages": HELLO,
+        "stream": True,
+        "max_tokens": 1900,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body) as stream:
+        next(stream.iter_lines())
+    client = tiny.server.repository.loaded[("tiny", 1)].client
+    import time
+
+    deadline = time.monotonic() + 10
+    while client.gate.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_budgets_and_rates_are_429_with_a_true_wait(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import time
+
+    from forebay_server.access.keys import Limits
+
+    live = start(openvino_models(tmp_path_factory.mktemp("keys")), auth__required="always")
+
+    def key(limits: Limits) -> str:
+        return live.run(live.server.keys.create("k", ("infer", "read"), limits=limits))[1]
+
+    door = Gateway(live.target)
+    body = {"model": "tiny", "messages": HELLO, "temperature": 0}
+    try:
+        rated = {"authorization": f"Bearer {key(Limits(requests_per_second=2, burst=1))}"}
+        assert door.http.post("/v1/chat/completions", json=body, headers=rated).status_code == 200
+        refused = door.http.post("/v1/chat/completions", json=body, headers=rated)
+        assert refused.status_code == 429
+        wait = int(refused.headers["retry-after-ms"]) / 1e3
+        assert 0 < wait <= 0.5 and int(refused.headers["retry-after"]) >= wait
+        time.sleep(wait)
+        assert door.http.post("/v1/chat/completions", json=body, headers=rated).status_code == 200
+
+        bound = {"authorization": f"Bearer {key(Limits(budget_tokens=100, budget_period='day'))}"}
+        first = door.http.post("/v1/chat/completions", json=body, headers=bound)
+        used = first.json()["usage"]["total_tokens"]
+        standing = door.http.get("/api/v1/usage:budget", headers=bound).json()
+        assert (standing["spent_tokens"], standing["reserved_tokens"]) == (used, 0)
+        assert standing["spent_money"] > 0
+        long = {**body, "max_tokens": 99}
+        spent = door.http.post("/v1/chat/completions", json=long, headers=bound)
+        assert spent.status_code == 429 and spent.json()["error"]["code"] == "budget_spent"
+        midnight = 86400 - time.time() % 86400
+        assert abs(int(spent.headers["retry-after"]) - midnight) < 5
+        # An answer without a length of its own is held to what is left.
+        counting = {**body, "messages": [{"role": "user", "content": "Count to 30"}]}
+        held = door.http.post(
+            "/v1/chat/completions", json={**counting, "ignore_eos": True}, headers=bound
+        )
+        assert held.json()["choices"][0]["finish_reason"] == "length"
+        assert used + held.json()["usage"]["total_tokens"] == 100
+    finally:
+        door.stop()

@@ -1,0 +1,120 @@
+"""Models behind an OpenAI-compatible server: another Forebay, by its gateway."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from forebay.v1 import generation_pb2 as pb
+from forebay.v1 import generation_pb2_grpc as rpc
+
+from tests.conftest import Live, Start
+from tests.integration.language_models import openvino_models
+from tests.integration.test_gateway import Gateway
+from tests.integration.test_generation import WEATHER, refused, text_of, user
+from tests.integration.test_llm_doors import SAID
+
+
+@pytest.fixture(scope="module")
+def behind(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    live = start(openvino_models(tmp_path_factory.mktemp("behind")))
+    gateway = Gateway(live.target)
+    yield gateway
+    gateway.stop()
+
+
+def nobody() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+
+
+def put(root: Path, name: str, options: dict[str, Any]) -> None:
+    folder = root / name
+    (folder / "1").mkdir(parents=True)
+    manifest = {"task": "generation", "generation": {"context_length": 2048}}
+    (folder / "1" / "manifest.json").write_text(json.dumps(manifest))
+    config = {
+        "engine": "openai",
+        "engine_options": options,
+        "generation": {"prices": {"prompt": 1.0, "completion": 2.0}},
+    }
+    (folder / "model.yaml").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def front(behind: Gateway, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+    root = tmp_path_factory.mktemp("front")
+    good = {"base_url": f"{behind.url}/v1", "model": "tiny"}
+    put(root, "far", good)
+    put(root, "chain", {"base_url": nobody(), "model": "x", "retries": 0, "fallbacks": [good]})
+    put(root, "lost", {"base_url": nobody(), "model": "x", "retries": 0})
+    put(root, "wrong", {"base_url": good["base_url"], "model": "gpt-9"})
+    return start(root)
+
+
+@pytest.fixture(scope="module")
+def stub(front: Live) -> rpc.GenerationServiceStub:
+    return rpc.GenerationServiceStub(front.channel)
+
+
+def to(model: str, request: pb.ChatRequest) -> pb.ChatRequest:
+    request.model = model
+    return request
+
+
+def test_chats_streams_and_usage_come_from_the_upstream(stub: rpc.GenerationServiceStub) -> None:
+    answer = stub.Chat(to("far", user("Who are you?")))
+    assert text_of(answer.choices[0]) == SAID
+    assert answer.served_by.model == "far"
+    assert answer.generation_usage.prompt_tokens > 5
+    request = pb.ChatStreamRequest(request=to("far", user("Who are you?")))
+    events = list(stub.ChatStream(request))
+    assert "".join(e.text.text for e in events) == SAID
+    assert events[-1].usage == answer.generation_usage
+    completion = stub.Complete(
+        pb.CompleteRequest(
+            model="far", prompts=["The"], sampling=pb.Sampling(max_tokens=5, temperature=0)
+        )
+    )
+    assert completion.generation_usage.completion_tokens == 5
+
+
+def test_tools_and_forms_pass_through(stub: rpc.GenerationServiceStub) -> None:
+    request = to("far", user("What is the weather in Paris?", max_tokens=200))
+    request.tools.add(name="get_weather", parameters=json.dumps(WEATHER))
+    request.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+    request.parallel_tool_calls = False
+    called = stub.Chat(request).choices[0]
+    assert called.finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    assert set(json.loads(called.message.tool_calls[0].arguments)) == {"city"}
+    formed = to("far", user("Answer in JSON: Anna lives in Rome.", max_tokens=200))
+    formed.response_format.json_schema = json.dumps(WEATHER)
+    assert set(json.loads(text_of(stub.Chat(formed).choices[0]))) == {"city"}
+    formed.response_format.CopyFrom(pb.ResponseFormat(regex="a+"))
+    assert "response_format" in refused(lambda: stub.Chat(formed))
+
+
+def test_what_the_upstream_refuses_is_the_callers_fault(stub: rpc.GenerationServiceStub) -> None:
+    assert "2048" in refused(lambda: stub.Chat(to("far", user("word " * 3000))))["request"]
+    assert refused(lambda: stub.Chat(to("wrong", user("Hello"))))
+
+
+def test_the_next_in_the_chain_answers_and_a_dead_one_is_left_alone(
+    stub: rpc.GenerationServiceStub, front: Live
+) -> None:
+    for _ in range(7):
+        assert text_of(stub.Chat(to("chain", user("Who are you?"))).choices[0]) == SAID
+    engine = front.server.repository.loaded[("chain", 1)].client.engine
+    assert engine._targets[0].breaker.wait_s() > 0
+    for _ in range(7):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Chat(to("lost", user("Hello")))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "left alone" in caught.value.details()

@@ -1,0 +1,239 @@
+"""vLLM in its own process, with the tiny model: the same doors, aborts to the block, kill -9."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import openai
+import pytest
+from forebay.v1 import generation_pb2 as pb
+from forebay.v1 import generation_pb2_grpc as rpc
+from forebay.v1 import usage_pb2, usage_pb2_grpc
+
+from tests.conftest import Live, Start
+from tests.integration.language_models import vllm_models, vllm_python
+from tests.integration.test_gateway import Gateway
+from tests.integration.test_generation import refused, text_of, user
+from tests.integration.test_llm_doors import HELLO, SAID, TOOL, Person
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+    return start(
+        vllm_models(tmp_path_factory.mktemp("models")),
+        generation__vllm_python=vllm_python(),
+        generation__vllm_cache_gb=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def stub(tiny: Live) -> rpc.GenerationServiceStub:
+    return rpc.GenerationServiceStub(tiny.channel)
+
+
+@pytest.fixture(scope="module")
+def client(tiny: Live) -> Iterator[openai.OpenAI]:
+    gateway = Gateway(tiny.target)
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
+        yield sdk
+    gateway.stop()
+
+
+def engine(live: Live) -> Any:
+    return live.server.repository.loaded[("tiny", 1)].client.engine
+
+
+def until(done: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_the_openai_sdk_talks_to_vllm(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0)
+    assert answer.choices[0].message.content == SAID
+    chunks = client.chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0, stream=True, logprobs=True, top_logprobs=3
+    )
+    text, tops = "", []
+    for chunk in chunks:
+        text += chunk.choices[0].delta.content or ""
+        if chunk.choices[0].logprobs:
+            tops += [len(t.top_logprobs) for t in chunk.choices[0].logprobs.content or ()]
+    assert text == SAID and tops and min(tops) >= 3
+
+
+def test_tool_calls_are_read_by_vllms_parser(client: openai.OpenAI) -> None:
+    question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        with client.chat.completions.stream(
+            model="tiny", messages=question, tools=[TOOL], tool_choice=choice, temperature=0
+        ) as stream:
+            answer = stream.get_final_completion()
+        calls = answer.choices[0].message.tool_calls
+        assert calls and calls[0].function.name == "get_weather"
+        assert set(json.loads(calls[0].function.arguments)) == {"city"}
+    free = client.chat.completions.create(
+        model="tiny", messages=question, tools=[TOOL], temperature=0
+    )
+    assert free.choices[0].finish_reason in ("tool_calls", "stop")
+
+
+def test_structured_output_and_logit_bias(
+    client: openai.OpenAI, stub: rpc.GenerationServiceStub
+) -> None:
+    answer = client.chat.completions.parse(
+        model="tiny",
+        messages=[{"role": "user", "content": "Answer in JSON: Anna is 31."}],
+        response_format=Person,
+        temperature=0,
+    )
+    assert isinstance(answer.choices[0].message.parsed, Person)
+    request = user("Hello")
+    request.response_format.grammar = 'root ::= "yes" | "no"'
+    assert text_of(stub.Chat(request).choices[0]) in ("yes", "no")
+    request.response_format.grammar = "root ::= ((("
+    assert refused(lambda: stub.Chat(request))
+    biased = user("Hello", max_tokens=4)
+    biased.sampling.logit_bias.add(token_id=50, bias=100)
+    biased.sampling.logprobs = 1
+    assert {t.token_id for t in stub.Chat(biased).choices[0].logprobs} == {50}
+
+
+def test_prefixes_are_found_in_the_cache(stub: rpc.GenerationServiceStub) -> None:
+    request = user("The same long text. " * 40)
+    stub.Chat(request)
+    again = stub.Chat(request).generation_usage
+    assert again.cached_tokens > again.prompt_tokens / 2
+
+
+def totals(live: Live) -> tuple[int, int]:
+    """Tokens in the ledger, and vLLM's own count of tokens in and out."""
+    service = usage_pb2_grpc.UsageServiceStub(live.channel)
+    rows = service.ListUsage(usage_pb2.ListUsageRequest(model="tiny")).rows
+    stats = engine(live).info()
+    theirs = int(stats.get("num_generation_tokens", 0) + stats.get("num_prompt_tokens", 0))
+    return sum(r.counters.tokens for r in rows), theirs
+
+
+def test_two_hundred_streams_with_half_of_them_cancelled(
+    tiny: Live, stub: rpc.GenerationServiceStub
+) -> None:
+    """All blocks are free afterwards, usage is vLLM's own to the token, nothing piles up."""
+    rng = random.Random(5)
+    memory = []
+
+    def one(job: tuple[int, bool]) -> int:
+        stop_after, cancelled = job
+        request = user(f"Count to {stop_after}", max_tokens=120, ignore_eos=True)
+        call = stub.ChatStream(pb.ChatStreamRequest(request=request))
+        tokens = 0
+        for event in call:
+            if event.HasField("text"):
+                tokens += event.text.tokens
+            if cancelled and tokens >= stop_after:
+                call.cancel()
+                return tokens
+        return tokens
+
+    rounds = int(os.environ.get("FOREBAY_TEST_ROUNDS", "10"))
+    with ThreadPoolExecutor(200) as pool:
+        for _ in range(rounds):
+            jobs = [(rng.randint(3, 60), i % 2 == 0) for i in range(200)]
+            list(pool.map(one, jobs))
+            until(
+                lambda: (
+                    engine(tiny).info().get("running") == 0
+                    and engine(tiny).info().get("kv_use", 1) == 0
+                ),
+                "blocks of cancelled streams are not given back",
+            )
+            until(lambda: totals(tiny)[0] == totals(tiny)[1], f"usage is not exact: {totals(tiny)}")
+            memory.append(engine(tiny).info()["memory_bytes"])
+    assert engine(tiny).info()["memory_bytes"] < memory[len(memory) // 3] * 1.05 + (32 << 20)
+    assert tiny.server.repository.loaded[("tiny", 1)].client.gate.running == 0
+
+
+def schemas(data: Path) -> list[dict[str, Any]]:
+    """Arguments' schemas of the function signatures, in JSON schema's words."""
+    words = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+
+    def plain(s: Any) -> Any:
+        if not isinstance(s, dict):
+            return s
+        out = {k: v for k, v in s.items() if k in ("description", "enum", "required")}
+        kind = words.get(s.get("type", "string"), s.get("type", "string"))
+        out["type"] = kind
+        if kind == "object":
+            out["properties"] = {k: plain(v) for k, v in s.get("properties", {}).items()}
+            out["required"] = sorted(out["properties"])
+            out["additionalProperties"] = False
+        elif kind == "array":
+            out["items"] = plain(s.get("items", {"type": "string"}))
+            out["maxItems"] = 2
+        elif kind == "string" and "enum" not in out:
+            out["maxLength"] = 12
+        elif kind == "integer" and "enum" not in out:
+            out |= {"minimum": 0, "maximum": 999}
+        if out.get("enum") and kind != "array":
+            out = {"enum": out["enum"]}
+        return out
+
+    lines = gzip.decompress((data / "toolcall/BFCL_v4_simple_python.jsonl.gz").read_bytes())
+    found = [json.loads(x)["function"][0]["parameters"] for x in lines.splitlines()]
+    return [plain(p) for p in found][:200]
+
+
+def test_two_hundred_schemas_give_valid_json(stub: rpc.GenerationServiceStub, data: Path) -> None:
+    import jsonschema_rs
+
+    wanted = schemas(data)
+    assert len(wanted) == 200
+
+    def one(schema: dict[str, Any]) -> str:
+        """Empty when the answer is good. A number may go on for ever: such an answer ends with
+        LENGTH, which is no violation, and another seed is tried."""
+        reason = 0
+        for seed in range(3):
+            request = user("Answer in JSON.", max_tokens=1500, temperature=1, seed=seed)
+            request.response_format.json_schema = json.dumps(schema)
+            choice = stub.Chat(request).choices[0]
+            reason = choice.finish_reason
+            if reason == pb.FINISH_REASON_STOP:
+                jsonschema_rs.validate(schema, json.loads(text_of(choice)))
+                return ""
+        return f"ended by {reason}"
+
+    with ThreadPoolExecutor(32) as pool:
+        assert [x for x in pool.map(one, wanted) if x] == []
+
+
+def test_kill_9_in_the_middle_is_a_clean_error_and_the_next_call_succeeds(
+    tiny: Live, stub: rpc.GenerationServiceStub
+) -> None:
+    request = user("Count to 30", max_tokens=1900, ignore_eos=True)
+    call = stub.ChatStream(pb.ChatStreamRequest(request=request))
+    for event in call:
+        if event.HasField("text"):
+            break
+    pid = engine(tiny).info()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert text_of(stub.Chat(user("Who are you?"), timeout=300).choices[0]) == SAID
+    assert engine(tiny).info()["pid"] != pid
+    assert not Path(f"/proc/{pid}").exists()
