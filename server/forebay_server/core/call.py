@@ -74,6 +74,7 @@ class Call:
 
     __slots__ = (
         "_cancel_hooks",
+        "_gone",
         "_lock",
         "_on_end",
         "cancelled",
@@ -126,6 +127,7 @@ class Call:
         self.payload: bytes = b""
         self._on_end = on_end
         self._cancel_hooks: list[Callable[[], None]] = []
+        self._gone: ForebayError | None = None
         self._lock = threading.Lock()
 
     @property
@@ -147,6 +149,8 @@ class Call:
         """End the call with an error. `cause` goes to the log alone."""
         if cause is not None:
             error.__cause__ = cause
+        if self._gone is not None and isinstance(error, Cancelled):
+            error = self._gone  # work that was stopped says CANCELLED, whatever stopped it
         self._end(error.code, error, b"")
 
     def finish(self) -> None:
@@ -155,6 +159,7 @@ class Call:
 
     def cancel(self, error: ForebayError | None = None) -> None:
         """The client is gone: stop the work, then end the call with `error`, else as CANCELLED."""
+        self._gone = error
         self.cancelled = True
         hooks, self._cancel_hooks = self._cancel_hooks, []
         for hook in hooks:
