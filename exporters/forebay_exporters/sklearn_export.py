@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,22 +69,31 @@ def export_sklearn(
         for f in features
     ]
     options = {"zipmap": False} if classifier else None
+    convert = partial(cast(Any, to_onnx), estimator, options=_options(estimator, options))
+    layout = "columns"
     try:
-        model = cast(Any, to_onnx)(
-            estimator, initial_types=types, options=_options(estimator, options)
-        )
+        model = convert(initial_types=types)
     except Exception as e:
-        raise ExportError(f"{type(estimator).__name__} cannot be converted to ONNX: {e}") from e
+        fault = ExportError(f"{type(estimator).__name__} cannot be converted to ONNX: {e}")
+        if any(f["type"] == "string" for f in features):
+            raise fault from e
+        try:  # an estimator without a pipeline before it takes all numbers as one matrix
+            model = convert(initial_types=[("input", FloatTensorType([None, len(features)]))])
+        except Exception:
+            raise fault from e
+        layout = "matrix"
     with version_folder(root, name, version) as folder:
         path = folder / "model.onnx"
         path.write_bytes(model.SerializeToString())
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         outputs = [o.name for o in session.get_outputs()]
-        feeds = to_feeds(features, sample)
+        feeds: Mapping[str, Any] = to_feeds(features, sample)
+        if layout == "matrix":
+            feeds = {"input": np.concatenate([feeds[f["name"]] for f in features], axis=1)}
         values: list[Any] = list(session.run(outputs, feeds))
         tabular: dict[str, Any] = {
             "features": features,
-            "layout": "columns",
+            "layout": layout,
             "output": outputs[0],
             "target": {"name": target_name, "unit": target_unit},
         }

@@ -182,7 +182,8 @@ class Intake:
             outcome = "rejected"
         else:
             outcome = "fail"
-        self.statistics.ended(outcome, took, queue_s, time.time())
+        calls = completion.request.calls
+        self.statistics.ended(outcome, took, queue_s, time.time(), calls)
 
     # The slots' side.
 

@@ -201,12 +201,16 @@ class Timing:
 
 @dataclass(slots=True)
 class EngineRequest:
-    """One call's items. `deadline` is on the client's clock; higher `priority` is served first."""
+    """One call's items. `deadline` is on the client's clock; higher `priority` is served first.
+
+    Small calls may share a request: `calls` is how many statistics count it as.
+    """
 
     items: Sequence[Item]
     request_id: str = ""
     deadline: float | None = None
     priority: int = 0
+    calls: int = 1
 
 
 class Completion(Protocol):

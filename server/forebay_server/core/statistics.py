@@ -79,14 +79,16 @@ class EngineStatistics:
         """Share of the tokens that ran which were padding, 0 to 1."""
         return 1.0 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
-    def ended(self, outcome: str, seconds: float, queue_s: float, wall: float) -> None:
-        """One request that ended: `success`, `fail`, `cancelled`, `expired` or `rejected`."""
+    def ended(
+        self, outcome: str, seconds: float, queue_s: float, wall: float, calls: int = 1
+    ) -> None:
+        """Calls that ended together: `success`, `fail`, `cancelled`, `expired` or `rejected`."""
         with self._lock:
             if outcome == "success":
-                self.success.add(seconds)
+                self.success.add(seconds * calls, calls)
                 self.last_inference = wall
             elif outcome == "fail":
-                self.fail.add(seconds)
+                self.fail.add(seconds * calls, calls)
             else:
-                setattr(self, outcome, getattr(self, outcome) + 1)
-            self.queue.add(queue_s)
+                setattr(self, outcome, getattr(self, outcome) + calls)
+            self.queue.add(queue_s * calls, calls)

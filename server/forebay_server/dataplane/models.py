@@ -36,7 +36,7 @@ class ItemCache(Protocol):
     def put_many(self, model: str, version: int, values: Mapping[bytes, bytes]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ServedModel:
     """A loaded version with its tokenizer. `encoder` raises for models without texts.
 

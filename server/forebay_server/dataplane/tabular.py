@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from forebay.errors import FieldViolation, InvalidArgument, TooLarge
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
-from forebay_server.core.interfaces import Completion, EngineRequest, Item
-from forebay_server.dataplane.models import (
-    ModelAccess,
-    ServedModel,
-    attempt,
-    guarded,
-    located,
-)
+from forebay_server.dataplane import struct_rows
+from forebay_server.dataplane.blocks import Part, submit
+from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded
+from forebay_server.dataplane.struct_rows import RowReader
 from forebay_server.repository.manifest import Feature, TabularHead
 
 TASKS = ("tabular-regression", "tabular-classification")
@@ -46,19 +43,24 @@ class TabularOutcome:
     """What the model said: raw outputs [rows, ...], and per row what was odd."""
 
     model: ServedModel
-    outputs: dict[str, NDArray[Any]]
+    outputs: Mapping[str, NDArray[Any]]
     warnings: list[list[str]]
 
 
 @dataclass(slots=True)
 class TabularJob:
-    """One call's table on its way. `done` gets the outcome on the thread that completed it."""
+    """One call's table on its way. `done` gets the outcome on the thread that completed it.
+
+    `structs` gives the rows as serialised google.protobuf.Struct when the call has them in that
+    form: many small calls are then read together.
+    """
 
     call: Call
     ref: str
     table: Callable[[], Table]
     done: Callable[[TabularOutcome], None]
     sticky_key: str = ""
+    structs: Callable[[], list[bytes]] | None = None
 
 
 class TabularPipeline:
@@ -67,6 +69,7 @@ class TabularPipeline:
     def __init__(self, access: ModelAccess, max_items: int) -> None:
         self._access = access
         self._max_items = max_items
+        self._readers: WeakKeyDictionary[ServedModel, RowReader] = WeakKeyDictionary()
 
     def run(self, jobs: Sequence[TabularJob]) -> None:
         """Start all jobs. Errors end their own calls."""
@@ -80,61 +83,68 @@ class TabularPipeline:
         for model, group in groups.values():
             self._start(model, group)
 
-    def _checked(
-        self, head: TabularHead, job: TabularJob
-    ) -> tuple[Table, dict[str, NDArray[Any]], list[list[str]]]:
+    def _start(self, model: ServedModel, jobs: list[TabularJob]) -> None:
+        plain = jobs
+        if struct_rows.AVAILABLE:
+            plain = self._start_together(model, jobs)
+        for job in plain:
+            guarded(job.call, partial(self._start_plain, model, job))
+
+    def _start_together(self, model: ServedModel, jobs: list[TabularJob]) -> list[TabularJob]:
+        """Start the jobs whose rows can be read together; gives those that are left."""
+        most = model.client.spec.policy.max_batch_size
+        plain: list[TabularJob] = []
+        taken: list[tuple[TabularJob, int]] = []
+        rows: list[bytes] = []
+        for job in jobs:
+            own = job.structs() if job.structs is not None else ()
+            if 0 < len(own) <= most:
+                rows.extend(own)
+                taken.append((job, len(own)))
+            else:
+                plain.append(job)
+        if not taken:
+            return plain
+        tensors, good = self._reader(model).read(rows)
+        parts: list[Part] = []
+        if good.all():
+            parts = [_part(model, job, [[] for _ in range(n)]) for job, n in taken]
+        else:
+            keep = good.copy()
+            at = 0
+            for job, n in taken:
+                whole = bool(good[at : at + n].all())
+                keep[at : at + n] = whole
+                at += n
+                if whole:
+                    parts.append(_part(model, job, [[] for _ in range(n)]))
+                else:
+                    plain.append(job)
+            tensors = {k: v[keep] for k, v in tensors.items()}
+        submit(self._access, model, tensors, parts)
+        return plain
+
+    def _reader(self, model: ServedModel) -> RowReader:
+        reader = self._readers.get(model)
+        if reader is None:
+            reader = self._readers[model] = RowReader(model.manifest.tabular_head)
+        return reader
+
+    def _start_plain(self, model: ServedModel, job: TabularJob) -> None:
         table = job.table()
         if table.rows > self._max_items:
             raise TooLarge("rows", size=table.rows, limit=self._max_items, unit="rows")
-        return table, *to_tensors(head, table)
-
-    def _start(self, model: ServedModel, jobs: list[TabularJob]) -> None:
-        head = model.manifest.tabular_head
-        batch = model.client.spec.policy.max_batch_size
-        live: list[tuple[TabularJob, list[list[str]]]] = []
-        requests: list[EngineRequest] = []
-        for job in jobs:
-            checked = attempt(job.call, partial(self._checked, head, job))
-            if checked is None:
-                continue
-            table, tensors, warnings = checked
-            facts = job.call.facts
-            facts.model, facts.version, facts.items = model.name, model.version, table.rows
-            items = [
-                Item(
-                    {k: v[i : i + batch] for k, v in tensors.items()},
-                    rows=min(batch, table.rows - i),
-                )
-                for i in range(0, table.rows, batch)
-            ]
-            live.append((job, warnings))
-            requests.append(EngineRequest(items, job.call.request_id, job.call.deadline))
-        for (job, warnings), completion in zip(
-            live, self._access.submit(model, requests), strict=True
-        ):
-            job.call.on_cancel(completion.cancel)
-            completion.add_done_callback(lambda c, j=job, w=warnings: _completed(model, j, w, c))
+        tensors, warnings = to_tensors(model.manifest.tabular_head, table)
+        submit(self._access, model, tensors, [_part(model, job, warnings)])
 
 
-def _completed(
-    model: ServedModel, job: TabularJob, warnings: list[list[str]], completion: Completion
-) -> None:
-    facts, timing = job.call.facts, completion.timing
-    facts.queue_s = timing.queue_s
-    facts.compute_s = timing.prepare_s + timing.execute_s + timing.finish_s
-    facts.batch_rows = timing.batch_rows
-    facts.engine_s = timing.execute_s * min(1.0, facts.items / max(1, timing.batch_rows))
-    error = completion.error()
-    if error is not None:
-        job.call.fail(located(error, "rows" if completion.failed_item is not None else None), error)
-        return
-    blocks: Sequence[Any] = completion.result()
-    outputs = (
-        dict(blocks[0])
-        if len(blocks) == 1
-        else {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
+def _part(model: ServedModel, job: TabularJob, warnings: list[list[str]]) -> Part:
+    return Part(
+        job.call,
+        len(warnings),
+        "rows",
+        lambda outputs: job.done(TabularOutcome(model, outputs, warnings)),
     )
-    guarded(job.call, lambda: job.done(TabularOutcome(model, outputs, warnings)))
 
 
 def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]], list[list[str]]]:

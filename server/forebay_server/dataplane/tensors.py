@@ -13,8 +13,9 @@ from forebay.errors import ForebayError, InvalidArgument
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
-from forebay_server.core.interfaces import Completion, EngineRequest, Item, TensorSpec
-from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded, located
+from forebay_server.core.interfaces import EngineRequest, Item, TensorSpec
+from forebay_server.dataplane.blocks import Part, settle, submit
+from forebay_server.dataplane.models import ModelAccess, ServedModel
 
 #: OIP datatype -> little-endian numpy dtype; BYTES is apart.
 DTYPES: Mapping[str, str] = {
@@ -147,61 +148,49 @@ class TensorPipeline:
     def __init__(self, access: ModelAccess) -> None:
         self._access = access
 
-    def run(self, job: TensorJob) -> None:
-        """Start a job whose model is there."""
-        spec = job.model.client.spec
-        try:
-            check_against(spec.inputs, job.tensors, job.path)
-            items = _items(job.tensors, spec.batches, spec.policy.max_batch_size)
-        except ForebayError as e:
-            job.call.fail(e)
-            return
+    def run(self, jobs: Sequence[TensorJob]) -> None:
+        """Start jobs whose models are there. Those that fit together go as one."""
+        groups: dict[tuple[int, str], list[tuple[TensorJob, int]]] = {}
+        for job in jobs:
+            spec = job.model.client.spec
+            try:
+                check_against(spec.inputs, job.tensors, job.path)
+                rows = _rows(job.tensors) if spec.batches else None
+            except ForebayError as e:
+                job.call.fail(e)
+                continue
+            if rows is None:
+                self._whole(job)
+            else:
+                shapes = ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(job.tensors.items()))
+                groups.setdefault((id(job.model), shapes), []).append((job, rows))
+        for (_, shapes), group in groups.items():
+            first = group[0][0]
+            tensors = first.tensors
+            if len(group) > 1:
+                tensors = {k: np.concatenate([job.tensors[k] for job, _ in group]) for k in tensors}
+            parts = [Part(job.call, rows, "inputs", job.done) for job, rows in group]
+            submit(self._access, first.model, tensors, parts, shapes)
+
+    def _whole(self, job: TensorJob) -> None:
+        """A model that does not batch, or takes scalars: the call is one item."""
         facts = job.call.facts
-        facts.model, facts.version = job.model.name, job.model.version
-        facts.items = sum(i.rows for i in items)
-        request = EngineRequest(items, job.call.request_id, job.call.deadline)
+        facts.model, facts.version, facts.items = job.model.name, job.model.version, 1
+        request = EngineRequest([Item(job.tensors)], job.call.request_id, job.call.deadline)
         (completion,) = self._access.submit(job.model, [request])
         job.call.on_cancel(completion.cancel)
-        completion.add_done_callback(lambda c: _completed(job, c))
+        part = Part(job.call, 1, "inputs", job.done)
+        completion.add_done_callback(lambda c: settle([part], c))
 
 
-def _items(tensors: Mapping[str, NDArray[Any]], batches: bool, limit: int) -> list[Item]:
-    """Rows of a batching model in blocks of at most `limit`; otherwise the whole as one item."""
+def _rows(tensors: Mapping[str, NDArray[Any]]) -> int | None:
+    """Rows of a batching model's tensors; None where one has no first dimension."""
     firsts = {a.shape[0] if a.ndim else -1 for a in tensors.values()}
-    if not batches or len(firsts) != 1 or -1 in firsts:
-        if batches and len(firsts) > 1:
-            raise InvalidArgument.at("inputs", f"differ in their first dimension: {sorted(firsts)}")
-        return [Item(tensors)]
+    if -1 in firsts and len(firsts) == 1:
+        return None
+    if len(firsts) != 1:
+        raise InvalidArgument.at("inputs", f"differ in their first dimension: {sorted(firsts)}")
     rows = firsts.pop()
     if rows == 0:
         raise InvalidArgument.at("inputs", "have no rows")
-    group = ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(tensors.items()))
-    return [
-        Item(
-            {k: a[i : i + limit] for k, a in tensors.items()},
-            rows=min(limit, rows - i),
-            group=group,
-        )
-        for i in range(0, rows, limit)
-    ]
-
-
-def _completed(job: TensorJob, completion: Completion) -> None:
-    facts, timing = job.call.facts, completion.timing
-    facts.queue_s = timing.queue_s
-    facts.compute_s = timing.prepare_s + timing.execute_s + timing.finish_s
-    facts.batch_rows = timing.batch_rows
-    facts.engine_s = timing.execute_s * min(1.0, facts.items / max(1, timing.batch_rows))
-    error = completion.error()
-    if error is not None:
-        job.call.fail(
-            located(error, "inputs" if completion.failed_item is not None else None), error
-        )
-        return
-    blocks: Sequence[Any] = completion.result()
-    outputs = (
-        blocks[0]
-        if len(blocks) == 1
-        else {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
-    )
-    guarded(job.call, lambda: job.done(outputs))
+    return rows

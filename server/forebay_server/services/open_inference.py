@@ -7,7 +7,7 @@ output `embedding` (FP32 [-1, dimensions]) or `label` (BYTES [-1]) and `scores` 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, cast
 
 import forebay
@@ -143,6 +143,7 @@ class OpenInferenceService(Service):
 
     def model_infer(self, calls: Sequence[Call]) -> None:
         """ModelInfer."""
+        jobs: list[tensors.TensorJob] = []
         for call in calls:
             request = cast(pb.ModelInferRequest, call.request)
             try:
@@ -150,12 +151,13 @@ class OpenInferenceService(Service):
                 if not request.model_name:
                     raise InvalidArgument.at("model_name", "is required")
                 model = self._access.resolve(
-                    call, ref, _ANY_TASK, "", lambda m, c=call: self._infer(c, m)
+                    call, ref, _ANY_TASK, "", lambda m, c=call: self._plain.run(self._jobs(c, m))
                 )
                 if model is not None:
-                    self._infer(call, model)
+                    jobs += self._jobs(call, model)
             except ForebayError as e:
                 call.fail(e)
+        self._plain.run(jobs)
 
     async def model_stream_infer(
         self, call: Call, requests: AsyncIterator[pb.ModelInferRequest]
@@ -185,7 +187,8 @@ class OpenInferenceService(Service):
                     infer_response=pb.ModelInferResponse.FromString(one.payload)
                 )
 
-    def _infer(self, call: Call, model: ServedModel) -> None:
+    def _jobs(self, call: Call, model: ServedModel) -> list[tensors.TensorJob]:
+        """What is left to start of a call: nothing when it went the way of texts."""
         request = cast(pb.ModelInferRequest, call.request)
         given = _inputs(request)
         place = {t.name: i for i, t in enumerate(request.inputs)}
@@ -198,7 +201,7 @@ class OpenInferenceService(Service):
                 )
         names = wanted or known
 
-        def answer(outputs: dict[str, NDArray[Any]]) -> None:
+        def answer(outputs: Mapping[str, NDArray[Any]]) -> None:
             response = pb.ModelInferResponse(
                 model_name=model.name, model_version=str(model.version), id=request.id
             )
@@ -212,16 +215,10 @@ class OpenInferenceService(Service):
 
         if model.text_encoder is not None:
             self._texts.run([_text_job(call, model, given, answer)])
-            return
-        self._plain.run(
-            tensors.TensorJob(
-                call,
-                model,
-                given,
-                lambda n: f"inputs[{place.get(n, 0)}]",
-                lambda o: answer(dict(o)),
-            )
-        )
+            return []
+        return [
+            tensors.TensorJob(call, model, given, lambda n: f"inputs[{place.get(n, 0)}]", answer)
+        ]
 
 
 def signature(model: ServedModel) -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -93,8 +93,14 @@ def _job(call: Call, request: pb.PredictRequest) -> TabularJob:
             return _from_rows(request.rows)
         return _from_columns(request.columns)
 
+    rows = request.rows
     return TabularJob(
-        call, request.model, table, lambda o: _reply(call, o), sticky_key=request.sticky_key
+        call,
+        request.model,
+        table,
+        lambda o: _reply(call, o),
+        sticky_key=request.sticky_key,
+        structs=None if request.columns else lambda: [r.SerializeToString() for r in rows],
     )
 
 

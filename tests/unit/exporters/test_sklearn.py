@@ -16,7 +16,7 @@ from forebay_exporters.parity import Bounds, report
 from forebay_exporters.sklearn_export import export_sklearn, load_skops
 from forebay_exporters.starters import tables
 from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.ensemble import GradientBoostingClassifier, RandomForestRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import Pipeline, make_pipeline

@@ -1,0 +1,180 @@
+//! Rows of google.protobuf.Struct, read by their features' names. Knows protobuf's wire format as
+//! far as `Struct` and `Value` need it, and no message of anybody's contract.
+
+/// What a row holds for its features. `None` = odd: not this reader's business.
+pub struct Row<'a> {
+    /// NaN where missing.
+    pub numbers: Vec<f64>,
+    /// Empty where missing.
+    pub strings: Vec<&'a str>,
+}
+
+/// Reads one row. `None` when it is malformed, has a name that is unknown, or a value of a kind that
+/// its feature does not take.
+pub fn read<'a>(data: &'a [u8], numbers: &[String], strings: &[String]) -> Option<Row<'a>> {
+    let mut row = Row {
+        numbers: vec![f64::NAN; numbers.len()],
+        strings: vec![""; strings.len()],
+    };
+    let mut rest = data;
+    let mut next = 0; // callers mostly keep an order: look there first
+    while !rest.is_empty() {
+        let (1, Field::Bytes(entry)) = field(&mut rest)? else {
+            return None;
+        };
+        let (name, value) = pair(entry)?;
+        if let Some(at) = find(numbers, name, next) {
+            next = at + 1;
+            row.numbers[at] = match value {
+                Value::Missing => f64::NAN,
+                Value::Number(n) => n,
+                Value::Bool(b) => f64::from(u8::from(b)),
+                Value::Text(_) => return None,
+            };
+        } else if let Some(at) = find(strings, name, 0) {
+            row.strings[at] = match value {
+                Value::Missing => "",
+                Value::Text(text) => text,
+                Value::Number(_) | Value::Bool(_) => return None,
+            };
+        } else {
+            return None;
+        }
+    }
+    Some(row)
+}
+
+fn find(names: &[String], name: &str, first: usize) -> Option<usize> {
+    if names.get(first).is_some_and(|n| n == name) {
+        return Some(first);
+    }
+    names.iter().position(|n| n == name)
+}
+
+enum Value<'a> {
+    Missing,
+    Number(f64),
+    Bool(bool),
+    Text(&'a str),
+}
+
+enum Field<'a> {
+    Varint(u64),
+    Fixed64(u64),
+    Bytes(&'a [u8]),
+}
+
+/// An entry of `Struct.fields`: key = 1, value = 2. The last one of each counts.
+fn pair(mut entry: &[u8]) -> Option<(&str, Value<'_>)> {
+    let (mut name, mut value) = ("", Value::Missing);
+    while !entry.is_empty() {
+        match field(&mut entry)? {
+            (1, Field::Bytes(text)) => name = std::str::from_utf8(text).ok()?,
+            (2, Field::Bytes(data)) => value = one(data)?,
+            _ => return None,
+        }
+    }
+    Some((name, value))
+}
+
+/// A `Value`: null = 1, number = 2, string = 3, bool = 4; objects and lists are odd.
+fn one(mut data: &[u8]) -> Option<Value<'_>> {
+    let mut value = Value::Missing;
+    while !data.is_empty() {
+        value = match field(&mut data)? {
+            (1, Field::Varint(_)) => Value::Missing,
+            (2, Field::Fixed64(bits)) => Value::Number(f64::from_bits(bits)),
+            (3, Field::Bytes(text)) => Value::Text(std::str::from_utf8(text).ok()?),
+            (4, Field::Varint(n)) => Value::Bool(n != 0),
+            _ => return None,
+        };
+    }
+    Some(value)
+}
+
+fn field<'a>(data: &mut &'a [u8]) -> Option<(u64, Field<'a>)> {
+    let tag = varint(data)?;
+    let value = match tag & 7 {
+        0 => Field::Varint(varint(data)?),
+        1 => Field::Fixed64(u64::from_le_bytes(take(data, 8)?.try_into().ok()?)),
+        2 => {
+            let size = usize::try_from(varint(data)?).ok()?;
+            Field::Bytes(take(data, size)?)
+        }
+        _ => return None,
+    };
+    Some((tag >> 3, value))
+}
+
+fn take<'a>(data: &mut &'a [u8], size: usize) -> Option<&'a [u8]> {
+    let (head, rest) = data.split_at_checked(size)?;
+    *data = rest;
+    Some(head)
+}
+
+fn varint(data: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for i in 0..10 {
+        let (&byte, rest) = data.split_first()?;
+        *data = rest;
+        value |= u64::from(byte & 0x7f) << (7 * i);
+        if byte < 0x80 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(all: &[&str]) -> Vec<String> {
+        all.iter().map(|&n| n.into()).collect()
+    }
+
+    /// {"a": 1.5, "s": "x"}
+    const ROW: &[u8] =
+        b"\x0a\x0e\x0a\x01a\x12\x09\x11\0\0\0\0\0\0\xf8\x3f\x0a\x08\x0a\x01s\x12\x03\x1a\x01x";
+
+    #[test]
+    fn reads_numbers_and_strings_and_what_is_missing() {
+        let row = read(ROW, &names(&["b", "a"]), &names(&["s", "t"])).unwrap();
+        assert!(row.numbers[0].is_nan());
+        assert!((row.numbers[1] - 1.5).abs() < f64::EPSILON);
+        assert_eq!(row.strings, ["x", ""]);
+    }
+
+    #[test]
+    fn odd_rows_are_left_alone() {
+        assert!(read(ROW, &names(&["a"]), &[]).is_none(), "unknown name");
+        assert!(
+            read(ROW, &names(&["a", "s"]), &[]).is_none(),
+            "a string for a number"
+        );
+        assert!(
+            read(ROW, &[], &names(&["a", "s"])).is_none(),
+            "a number for a string"
+        );
+        for cut in 1..ROW.len() {
+            let _ = read(&ROW[..cut], &names(&["a"]), &names(&["s"])); // must not panic
+        }
+        assert!(read(&ROW[..5], &names(&["a"]), &names(&["s"])).is_none());
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..20_000 {
+            let mut data = ROW.to_vec();
+            for _ in 0..3 {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                let at = (state >> 8) as usize % data.len();
+                data[at] = state as u8;
+            }
+            let _ = read(&data, &names(&["a"]), &names(&["s"]));
+        }
+    }
+}
