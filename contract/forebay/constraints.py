@@ -191,9 +191,14 @@ class Validator:
             return None
         presence = field.has_presence
         required = rule.required
+        # Most fields of most requests are left out: nothing of an empty text can be wrong then.
+        text = field.cpp_type == FieldDescriptor.CPPTYPE_STRING
+        may_be_empty = text and not presence and not required and not rule.min_len
 
         def check(message: Any, path: str, out: list[FieldViolation]) -> None:
             value = getattr(message, name)
+            if may_be_empty and not value:
+                return
             here = f"{path}{name}"
             if presence and not message.HasField(name):
                 if required:
@@ -223,8 +228,10 @@ class Validator:
 
         def check(message: Any, path: str, out: list[FieldViolation]) -> None:
             values = getattr(message, name)
-            here = f"{path}{name}"
             n = len(values)
+            if not n and not low:
+                return
+            here = f"{path}{name}"
             if n < low:
                 out.append(FieldViolation(here, f"has {n} elements; at least {low} are needed"))
             if high is not None and n > high:

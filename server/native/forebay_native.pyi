@@ -85,13 +85,18 @@ class Server:
         """connections, refused_connections, waiting_calls, held_bytes, refused_calls,
         abandoned_calls."""
 
-def struct_rows(
-    rows: Sequence[bytes], numbers: Sequence[str], strings: Sequence[str]
-) -> tuple[bytes, list[list[str]], bytes]:
-    """Rows of google.protobuf.Struct by the names of their features.
+class RowReader:
+    """Reads rows of google.protobuf.Struct by the names of their features.
 
-    Returns:
-        Numbers [rows, numbers] as native float64 (NaN = missing, booleans are 0 and 1); a column of
-        strings for each of `strings` ("" = missing); a byte per row that is 1 where the row is odd:
-        malformed, with an unknown name, or with a value of a kind that its feature does not take.
+    Args:
+        numbers: (name, least, most, needed) of features that take numbers and booleans.
+        strings: names of features that take strings.
     """
+
+    def __init__(
+        self, numbers: Sequence[tuple[str, float, float, bool]], strings: Sequence[str]
+    ) -> None: ...
+    def read(self, rows: Sequence[bytes]) -> tuple[bytes, list[list[str]], bytes]:
+        """Numbers [rows, numbers] as native float64 (NaN = missing, booleans are 0 and 1); a column
+        of strings for each of `strings` ("" = missing); a byte per row that is 1 where the row is
+        odd: malformed, with an unknown name, or with a value that its feature does not take."""

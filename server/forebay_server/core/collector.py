@@ -42,6 +42,11 @@ class Collector(Generic[T]):
             pending.setdefault(self, []).append(value)
 
 
+def gathering() -> bool:
+    """Whether this thread is within `together()`: it works through a batch of calls."""
+    return _local.pending is not None
+
+
 class together:  # noqa: N801: used as a function
     """Context manager; the outermost one on a thread counts."""
 

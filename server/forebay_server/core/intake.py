@@ -66,8 +66,11 @@ class Intake:
 
     # The callers' side.
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[RequestCompletion]:
-        """Queue all; one that is refused comes back failed."""
+    def submit(
+        self, requests: Sequence[EngineRequest], wake: bool = True
+    ) -> list[RequestCompletion]:
+        """Queue all; one that is refused comes back failed. Without `wake` the caller serves them
+        or calls `kick`."""
         now = self.clock()
         out = [RequestCompletion(r, now, self._ended) for r in requests]
         refused: list[tuple[RequestCompletion, ForebayError, int | None]] = []
@@ -89,13 +92,23 @@ class Intake:
                     self._queue.push(completion, rate)
                 except QueueFull as e:
                     refused.append((completion, e, None))
-            if self._idle:
-                self._work.notify(len(admitted))
-            else:
-                self._arm()
+            if wake:
+                self._wake(len(admitted))
         for completion, error, item in refused:
             completion.fail(error, item)
         return out
+
+    def kick(self) -> None:
+        """Have the slots look after what waits."""
+        with self._work:
+            if self._queue.waiting_rows:
+                self._wake(1)
+
+    def _wake(self, slots: int) -> None:
+        if self._idle:
+            self._work.notify(slots)
+        else:
+            self._arm()
 
     def _screen(self, request: EngineRequest) -> tuple[ForebayError, int | None] | None:
         """Why a request is refused whatever the queue holds, and the item to blame."""
@@ -207,6 +220,15 @@ class Intake:
                     self._work.wait(delay if delay > 0 else None)
                     self._idle -= 1
             self._expired(late)
+
+    def take_here(self) -> Cut | None:
+        """The next batch if one is due; never waits."""
+        with self._work:
+            now = self.clock()
+            late = self._queue.expire(now)
+            cut = self._queue.cut(now) if self._delay(now) <= 0 else None
+        self._expired(late)
+        return cut
 
     def take_full(self) -> Cut | None:
         """The next batch if it is full and no other slot is free for it; never waits."""

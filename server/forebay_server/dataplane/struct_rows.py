@@ -1,7 +1,7 @@
 """Rows of google.protobuf.Struct to tensors, many at once, by the extension.
 
 Reading a row's values one by one costs Python more than the model's own work. The extension reads
-all rows of a batch into one matrix; numpy then checks them against the signature together. A row
+all rows of a batch into one matrix, and checks them against the signature. A row
 with anything odd (a wrong type, an unknown feature, a value to warn of) is only counted out here:
 the plain way in tabular.py reads it again, and says what is wrong. So both agree by construction on
 every row that this one takes; tests/unit/dataplane holds them to it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -27,36 +28,38 @@ class RowReader:
     def __init__(self, head: TabularHead) -> None:
         import forebay_native
 
-        self._read = forebay_native.struct_rows
         self._matrix = head.input if head.layout == "matrix" else None
         numbers = [f for f in head.features if f.type != "string"]
         strings = [f for f in head.features if f.type == "string"]
         self._numbers = [f.name for f in numbers]
-        self._strings = [f.name for f in strings]
-        self._least = np.array([-np.inf if f.min is None else f.min for f in numbers])
-        self._most = np.array([np.inf if f.max is None else f.max for f in numbers])
-        self._needed = np.array([not f.nullable for f in numbers], bool)
-        self._categories = [(frozenset(f.categories or ()), f.nullable) for f in strings]
+        self._strings = [(f.name, frozenset(f.categories or ()), f.nullable) for f in strings]
+        self._reader = forebay_native.RowReader(
+            [
+                (
+                    f.name,
+                    -inf if f.min is None else f.min,
+                    inf if f.max is None else f.max,
+                    not f.nullable,
+                )
+                for f in numbers
+            ],
+            [f.name for f in strings],
+        )
 
     def read(self, rows: Sequence[bytes]) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
         """The model's inputs, and which rows are good: [rows]. Rows that are not have any values."""
-        raw, columns, odd = self._read(rows, self._numbers, self._strings)
-        values = np.frombuffer(raw).reshape(len(rows), len(self._numbers))
-        good = ~np.frombuffer(odd, np.bool_)
-        missing = np.isnan(values)
-        # Comparisons with NaN are False, and infinity lies outside of every range but an open one.
-        wrong = (values < self._least) | (values > self._most) | np.isinf(values)
-        wrong |= missing & self._needed
-        good &= ~wrong.any(axis=1)
-        for (known, nullable), column in zip(self._categories, columns, strict=True):
+        raw, columns, odd = self._reader.read(rows)
+        good = np.frombuffer(odd, np.uint8) == 0
+        values = np.frombuffer(raw).reshape(len(rows), len(self._numbers)).astype(np.float32)
+        for (_, known, nullable), column in zip(self._strings, columns, strict=True):
             for i, value in enumerate(column):
                 if (value not in known and known) if value else not nullable:
                     good[i] = False
         if self._matrix is not None:
-            return {self._matrix: values.astype(np.float32)}, good
+            return {self._matrix: values}, good
         tensors: dict[str, NDArray[Any]] = {
-            name: values[:, i : i + 1].astype(np.float32) for i, name in enumerate(self._numbers)
+            name: values[:, i : i + 1] for i, name in enumerate(self._numbers)
         }
-        for name, column in zip(self._strings, columns, strict=True):
+        for (name, _, _), column in zip(self._strings, columns, strict=True):
             tensors[name] = np.array(column, object).reshape(-1, 1)
         return tensors, good

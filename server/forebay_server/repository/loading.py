@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from forebay.errors import ForebayError
 
-from forebay_server.core.batcher import BatchingEngineClient, BatchReport
+from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
 from forebay_server.engines.factory import create
 from forebay_server.repository import language_models
@@ -116,7 +116,7 @@ def load(
             raise
         raise rejected(f"the model fails on a first run: {e}") from e
     trim()
-    client = BatchingEngineClient(engines, observer=observer(name, version))
+    client = BatchingEngineClient(engines, observer=observer(name, version), here_s=QUICK_S)
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
 
 

@@ -100,6 +100,8 @@ class ModelRepository:
         await self.refresh(first=True)
         gc.collect()
         gc.freeze()  # what was made at start lives as long as the server: no need to look at it again
+        # Calls leave hardly a cycle behind; looking for them every 700 objects cost 3% of the time.
+        gc.set_threshold(50_000, 20, 20)
         trim()
         self.started = True
 

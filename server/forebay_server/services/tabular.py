@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +25,7 @@ from forebay_server.dataplane.tabular import (
     Value,
 )
 from forebay_server.services.base import Service, answers_in_order
-from forebay_server.services.common import exactly_one, served_by, timing, usage
+from forebay_server.services.common import exactly_one
 
 PREDICT = "/forebay.v1.TabularService/Predict"
 _TYPES = {
@@ -164,20 +166,46 @@ def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
     return Table(out, rows, path)
 
 
+@dataclass(slots=True)
+class _Answer:
+    """Predictions, and the serialised rest of their response: fields may come in pieces."""
+
+    predictions: pb.PredictResponse
+    facts: bytes
+
+    def SerializeToString(self) -> bytes:
+        return self.predictions.SerializeToString() + self.facts
+
+
+@lru_cache(256)
+def _facts(
+    model: str, version: int, items: int, queue_ms: float, compute_ms: float, batch_rows: int
+) -> bytes:
+    """What a response says beside its predictions: the same for all calls of a batch."""
+    response = pb.PredictResponse(
+        served_by=common_pb2.ServedBy(model=model, version=version),
+        usage=common_pb2.Usage(items=items),
+        timing=common_pb2.Timing(queue_ms=queue_ms, compute_ms=compute_ms, batch_rows=batch_rows),
+    )
+    return response.SerializeToString()
+
+
 def _reply(call: Call, outcome: TabularOutcome) -> None:
     head = outcome.model.manifest.tabular_head
-    response = pb.PredictResponse(served_by=served_by(call), usage=usage(call), timing=timing(call))
+    response = pb.PredictResponse()
     add = response.predictions.add
-    values = outcome.outputs[head.output].reshape(len(outcome.warnings))
+    values = outcome.outputs[head.output].reshape(len(outcome.warnings)).tolist()
     if head.classes is None:
-        for value, warnings in zip(values.tolist(), outcome.warnings, strict=True):
+        for value, warnings in zip(values, outcome.warnings, strict=True):
             add(value=value, warnings=warnings)
-        call.reply(response)
-        return
-    scores = outcome.outputs.get(head.probabilities_output or "")
-    for i, (label, warnings) in enumerate(zip(values.tolist(), outcome.warnings, strict=True)):
-        one = add(label=str(label), warnings=warnings)
-        if scores is not None:
-            for j in np.argsort(-scores[i], kind="stable").tolist():
-                one.probabilities.add(label=head.classes[j], score=float(scores[i, j]))
-    call.reply(response)
+    else:
+        scores = outcome.outputs.get(head.probabilities_output or "")
+        for i, (label, warnings) in enumerate(zip(values, outcome.warnings, strict=True)):
+            one = add(label=str(label), warnings=warnings)
+            if scores is not None:
+                for j in np.argsort(-scores[i], kind="stable").tolist():
+                    one.probabilities.add(label=head.classes[j], score=float(scores[i, j]))
+    f = call.facts
+    queue_ms, compute_ms = round(f.queue_s * 1e3, 3), round(f.compute_s * 1e3, 3)
+    facts = _facts(f.model, f.version, f.items, queue_ms, compute_ms, f.batch_rows)
+    call.reply(_Answer(response, facts))

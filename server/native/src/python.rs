@@ -12,7 +12,7 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 
 use crate::inbox::{Bounds, Call, Gone, Outcome};
 use crate::metadata;
-use crate::rows;
+use crate::rows::{self, Number};
 use crate::server::{Config, Server};
 use crate::status::{self, Code, Refusal};
 use crate::tls;
@@ -288,37 +288,59 @@ fn settings(
 
 type Columns = Vec<Vec<Py<PyString>>>;
 
-/// Rows of google.protobuf.Struct as a matrix of numbers, columns of strings, and a flag per row.
-#[pyfunction]
-#[allow(clippy::needless_pass_by_value)] // PyO3 makes them for the call
-fn struct_rows<'py>(
-    py: Python<'py>,
-    rows: Vec<Bound<'py, PyBytes>>,
-    numbers: Vec<String>,
+/// Reads rows of google.protobuf.Struct.
+#[pyclass(frozen, name = "RowReader", module = "forebay_native")]
+struct PyRowReader {
+    numbers: Vec<Number>,
     strings: Vec<String>,
-) -> (Bound<'py, PyBytes>, Columns, Bound<'py, PyBytes>) {
-    let mut values = Vec::with_capacity(rows.len() * numbers.len() * 8);
-    let mut columns: Columns = strings.iter().map(|_| Vec::new()).collect();
-    let mut odd = Vec::with_capacity(rows.len());
-    for data in &rows {
-        let row = rows::read(data.as_bytes(), &numbers, &strings);
-        odd.push(u8::from(row.is_none()));
-        for i in 0..numbers.len() {
-            let value = row.as_ref().map_or(f64::NAN, |r| r.numbers[i]);
-            values.extend_from_slice(&value.to_ne_bytes());
-        }
-        for (i, column) in columns.iter_mut().enumerate() {
-            let text = row.as_ref().map_or("", |r| r.strings[i]);
-            column.push(PyString::new(py, text).unbind());
+}
+
+#[pymethods]
+impl PyRowReader {
+    #[new]
+    fn new(numbers: Vec<(String, f64, f64, bool)>, strings: Vec<String>) -> Self {
+        let number = |(name, least, most, needed)| Number {
+            name,
+            least,
+            most,
+            needed,
+        };
+        Self {
+            numbers: numbers.into_iter().map(number).collect(),
+            strings,
         }
     }
-    (PyBytes::new(py, &values), columns, PyBytes::new(py, &odd))
+
+    /// A matrix of numbers, columns of strings, and a flag per row.
+    #[allow(clippy::needless_pass_by_value)] // PyO3 makes it for the call
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        rows: Vec<Bound<'py, PyBytes>>,
+    ) -> (Bound<'py, PyBytes>, Columns, Bound<'py, PyBytes>) {
+        let mut values = Vec::with_capacity(rows.len() * self.numbers.len() * 8);
+        let mut columns: Columns = self.strings.iter().map(|_| Vec::new()).collect();
+        let mut odd = Vec::with_capacity(rows.len());
+        for data in &rows {
+            let row = rows::read(data.as_bytes(), &self.numbers, &self.strings);
+            odd.push(u8::from(row.is_none()));
+            for i in 0..self.numbers.len() {
+                let value = row.as_ref().map_or(f64::NAN, |r| r.numbers[i]);
+                values.extend_from_slice(&value.to_ne_bytes());
+            }
+            for (i, column) in columns.iter_mut().enumerate() {
+                let text = row.as_ref().map_or("", |r| r.strings[i]);
+                column.push(PyString::new(py, text).unbind());
+            }
+        }
+        (PyBytes::new(py, &values), columns, PyBytes::new(py, &odd))
+    }
 }
 
 #[pymodule]
 fn forebay_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    module.add_function(wrap_pyfunction!(struct_rows, module)?)?;
+    module.add_class::<PyRowReader>()?;
     module.add_class::<PyCall>()?;
     module.add_class::<PyServer>()
 }

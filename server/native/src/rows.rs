@@ -9,9 +9,28 @@ pub struct Row<'a> {
     pub strings: Vec<&'a str>,
 }
 
-/// Reads one row. `None` when it is malformed, has a name that is unknown, or a value of a kind that
-/// its feature does not take.
-pub fn read<'a>(data: &'a [u8], numbers: &[String], strings: &[String]) -> Option<Row<'a>> {
+/// A feature that takes numbers, and which of them raise no question.
+pub struct Number {
+    pub name: String,
+    pub least: f64,
+    pub most: f64,
+    /// May not be missing.
+    pub needed: bool,
+}
+
+impl Number {
+    fn takes(&self, value: f64) -> bool {
+        if value.is_nan() {
+            !self.needed
+        } else {
+            value.is_finite() && (self.least..=self.most).contains(&value)
+        }
+    }
+}
+
+/// Reads one row. `None` when it is malformed, has a name that is unknown, or a value that its
+/// feature does not take.
+pub fn read<'a>(data: &'a [u8], numbers: &[Number], strings: &[String]) -> Option<Row<'a>> {
     let mut row = Row {
         numbers: vec![f64::NAN; numbers.len()],
         strings: vec![""; strings.len()],
@@ -23,7 +42,7 @@ pub fn read<'a>(data: &'a [u8], numbers: &[String], strings: &[String]) -> Optio
             return None;
         };
         let (name, value) = pair(entry)?;
-        if let Some(at) = find(numbers, name, next) {
+        if let Some(at) = find(numbers, |n| n.name == name, next) {
             next = at + 1;
             row.numbers[at] = match value {
                 Value::Missing => f64::NAN,
@@ -31,7 +50,7 @@ pub fn read<'a>(data: &'a [u8], numbers: &[String], strings: &[String]) -> Optio
                 Value::Bool(b) => f64::from(u8::from(b)),
                 Value::Text(_) => return None,
             };
-        } else if let Some(at) = find(strings, name, 0) {
+        } else if let Some(at) = find(strings, |n| n == name, 0) {
             row.strings[at] = match value {
                 Value::Missing => "",
                 Value::Text(text) => text,
@@ -41,14 +60,15 @@ pub fn read<'a>(data: &'a [u8], numbers: &[String], strings: &[String]) -> Optio
             return None;
         }
     }
-    Some(row)
+    let good = numbers.iter().zip(&row.numbers).all(|(n, &v)| n.takes(v));
+    good.then_some(row)
 }
 
-fn find(names: &[String], name: &str, first: usize) -> Option<usize> {
-    if names.get(first).is_some_and(|n| n == name) {
+fn find<T>(all: &[T], is: impl Fn(&T) -> bool, first: usize) -> Option<usize> {
+    if all.get(first).is_some_and(&is) {
         return Some(first);
     }
-    names.iter().position(|n| n == name)
+    all.iter().position(is)
 }
 
 enum Value<'a> {
@@ -133,13 +153,23 @@ mod tests {
         all.iter().map(|&n| n.into()).collect()
     }
 
+    fn numbers(all: &[&str]) -> Vec<Number> {
+        let free = |&name: &&str| Number {
+            name: name.into(),
+            least: f64::NEG_INFINITY,
+            most: f64::INFINITY,
+            needed: false,
+        };
+        all.iter().map(free).collect()
+    }
+
     /// {"a": 1.5, "s": "x"}
     const ROW: &[u8] =
         b"\x0a\x0e\x0a\x01a\x12\x09\x11\0\0\0\0\0\0\xf8\x3f\x0a\x08\x0a\x01s\x12\x03\x1a\x01x";
 
     #[test]
     fn reads_numbers_and_strings_and_what_is_missing() {
-        let row = read(ROW, &names(&["b", "a"]), &names(&["s", "t"])).unwrap();
+        let row = read(ROW, &numbers(&["b", "a"]), &names(&["s", "t"])).unwrap();
         assert!(row.numbers[0].is_nan());
         assert!((row.numbers[1] - 1.5).abs() < f64::EPSILON);
         assert_eq!(row.strings, ["x", ""]);
@@ -147,9 +177,9 @@ mod tests {
 
     #[test]
     fn odd_rows_are_left_alone() {
-        assert!(read(ROW, &names(&["a"]), &[]).is_none(), "unknown name");
+        assert!(read(ROW, &numbers(&["a"]), &[]).is_none(), "unknown name");
         assert!(
-            read(ROW, &names(&["a", "s"]), &[]).is_none(),
+            read(ROW, &numbers(&["a", "s"]), &[]).is_none(),
             "a string for a number"
         );
         assert!(
@@ -157,9 +187,23 @@ mod tests {
             "a number for a string"
         );
         for cut in 1..ROW.len() {
-            let _ = read(&ROW[..cut], &names(&["a"]), &names(&["s"])); // must not panic
+            let _ = read(&ROW[..cut], &numbers(&["a"]), &names(&["s"])); // must not panic
         }
-        assert!(read(&ROW[..5], &names(&["a"]), &names(&["s"])).is_none());
+        assert!(read(&ROW[..5], &numbers(&["a"]), &names(&["s"])).is_none());
+    }
+
+    #[test]
+    fn values_out_of_range_and_missing_ones_are_odd() {
+        let mut only = numbers(&["a"]);
+        let strings = names(&["s"]);
+        only[0].most = 1.5;
+        assert!(read(ROW, &only, &strings).is_some());
+        only[0].most = 1.4;
+        assert!(read(ROW, &only, &strings).is_none());
+        only[0].most = 2.0;
+        assert!(read(b"", &only, &strings).is_some());
+        only[0].needed = true;
+        assert!(read(b"", &only, &strings).is_none());
     }
 
     #[test]
@@ -174,7 +218,7 @@ mod tests {
                 let at = (state >> 8) as usize % data.len();
                 data[at] = state as u8;
             }
-            let _ = read(&data, &names(&["a"]), &names(&["s"]));
+            let _ = read(&data, &numbers(&["a"]), &names(&["s"]));
         }
     }
 }
