@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -58,9 +59,10 @@ def run(loaded: Loaded, config: Path | None) -> int:
 
 def make_starters(settings: Settings) -> None:
     """Make missing starter models in a process of its own: their libraries are not served with."""
-    names = ("housing", "iris", "digits", "minilm", "minilm-int8", "sentiment")
+    from forebay_exporters.starters import missing
+
     root = settings.models_root
-    if all((root / n / "1" / "manifest.json").exists() for n in names):
+    if not missing(root):
         return
     command = [
         sys.executable,

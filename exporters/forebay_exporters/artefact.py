@@ -30,28 +30,55 @@ DATATYPES = {
 
 
 class ExportError(Exception):
-    """An export that failed; the message says why and what to do."""
+    """An export that failed; the message says why and what to do. `report` is kept when it is set."""
+
+    report: dict[str, Any] | None = None
 
 
 @contextlib.contextmanager
 def version_folder(root: Path, model: str, version: int) -> Iterator[Path]:
     """A hidden folder that becomes `<root>/<model>/<version>` when the block ends well.
 
+    A report of a failed export goes to `<root>/.failed/<model>-<version>.json`.
+
     Raises:
         ExportError: the version is there already.
     """
-    final = root / model / str(version)
-    if final.exists():
-        raise ExportError(f"{model}@{version} is there already; choose another version")
+    final = must_be_new(root, model, version)
     folder = root / model / f".export-{version}-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
         folder.rename(final)
+    except ExportError as e:
+        shutil.rmtree(folder, ignore_errors=True)
+        if e.report is None:
+            raise
+        kept = root / ".failed" / f"{model}-{version}.json"
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(e.report, indent=2) + "\n")
+        raise ExportError(f"{e}; the report is {kept}") from e
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def is_whole(version: Path) -> bool:
+    """Whether the files that a version's manifest names are there, in their sizes."""
+    try:
+        files = json.loads((version / "manifest.json").read_bytes())["files"]
+        return all((version / n).stat().st_size == f["bytes"] for n, f in files.items())
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def must_be_new(root: Path, model: str, version: int) -> Path:
+    """The version's folder. Raises ExportError when it is there already."""
+    final = root / model / str(version)
+    if final.exists():
+        raise ExportError(f"{model}@{version} is there already; choose another version")
+    return final
 
 
 def sha256(path: Path) -> str:

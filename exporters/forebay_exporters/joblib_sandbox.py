@@ -1,12 +1,12 @@
 """joblib to skops, in a process that can do little: only when asked for by name.
 
-A pickle runs code when it is read. The reading process has an empty environment, the
-file as its standard input, a temporary folder as its working folder and home, and limits: no further processes, 60 s of CPU
-time, 8 GiB of memory, files of at most 1 GiB. On Linux it has no network (a namespace without
-interfaces), and root becomes `nobody` first; where the kernel refuses the namespace, reading is
-refused. It may still read and write files that its user may read and write (as `nobody`: what all may
-write), since it has no file system of its own. So: files of strangers do not belong here,
-sandbox or not. Its result is a skops file, whose types the caller then trusts by name.
+A pickle runs code when it is read. The reading process has an empty environment, the file as its
+standard input, a temporary folder as its working folder and home, and limits: no further processes,
+60 s of CPU time, 8 GiB of memory, files of at most 1 GiB. On Linux it has no network (a namespace
+without interfaces), root becomes `nobody` first, and Landlock lets it write below its own folder
+only, and read only that, Python's own files and the system's libraries. Where the kernel gives no
+such namespace or no Landlock (before 5.13), reading is refused. Its result is a skops file, whose
+types the caller then trusts by name.
 """
 
 from __future__ import annotations
@@ -34,6 +34,32 @@ if root:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
+
+class Ruleset(ctypes.Structure):
+    _fields_ = [("fs", ctypes.c_uint64)]
+
+class Beneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("access", ctypes.c_uint64), ("parent", ctypes.c_int32)]
+
+EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
+abi = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset, asking for its version
+if abi < 1:
+    raise SystemExit("this kernel has no Landlock")
+every = (1 << (13 if abi < 2 else 14 if abi < 3 else 15)) - 1  # REFER and TRUNCATE came later
+rules = Ruleset(every)
+ruleset = libc.syscall(444, ctypes.byref(rules), ctypes.sizeof(rules), 0)
+readable = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/proc", "/sys", *sys.path]
+for path, access in [(os.getcwd(), every), *((p, EXECUTE | READ_FILE | READ_DIR) for p in readable)]:
+    try:
+        folder = os.open(path or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        continue  # not on this system
+    rule = Beneath(access, folder)
+    libc.syscall(445, ruleset, 1, ctypes.byref(rule), 0)  # landlock_add_rule
+    os.close(folder)
+if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(446, ruleset, 0):  # no new rights; restrict_self
+    raise SystemExit("Landlock refused its rules: " + os.strerror(ctypes.get_errno()))
 for what, most in (
     (resource.RLIMIT_CPU, 60),
     (resource.RLIMIT_AS, 8 << 30),
@@ -58,7 +84,7 @@ def joblib_to_skops(path: Path) -> Path:
     try:
         with path.open("rb") as source:  # opened here: the process itself may not be let to
             done = subprocess.run(
-                [sys.executable, "-c", _READER, str(target)],
+                [sys.executable, "-P", "-c", _READER, str(target)],
                 cwd=folder,
                 env={"HOME": str(folder), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
                 stdin=source,

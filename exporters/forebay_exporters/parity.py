@@ -71,5 +71,7 @@ def report(
         if not loss <= bounds.max_metric_loss:
             faults.append(f"{metric[0]} falls by {loss:.4f}, allowed is {bounds.max_metric_loss:g}")
     if faults:
-        raise ExportError("the artefact is not the model: " + "; ".join(faults))
+        error = ExportError("the artefact is not the model: " + "; ".join(faults))
+        error.report = out | {"faults": faults}
+        raise error
     return out

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from forebay_exporters.artefact import ExportError, sha256, version_folder
+from forebay_exporters.artefact import ExportError, must_be_new, sha256, version_folder
 
 ONNX = ("onnx/model.onnx", "model.onnx")
 #: Small files that say what the model is.
@@ -50,19 +50,21 @@ def pull(
         repo_id: `org/name`; the hub is HF_ENDPOINT's, the token HF_TOKEN's.
         name: name to serve it by; default: the last part of `repo_id`.
         revision: branch, tag or commit.
-        precision: of an export; an ONNX file that is there is not converted.
+        precision: `fp32` takes an ONNX file of the repository as it is; others are exported from its
+            safetensors.
 
     Raises:
-        ExportError: not there, not reachable, or no file that may be read.
+        ExportError: the version is there already (said before anything is fetched); not there, not reachable, or no file that may be read.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     served = name or re.sub(r"[^A-Za-z0-9._-]", "-", repo_id.rpartition("/")[2])
+    must_be_new(root, served, version)
     try:
         info = HfApi().model_info(repo_id, revision=revision)
         files = {s.rfilename for s in info.siblings or ()}
-        onnx = next((f for f in ONNX if f in files), None)
+        onnx = next((f for f in ONNX if f in files), None) if precision == "fp32" else None
         weights = sorted(f for f in files if f.endswith(".safetensors"))
         if onnx is None and not weights:
             pickles = sorted(f for f in files if f.endswith((".bin", ".pt", ".pkl", ".ckpt")))
@@ -71,7 +73,10 @@ def pull(
                 if pickles
                 else "none"
             )
-            raise ExportError(f"{repo_id} has no ONNX file and no safetensors: {held}")
+            lacks = "no ONNX file and no" if precision == "fp32" else f"for {precision} it needs"
+            raise ExportError(
+                f"{repo_id} cannot be taken: {lacks} safetensors; weights there: {held}"
+            )
         if "tokenizer.json" not in files:
             raise ExportError(f"{repo_id} has no tokenizer.json (a fast tokenizer is needed)")
         wanted = [f for f in CONFIGURATION if f in files]

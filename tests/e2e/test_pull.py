@@ -101,6 +101,27 @@ def test_an_onnx_file_of_the_hub_is_served_as_it_is(hub, starters: Path, tmp_pat
     assert manifest.embedding_head.dimensions == 384
 
 
+def test_what_is_there_already_is_said_before_anything_is_fetched(hub, tmp_path: Path) -> None:
+    (tmp_path / "home" / "models" / "enc" / "1").mkdir(parents=True)
+    done = pull(hub[0], tmp_path / "home", "org/nothing", "--name", "enc")
+    assert done.returncode == 1
+    assert "is there already" in done.stderr
+
+
+def test_another_precision_is_not_taken_from_an_fp32_file(
+    hub, starters: Path, tmp_path: Path
+) -> None:
+    address, root = hub
+    repo = root / "org" / "encoder"
+    repo.mkdir(parents=True)
+    os.link(starters / "minilm" / "1" / "model.onnx", repo / "model.onnx")
+    os.link(starters / "minilm" / "1" / "tokenizer.json", repo / "tokenizer.json")
+    done = pull(address, tmp_path / "home", "org/encoder", "--precision", "int8")
+    assert done.returncode == 1
+    assert "safetensors" in done.stderr
+    assert not (tmp_path / "home" / "models" / "encoder").exists()
+
+
 def test_pickles_alone_are_refused(hub, tmp_path: Path) -> None:
     address, root = hub
     repo = root / "org" / "old"

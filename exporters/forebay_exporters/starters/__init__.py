@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from forebay_exporters.artefact import is_whole
 
 Progress = Callable[[str, float], None]
 NAMES = ("housing", "iris", "digits", "minilm", "minilm-int8", "sentiment")
 
 
 def missing(root: Path) -> list[str]:
-    """Starter models that are not in a repository yet."""
-    return [n for n in NAMES if not (root / n / "1" / "manifest.json").exists()]
+    """Starter models that are not in a repository yet, or not whole: a disk was full, say."""
+    return [n for n in NAMES if not is_whole(root / n / "1")]
 
 
 def make_starters(
@@ -50,6 +53,8 @@ def make_starters(
             continue
         progress(f"making {name}", 0.0)
         try:
+            if (root / name / "1" / "manifest.json").exists():  # one of ours: its files are known
+                shutil.rmtree(root / name / "1")
             makers[name]()
         except (ExportError, OSError, ValueError, RuntimeError) as e:
             faults[name] = str(e)

