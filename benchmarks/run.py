@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import embedding_overhead
+from benchmarks import embedding_overhead, tabular
 
 if __name__ == "__main__":
     embedding_overhead.main()
+    tabular.main()

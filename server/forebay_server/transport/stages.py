@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 
-from forebay.errors import ForebayError, Unavailable
+from forebay.errors import ForebayError
 
 from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
@@ -221,23 +221,17 @@ class Authentication:
 
 
 class Admission:
-    """Draining, and the limits of keys."""
+    """The limits of keys."""
 
     def __init__(self, keys: KeyStore, limiter: Limiter, budgets: Budgets) -> None:
         self._keys = keys
         self._limiter = limiter
         self._budgets = budgets
-        self.draining = False
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Take the key's permits, or end the call."""
         for call in calls:
             if call.method.scope == "public":
-                continue
-            if self.draining:
-                call.fail(
-                    Unavailable("the server is shutting down", reason="DRAINING", retry_after_s=1.0)
-                )
                 continue
             limits = self._keys.limits(call.principal.key_id)
             if limits is None or _without_budget(limits) == _NO_LIMITS:
