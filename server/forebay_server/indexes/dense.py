@@ -14,13 +14,23 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from forebay_server.indexes.arrays import GrowingArray
 
-faiss: Any = _faiss  # its stubs lack much of what is there
+
+class _Later:
+    """FAISS, imported when the first index needs it: a server without collections saves 45 MB."""
+
+    def __getattr__(self, name: str) -> Any:
+        import faiss as module
+
+        globals()["faiss"] = module
+        return getattr(module, name)
+
+
+faiss: Any = _Later()
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Metric = Literal["cosine", "dot", "l2"]
