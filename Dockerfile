@@ -11,7 +11,7 @@ COPY gateway gateway
 COPY exporters exporters
 COPY cli cli
 RUN uv venv /opt/forebay \
- && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[server,gateway,sklearn,redis,otel]" pip
+ && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[up,redis,otel]" pip
 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 forebay

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := server,gateway,sklearn,retrieval
+EXTRAS := server,gateway,sklearn,retrieval,cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench clean

@@ -3,8 +3,10 @@
 Options (EngineSpec.options, `engine_options` of model.yaml):
 
     precision    fp32 (default); bf16: products in bfloat16; int8: weights as int8, activations
-                 quantised at run time, group by group (see weights_int8)
+                 quantised at run time, group by group (see weights)
     group_size   activations of a row that share a scale, with int8: 32 (default), 64 or 128
+    kernels      compiled kernels that are kept for shapes met before, default 1000; each new shape
+                 costs milliseconds once, each kept one up to a megabyte
 
 The artefact stays what it is, an fp32 ONNX file: the precision is chosen when it is loaded. So the
 factory can give it to ONNX Runtime where OpenVINO is not installed or the processor lacks what the
@@ -27,10 +29,12 @@ from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays
 from forebay_server.engines.arrays import Executed, Prepared
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
-from forebay_server.engines.weights_int8 import compress
+from forebay_server.engines.weights import compress
 
 PRECISIONS = ("fp32", "bf16", "int8")
 GROUP_SIZES = (32, 64, 128)
+#: OpenVINO's own default, 5000, let a server of mixed lengths grow by 600 MB and more.
+KERNELS = 1000
 #: OpenVINO's type names -> the Open Inference Protocol's. Strings and trees are ONNX Runtime's.
 DATATYPES = {
     "boolean": "BOOL",
@@ -92,6 +96,7 @@ class OpenVinoEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
+        self._compiled: ov.CompiledModel | None = None
         self._request: ov.InferRequest | None = None
         self._outputs: dict[str, int] = {}
         self._dtypes: dict[str, Any] = {}
@@ -107,8 +112,8 @@ class OpenVinoEngine:
         except Exception as e:
             raise rejected(f"{path.name} cannot be loaded: {_said(e)}") from e
         self._check_signature(model)
-        if wanted == "int8":
-            compress(model)
+        if wanted != "fp32":
+            compress(model, wanted)
         try:
             compiled = core().compile_model(model, "CPU", settings)
         except Exception as e:
@@ -117,7 +122,8 @@ class OpenVinoEngine:
         kept = [self.spec.output] if self.spec.kind == "tokens" else names
         self._outputs = {n: names.index(n) for n in kept}
         size = path.stat().st_size
-        self._weights_bytes = size // 4 if wanted == "int8" else size
+        self._weights_bytes = size // {"int8": 4, "bf16": 2}.get(wanted, 1)
+        self._compiled = compiled
         self._request = compiled.create_infer_request()
 
     def _settings(self, wanted: str) -> dict[str, Any]:
@@ -127,6 +133,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if wanted == "bf16" else "f32",
             # The transport's threads run on the same cores: the system knows best where.
             "ENABLE_CPU_PINNING": False,
+            "CPU_RUNTIME_CACHE_CAPACITY": str(self._kernels()),
         }
         if wanted == "int8":
             group = self.spec.options.get("group_size", GROUP_SIZES[0])
@@ -134,6 +141,12 @@ class OpenVinoEngine:
                 raise rejected(f"engine_options.group_size is {group!r}; known are 32, 64, 128")
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(group)
         return settings
+
+    def _kernels(self) -> int:
+        given = self.spec.options.get("kernels", KERNELS)
+        if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= 100_000:
+            raise rejected(f"engine_options.kernels is {given!r}; allowed are 0 to 100000")
+        return given
 
     def _check_signature(self, model: ov.Model) -> None:
         def specs(values: Any) -> dict[str, TensorSpec]:
@@ -156,6 +169,8 @@ class OpenVinoEngine:
         for rows, length in shapes:
             batch = arrays.example(self.spec, rows, length)
             self.finish(self.execute(self.prepare(batch)), batch)
+        if self._compiled is not None:  # an idle server holds no activations
+            self._compiled.release_memory()
 
     def prepare(self, batch: Batch) -> Prepared:
         """Pad ids to [rows, length], or concatenate tensors along the first axis."""
@@ -186,7 +201,7 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         """Drop the model; a thread's memory goes back as far as the allocator lets it."""
-        self._request = None
+        self._request = self._compiled = None
 
     def info(self) -> Mapping[str, Any]:
         """The runtime and its precision as provider, and an estimate of resident bytes."""

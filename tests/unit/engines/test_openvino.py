@@ -112,8 +112,8 @@ def test_a_text_is_the_same_alone_and_in_a_padded_batch(make: Make, minilm, item
     assert least_cosine(alone, run(engine, items)) >= 0.9995
 
 
-def test_int8_holds_a_quarter_of_the_weights(make: Make, minilm: Path) -> None:
-    needs("int8", minilm)
+@pytest.mark.parametrize(("precision", "share"), [("int8", 0.3), ("bf16", 0.55)])
+def test_weights_take_less_memory(minilm: Path, precision: str, share: float) -> None:
     core = openvino.core()
     model = core.read_model(minilm / "model.onnx")
     bytes_of = lambda: sum(  # noqa: E731
@@ -121,8 +121,8 @@ def test_int8_holds_a_quarter_of_the_weights(make: Make, minilm: Path) -> None:
     )
     before = bytes_of()
     # Four products in each of six layers, and the table of words.
-    assert openvino.compress(model) == 25
-    assert bytes_of() < before * 0.3
+    assert openvino.compress(model, precision) == 25
+    assert bytes_of() < before * share
 
 
 def test_larger_groups_are_further_from_the_original(make: Make, minilm, items) -> None:
