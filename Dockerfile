@@ -1,8 +1,8 @@
 # Forebay on CPU: server and gateway, no torch.
 FROM python:3.11-slim AS build
 WORKDIR /src
-RUN pip install --no-cache-dir uv
 COPY pyproject.toml constraints.txt README.md ./
+RUN pip install --no-cache-dir -c constraints.txt uv
 COPY protos protos
 COPY tools tools
 COPY contract contract
@@ -21,7 +21,8 @@ ENV PATH=/opt/forebay/bin:$PATH \
     FOREBAY_GRPC__HOST=0.0.0.0 \
     FOREBAY_HTTP__HOST=0.0.0.0
 RUN mkdir /data && chown forebay /data
-USER forebay
+# By number: Kubernetes' runAsNonRoot cannot see that a name is not root's.
+USER 10001
 VOLUME /data
 EXPOSE 50051 8080
 HEALTHCHECK --start-period=180s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz')"]
