@@ -12,6 +12,8 @@ import queue
 import re
 import sys
 import time
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -22,8 +24,21 @@ ACCESS = "forebay.access_log"
 _KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
 
 
+@dataclass(frozen=True, slots=True)
+class AccessLines:
+    """The access log's lines of calls that ended alike.
+
+    Attributes:
+        shared: fields that all of them say.
+        each: milliseconds, request id and peer of each.
+    """
+
+    shared: dict[str, object]
+    each: list[tuple[float, str, str]]
+
+
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger and message; or one line for each of `extra={"lines": [{...}]}`."""
+    """Time, level, logger and message; or the lines of `extra={"access": [AccessLines]}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, or several."""
@@ -35,10 +50,23 @@ class JsonFormatter(logging.Formatter):
         tail: dict[str, Any] = {}
         if record.exc_info:
             tail["exception"] = self.formatException(record.exc_info)
-        lines = getattr(record, "lines", None)
-        if lines is None:
-            lines = [{"message": record.getMessage()}]
-        return mask("\n".join([_json(head | line | tail) for line in lines]))
+        access: list[AccessLines] | None = getattr(record, "access", None)
+        if access is None:
+            return mask(_json(head | {"message": record.getMessage()} | tail))
+        lines: list[str] = []
+        for some in access:
+            start = _json(head | some.shared | tail)[:-1]
+            for ms, request_id, peer in some.each:  # ids have been checked; peers are written here
+                lines.append(
+                    f'{start},"ms":{ms},"request_id":"{request_id}","peer":{_text(peer)}}}'
+                )
+        return mask("\n".join(lines))
+
+
+@lru_cache(1024)
+def _text(value: str) -> str:
+    """A JSON string."""
+    return json.dumps(value)
 
 
 def _json(line: dict[str, Any]) -> str:
@@ -53,11 +81,14 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line or several, and the traceback where there is one."""
-        lines = getattr(record, "lines", None)
-        if lines is None:
+        access: list[AccessLines] | None = getattr(record, "access", None)
+        if access is None:
             texts = [record.getMessage()]
         else:
-            texts = [" ".join(f"{k}={v}" for k, v in fields.items()) for fields in lines]
+            texts = []
+            for some in access:
+                end = " ".join(f"{k}={v}" for k, v in some.shared.items())
+                texts += [f"{end} ms={ms} request_id={i} peer={peer}" for ms, i, peer in some.each]
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         text = "\n".join(f"{when} {record.levelname.lower():7} {text}" for text in texts)
         if record.exc_info:
@@ -82,7 +113,7 @@ class _BoundedHandler(logging.handlers.QueueHandler):
                 lost, self.dropped = self.dropped, 0
                 self.queue.put_nowait(_lost(lost))
         except queue.Full:
-            self.dropped += len(getattr(record, "lines", ())) or 1
+            self.dropped += sum(len(a.each) for a in getattr(record, "access", ())) or 1
 
 
 def _lost(lines: int) -> logging.LogRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -41,16 +41,17 @@ class RpcMetrics(Collector):
             for method in methods:
                 active[method] = active.get(method, 0) + 1
 
-    def ended(self, calls: Iterable[tuple[str, str, float]]) -> None:
-        """Calls have their status: (method, code, seconds)."""
+    def ended(self, method: str, code: str, seconds: Sequence[float]) -> None:
+        """Calls of a method have their status: how long each took."""
         with self._lock:
-            for method, code, seconds in calls:
-                self._active[method] -= 1
-                cell = self._cells.get((method, code))
-                if cell is None:
-                    cell = self._cells[method, code] = _Cell()
-                cell.counts[bisect_left(SECONDS, seconds)] += 1
-                cell.total += seconds
+            self._active[method] -= len(seconds)
+            cell = self._cells.get((method, code))
+            if cell is None:
+                cell = self._cells[method, code] = _Cell()
+            counts = cell.counts
+            for took in seconds:
+                counts[bisect_left(SECONDS, took)] += 1
+            cell.total += sum(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """What is known now."""

@@ -19,6 +19,9 @@ from forebay_server.core.call import Call
 
 log = logging.getLogger("forebay.transport")
 
+#: The trailer that every call ends with.
+REQUEST_ID = "x-request-id"
+
 
 class Stage(Protocol):
     """One cross-cutting concern."""
@@ -92,3 +95,9 @@ def internal(call: Call) -> Internal:
         f"internal error; the log has more under request id {call.request_id}",
         metadata={"request_id": call.request_id},
     )
+
+
+def trailers_of(call: Call) -> list[tuple[str, str]]:
+    """All metadata for the end of a call."""
+    own = [(REQUEST_ID, call.request_id)] if call.request_id else []
+    return [*own, *call.trailers]

@@ -27,7 +27,7 @@ def filled() -> Metrics:
     """Metrics with at least one sample each."""
     m = Metrics()
     m.rpc.started(["/s/M", "/s/M"])
-    m.rpc.ended([("/s/M", "OK", 0.02)])
+    m.rpc.ended("/s/M", "OK", [0.02])
     m.rejected.labels("QUEUE_FULL").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)
