@@ -100,7 +100,7 @@ class Server:
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
-            self.metrics.batch_observer,
+            self.metrics.batches.observer,
         )
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]

@@ -230,3 +230,26 @@ def reply_all(calls: Sequence[Call], payloads: Iterable[bytes]) -> None:
                 live.append(call)
     for call in live:
         call._tell()
+
+
+def runs_of(calls: Sequence[Call]) -> list[list[Call]]:
+    """Ended calls, by neighbours that ended alike: same method, key, status, facts and context, at
+    the same stage. What is said of the first holds for all; only times, ids and peers differ."""
+    out: list[list[Call]] = []
+    last: Call | None = None
+    for call in calls:
+        if (
+            last is not None
+            and call._facts is last._facts
+            and call.code == last.code
+            and call.error is last.error
+            and call.method is last.method
+            and call.principal is last.principal
+            and call.context is last.context
+            and call.passed == last.passed
+        ):
+            out[-1].append(call)
+        else:
+            out.append([call])
+            last = call
+    return out

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-#: Lines that may wait for a slow reader of the log; beyond it lines are dropped and counted.
+#: Records that may wait for a slow reader of the log; beyond it lines are dropped and counted.
 BACKLOG = 10_000
 ACCESS = "forebay.access_log"
 _KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
@@ -99,7 +99,11 @@ class ConsoleFormatter(logging.Formatter):
 class _BoundedHandler(logging.handlers.QueueHandler):
     """Drops lines rather than block; says how many at the next one that fits."""
 
-    dropped = 0
+    def __init__(self, lines: queue.SimpleQueue[logging.LogRecord], most: int = BACKLOG) -> None:
+        super().__init__(lines)
+        self._lines = lines
+        self._most = most
+        self.dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Hand the record over as it is: the thread that writes it formats it."""
@@ -107,13 +111,13 @@ class _BoundedHandler(logging.handlers.QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Never blocks."""
-        try:
-            self.queue.put_nowait(record)
-            if self.dropped:
-                lost, self.dropped = self.dropped, 0
-                self.queue.put_nowait(_lost(lost))
-        except queue.Full:
+        if self._lines.qsize() >= self._most:
             self.dropped += sum(len(a.each) for a in getattr(record, "access", ())) or 1
+            return
+        self._lines.put(record)
+        if self.dropped:
+            lost, self.dropped = self.dropped, 0
+            self._lines.put(_lost(lost))
 
 
 def _lost(lines: int) -> logging.LogRecord:
@@ -130,7 +134,7 @@ def configure(format_: str, level: str, access_log: bool) -> logging.handlers.Qu
     """Set the process's logging up; `stop()` the listener at the end to write what waits."""
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(JsonFormatter() if format_ == "json" else ConsoleFormatter())
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(BACKLOG)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     listener = logging.handlers.QueueListener(lines, out)
     root = logging.getLogger()
     root.handlers = [_BoundedHandler(lines)]

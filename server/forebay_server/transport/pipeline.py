@@ -15,7 +15,7 @@ from typing import Protocol
 
 from forebay.errors import ForebayError, Internal
 
-from forebay_server.core.call import Call
+from forebay_server.core.call import Call, runs_of
 
 log = logging.getLogger("forebay.transport")
 
@@ -30,8 +30,8 @@ class Stage(Protocol):
         """Look at calls that start. May `fail` some of them; those go no further."""
         ...
 
-    def end(self, calls: Sequence[Call]) -> None:
-        """Look at calls that have their status. Never raises for a good reason."""
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
+        """Look at calls that have their status; see `runs_of`. Never raises for a good reason."""
         ...
 
 
@@ -65,8 +65,9 @@ class Pipeline:
 
     def end(self, calls: Sequence[Call]) -> None:
         """Tell the stages that the calls have passed, innermost first."""
+        runs = runs_of(calls)
         for depth in range(len(self.stages), 0, -1):
-            through = [c for c in calls if c.passed >= depth]
+            through = [run for run in runs if run[0].passed >= depth]
             if not through:
                 continue
             stage = self.stages[depth - 1]

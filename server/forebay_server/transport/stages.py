@@ -26,28 +26,6 @@ REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 OUR_FAULTS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "UNIMPLEMENTED")
 
 
-def runs(calls: Sequence[Call]) -> list[list[Call]]:
-    """Neighbours that ended alike: same method, key, status, facts and context. What is said of
-    the first holds for all; a call with a context of its own is a run of its own."""
-    out: list[list[Call]] = []
-    last: Call | None = None
-    for call in calls:
-        if (
-            last is not None
-            and call.facts is last.facts
-            and call.code == last.code
-            and call.error is last.error
-            and call.method is last.method
-            and call.principal is last.principal
-            and call.context is last.context
-        ):
-            out[-1].append(call)
-        else:
-            out.append([call])
-        last = call
-    return out
-
-
 class Tracing:
     """Request ids and spans."""
 
@@ -73,12 +51,13 @@ class Tracing:
                 span.set_attribute("rpc.method", call.method.name)
                 call.note("span", span)
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Close the spans with what is known of the calls."""
         if not self._tracer.enabled:
             return
-        for call in calls:
-            self._close(call)
+        for run in runs:
+            for call in run:
+                self._close(call)
 
     def _close(self, call: Call) -> None:
         span = call.context.get("span")
@@ -106,15 +85,15 @@ class Measuring:
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Count calls in progress."""
-        self._metrics.rpc.started(call.method.path for call in calls)
+        self._metrics.rpc.started([call.method.path for call in calls])
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Observe durations and outcomes."""
         now = self._clock()
         durations: dict[tuple[str, str], list[float]] = {}
         items: dict[str, int] = {}
         tokens: dict[str, int] = {}
-        for run in runs(calls):
+        for run in runs:
             first = run[0]
             code = first.code or "UNKNOWN"
             took = [now - c.started for c in run]
@@ -145,20 +124,25 @@ class AccessLog:
     def begin(self, calls: Sequence[Call]) -> None:
         """Nothing to say yet."""
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Write the lines: the server's faults as errors, all else as information."""
         now = self._clock()
         if self._log.isEnabledFor(logging.INFO):
             lines = []
-            for run in runs(calls):
+            for run in runs:
                 if run[0].code in OUR_FAULTS:
                     continue
                 each = [(round((now - c.started) * 1e3, 3), c.request_id, c.peer) for c in run]
                 lines.append(AccessLines(self._shared(run[0]), each))
             if lines:
-                self._log.info("", extra={"access": lines})
-        for call in calls:
-            if call.code in OUR_FAULTS and self._log.isEnabledFor(logging.ERROR):
+                # Not by `info`, which looks for its caller on the stack: nobody reads that here.
+                self._log.handle(
+                    self._log.makeRecord(
+                        ACCESS, logging.INFO, "", 0, "", (), None, extra={"access": lines}
+                    )
+                )
+        for call in (c for run in runs if run[0].code in OUR_FAULTS for c in run):
+            if self._log.isEnabledFor(logging.ERROR):
                 cause = call.error.__cause__ if call.error is not None else None
                 info = (type(cause), cause, cause.__traceback__) if cause else None
                 each = [(round((now - call.started) * 1e3, 3), call.request_id, call.peer)]
@@ -200,10 +184,10 @@ class UsageRecording:
     def begin(self, calls: Sequence[Call]) -> None:
         """Nothing to count yet."""
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Append the calls' counters, before their answers are sent."""
         sums: dict[tuple[str, str, int], list[float]] = {}
-        for run in runs(calls):
+        for run in runs:
             call, n = run[0], len(run)
             if call.method.scope != "infer":
                 continue
@@ -254,7 +238,7 @@ class Authentication:
                 continue
             known[given, scope] = principal
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Nothing was opened."""
 
 
@@ -286,10 +270,10 @@ class Admission:
                 assert admitted.refusal is not None
                 call.fail(admitted.refusal)
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Give the permits back, and take what was used from the tokens' bucket."""
         permits: dict[tuple[str, int], tuple[Limits, list[int]]] = {}
-        for run in runs(calls):
+        for run in runs:
             first = run[0]
             if first.context or first.facts.tokens:
                 for call in run:

@@ -79,8 +79,8 @@ def test_keys_are_masked_everywhere(formatter: logging.Formatter) -> None:
 
 
 def test_lines_that_do_not_fit_are_dropped_and_counted() -> None:
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(3)
-    handler = _BoundedHandler(lines)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = _BoundedHandler(lines, most=3)
     for i in range(8):
         handler.handle(record(str(i)))
     assert [lines.get().getMessage() for _ in range(3)] == ["0", "1", "2"]
