@@ -148,12 +148,18 @@ class Slot:
         if self._finishing is not None:
             self._finishing.result()
 
-    def serve_here(self) -> None:
-        """Serve what waits on the caller's thread, which holds `turn`."""
+    def serve_here(self, cut: Cut | None = None) -> None:
+        """Serve a batch, and what waits behind it, on the caller's thread, which holds `turn`."""
         batches = 0
+        if cut is not None:
+            self._held[id(cut)] = cut
+            try:
+                self._serve(cut, None, here=True)
+            except BaseException:
+                self._broke(cut)
         while self._backlog or batches < HERE_BATCHES:
             batches += 1
-            cut: Cut | None = None
+            cut = None
             try:
                 if self._backlog:
                     cut = self._backlog.popleft()

@@ -162,7 +162,7 @@ class TensorPipeline:
             if rows is None:
                 self._whole(job)
             else:
-                shapes = ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(job.tensors.items()))
+                shapes = shapes_of(job.tensors)
                 groups.setdefault((id(job.model), shapes), []).append((job, rows))
         for (_, shapes), group in groups.items():
             first = group[0][0]
@@ -183,6 +183,11 @@ class TensorPipeline:
         """A model that does not batch, or takes scalars: the call is one item."""
         done = answer_each(lambda c, n, o: job.done(o))
         Blocks(self._access, job.model, "inputs", done).submit_whole(job.tensors, job.call)
+
+
+def shapes_of(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """A name for what tensors must share to be batched: their shapes but for the rows."""
+    return ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(tensors.items()))
 
 
 def _rows(tensors: Mapping[str, NDArray[Any]]) -> int | None:

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -139,7 +139,13 @@ class FastLane:
 
     def _end(self, calls: list[Call]) -> None:
         """Send the answers of calls that ended together."""
-        self._pipeline.end(calls)
+        watch = self._pipeline.end_first(calls)
+        try:
+            self._answer(calls)
+        finally:
+            watch()
+
+    def _answer(self, calls: Sequence[Call]) -> None:
         # Calls that were admitted together mostly have the same trailers, but for their ids.
         alike: dict[int, list[Call]] = {}
         failed = []

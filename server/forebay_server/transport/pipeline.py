@@ -38,8 +38,10 @@ class Stage(Protocol):
 class Pipeline:
     """The stages in order."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], outer: int = 0) -> None:
+        """`outer`: so many of the first stages only watch: an answer need not wait for them."""
         self.stages = tuple(stages)
+        self._outer = outer
 
     def begin(self, calls: Sequence[Call]) -> list[Call]:
         """Pass all stages; returns the calls that may go on to their service."""
@@ -65,16 +67,30 @@ class Pipeline:
 
     def end(self, calls: Sequence[Call]) -> None:
         """Tell the stages that the calls have passed, innermost first."""
+        self.end_first(calls)()
+
+    def end_first(self, calls: Sequence[Call]) -> Callable[[], None]:
+        """As `end`, but only for the stages whose word must stand before an answer is sent; gives
+        what tells the others, for when the answers are on their way."""
         runs = runs_of(calls)
-        for depth in range(len(self.stages), 0, -1):
-            through = [run for run in runs if run[0].passed >= depth]
-            if not through:
-                continue
-            stage = self.stages[depth - 1]
-            try:
-                stage.end(through)
-            except Exception:
-                log.exception("stage %s failed at the end of calls", type(stage).__name__)
+        for depth in range(len(self.stages), self._outer, -1):
+            self._end(depth, runs)
+
+        def rest() -> None:
+            for depth in range(self._outer, 0, -1):
+                self._end(depth, runs)
+
+        return rest
+
+    def _end(self, depth: int, runs: Sequence[Sequence[Call]]) -> None:
+        through = [run for run in runs if run[0].passed >= depth]
+        if not through:
+            return
+        stage = self.stages[depth - 1]
+        try:
+            stage.end(through)
+        except Exception:
+            log.exception("stage %s failed at the end of calls", type(stage).__name__)
 
 
 def guard(run: Callable[[], None], calls: Sequence[Call]) -> None:

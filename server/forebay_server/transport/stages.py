@@ -301,6 +301,10 @@ def _without_budget(limits: Limits) -> Limits:
     )
 
 
+#: How many of the standard stages only watch: tracing, metrics, access log.
+WATCHING = 3
+
+
 def standard_stages(
     tracer: Tracer, metrics: Metrics, keys: KeyStore, admission: Admission, ledger: UsageLedger
 ) -> list[Stage]:

@@ -2,8 +2,8 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -275,12 +275,7 @@ mod tests {
     use super::*;
 
     fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
-        Call::new(
-            0,
-            Bytes::from_static(b"m"),
-            Arc::default(),
-            None,
-        )
+        Call::new(0, Bytes::from_static(b"m"), Arc::default(), None)
     }
 
     fn inbox(calls: usize) -> Arc<Inbox> {

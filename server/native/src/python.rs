@@ -429,7 +429,12 @@ impl PyRowReader {
         py: Python<'py>,
         split: PyRef<'py, PySplit>,
         members: Vec<usize>,
-    ) -> PyResult<(Bound<'py, PyBytes>, Columns, Vec<(usize, usize)>, Vec<usize>)> {
+    ) -> PyResult<(
+        Bound<'py, PyBytes>,
+        Columns,
+        Vec<(usize, usize)>,
+        Vec<usize>,
+    )> {
         let mut values = Vec::with_capacity(members.len() * self.numbers.len() * 4);
         let mut columns: Columns = self.strings.iter().map(|_| Vec::new()).collect();
         let (mut good, mut odd) = (Vec::with_capacity(members.len()), Vec::new());
