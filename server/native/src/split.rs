@@ -70,7 +70,7 @@ mod tests {
             assert_eq!(split(data, 2), None, "{data:?}");
         }
         let mut long = b"\x0a\xff\xff\x03".to_vec();
-        long.extend([0; 0xffff]);
+        long.resize(4 + 0xffff, 0);
         long.extend(b"\x12\x00");
         assert_eq!(split(&long, 2), None, "too long a head");
     }
