@@ -35,7 +35,7 @@ class Replica:
     def __init__(self, home: Path, models: Path) -> None:
         self.grpc, self.http = free_port(), free_port()
         env = {
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_")},
             "FOREBAY_HOME": str(home),
             "FOREBAY_MODELS__ROOT": str(models),
             "FOREBAY_MODELS__STARTERS": "false",

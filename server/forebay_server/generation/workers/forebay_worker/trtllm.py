@@ -37,6 +37,7 @@ class TensorRtStepper:
         self._llm = _llm(spec)
         self._tokenizer: Any = self._llm.tokenizer
         self._results: dict[str, Any] = {}
+        self._open: dict[str, int] = {}  # answers that go on
         self._rows: queue.SimpleQueue[Row] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -58,6 +59,7 @@ class TensorRtStepper:
         except (ValueError, TypeError) as e:
             raise Refused(str(e)) from e
         self._results[request["id"]] = result
+        self._open[request["id"]] = request["sampling"]["n"]
         return []
 
     async def _start(self, request: dict[str, Any], params: Any) -> Any:
@@ -92,10 +94,14 @@ class TensorRtStepper:
     def abort(self, identifier: str) -> list[Row]:
         """See Stepper."""
         rows = self._drain()
-        result = self._results.pop(identifier, None)
+        result = self._end(identifier)
         if result is not None:
             self._loop.call_soon_threadsafe(result.abort)
         return [*rows, [identifier, "aborted"]]
+
+    def _end(self, identifier: str) -> Any:
+        self._open.pop(identifier, None)
+        return self._results.pop(identifier, None)
 
     def step(self) -> list[Row]:
         """See Stepper."""
@@ -109,13 +115,13 @@ class TensorRtStepper:
         rows = []
         while not self._rows.empty():
             row = self._rows.get()
-            result = self._results.get(row[0])
-            if result is None:
+            if row[0] not in self._results:
                 continue
             rows.append(row)
-            ended = row[1] == "error" or (row[1] == "delta" and len(row) > 8 and bool(row[8]))
-            if ended and (row[1] == "error" or all(o.finish_reason for o in result.outputs)):
-                del self._results[row[0]]
+            if row[1] == "delta" and len(row) > 8 and row[8]:
+                self._open[row[0]] -= 1
+            if row[1] == "error" or self._open[row[0]] == 0:
+                self._end(row[0])
         return rows
 
     def stats(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from forebay_worker.loop import Refused
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import StructuredOutputsConfig, VllmConfig
@@ -23,6 +24,10 @@ def config_of(spec: dict[str, Any]) -> VllmConfig:
         # Scheduler, model and output in one process. Else three processes share the cores, and two
         # of them spin while they wait for each other (docs/adr/0022).
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # One core is for those that pass the tokens on. A computing thread that loses its core
+            # to them for a moment would stop all others at their next barrier.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     options = dict(spec["options"])
     if int(options.get("data_parallel_size", 1)) > 1:
         raise Refused("data_parallel_size: one process has one engine; serve replicas instead")
