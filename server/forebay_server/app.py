@@ -51,7 +51,7 @@ from forebay_server.storage.routing_state import StoredRoutingState
 from forebay_server.transport.lanes import Lanes, choose
 from forebay_server.transport.metrics_http import MetricsListener
 from forebay_server.transport.pipeline import Pipeline
-from forebay_server.transport.stages import Admission, standard_stages
+from forebay_server.transport.stages import WATCHING, Admission, standard_stages
 
 log = logging.getLogger("forebay.server")
 
@@ -101,7 +101,7 @@ class Server:
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
-            self.metrics.batch_observer,
+            self.metrics.batches.observer,
         )
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
@@ -117,7 +117,8 @@ class Server:
         self._tracer = Tracer(s.observability.otlp_endpoint)
         self._admission = Admission(self.keys, self._limiter(), self.budgets)
         pipeline = Pipeline(
-            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
+            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger),
+            outer=WATCHING,
         )
         validator = Validator()
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
@@ -186,7 +187,7 @@ class Server:
             KeyService(self.keys),
             UsageService(self.ledger, self.budgets),
             ServerService(self.settings, time.time(), choose(self.settings.grpc)),
-            OpenInferenceService(access, registry, texts, TensorPipeline(access)),
+            OpenInferenceService(access, registry, texts, TensorPipeline(access), validator),
         ]
 
     async def _listen(self) -> None:

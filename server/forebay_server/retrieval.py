@@ -62,7 +62,7 @@ class Retrieval:
         )
         engine = SearchEngine(policy, threads=os.cpu_count() or 1)
         self._client = BatchingEngineClient(
-            [engine], observer=metrics.batch_observer("collections", 1), name="collections"
+            [engine], observer=metrics.batches.observer("collections", 1), name="collections"
         )
         points = PointReader(store, asyncio.get_running_loop())
         self.searches = SearchPipeline(self.collections, self._client, texts, points)

@@ -27,7 +27,7 @@ def filled() -> Metrics:
     """Metrics with at least one sample each."""
     m = Metrics()
     m.rpc.started(["/s/M", "/s/M"])
-    m.rpc.ended([("/s/M", "OK", 0.02)])
+    m.rpc.ended("/s/M", "OK", [0.02])
     m.rejected.labels("QUEUE_FULL").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)
@@ -37,7 +37,7 @@ def filled() -> Metrics:
     report = BatchReport(
         rows=8, tokens=60, padded_tokens=80, queue_s=0.003, execute_s=0.02, queue_depth=5
     )
-    m.batch_observer("m", 2)(report)
+    m.batches.observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
     m.watch_collections(lambda: [("c", 1, 5)])
     m.index_rebuilds.labels("c", "checksum").inc()
