@@ -146,6 +146,9 @@ class GenerationSettings(_Section):
     vllm_cache_gb: int = Field(
         default=0, ge=0, description="key-value cache on the CPU; 0 = vLLM's own default"
     )
+    trtllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has tensorrt_llm; default: this"
+    )
 
 
 class AuthSettings(_Section):

@@ -97,6 +97,7 @@ class Server:
                 tensorrt_cache=str(s.home / "tensorrt"),
                 vllm_python=str(s.generation.vllm_python or ""),
                 vllm_cache_gb=s.generation.vllm_cache_gb,
+                trtllm_python=str(s.generation.trtllm_python or ""),
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
