@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from forebay_server.storage.knowledge import BaseRow, DocumentRow, KnowledgeStor
 
 #: Bytes of one uploaded file.
 MAX_FILE = 256 << 20
+#: Characters of documents' texts that are kept in memory, for citations of the next answers.
+KEPT_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class KnowledgeBases:
         self.collections = collections
         self._folder = folder
         self._bases: dict[str, Base] = {}
+        self._texts: OrderedDict[tuple[int, str], str] = OrderedDict()
+        self._characters = 0
 
     async def start(self) -> None:
         """Read what is stored."""
@@ -192,13 +197,27 @@ class KnowledgeBases:
             raise NotFound("document", document)
         return row
 
-    async def text(self, row: DocumentRow) -> str:
-        """A document's text; empty when it has none yet."""
-        path = self.text_path(row)
+    async def text(self, base: Base, document: str) -> str:
+        """A document's text, as it was read last; empty when it has none yet or is gone."""
+        key = (base.row.id, document)
+        kept = self._texts.get(key)
+        if kept is not None:
+            self._texts.move_to_end(key)
+            return kept
         try:
-            return await asyncio.to_thread(_read, path)
+            text = await asyncio.to_thread(_read, self.folder(base.row.id) / f"{document}.txt")
         except FileNotFoundError:
             return ""
+        self._texts[key] = text
+        self._characters += len(text)
+        while self._characters > KEPT_CHARACTERS:
+            self._characters -= len(self._texts.popitem(last=False)[1])
+        return text
+
+    def forget_text(self, row: DocumentRow) -> None:
+        """The text on disk has changed or goes."""
+        gone = self._texts.pop((row.base_id, row.id), None)
+        self._characters -= len(gone or "")
 
     def text_path(self, row: DocumentRow) -> Path:
         """Where a document's text is kept."""
@@ -216,6 +235,7 @@ class KnowledgeBases:
         count = await self.collections.remove(base.collection, None, chunks_of(row.id))
         for path in (self.file_path(row), self.text_path(row)):
             path.unlink(missing_ok=True)
+        self.forget_text(row)
         return count
 
 

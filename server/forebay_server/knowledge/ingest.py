@@ -104,6 +104,7 @@ class Ingest:
             async with self._parsing:
                 parsed = await self._parser.parse(path, row.name, password)
             await asyncio.to_thread(_write, self._bases.text_path(row), parsed.text)
+            self._bases.forget_text(row)
             async with self._large if len(parsed.text) >= LARGE else contextlib.nullcontext():
                 await self._found(base, row, parsed)
             self._on_end("ready")

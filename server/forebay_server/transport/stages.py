@@ -252,6 +252,7 @@ class Admission:
             limits = call.context.pop("permit", None)
             if isinstance(limits, Limits):
                 used = call.facts.tokens or call.facts.items
+                used += call.context.get("part_tokens", 0)  # type: ignore[operator]  # language models
                 self._limiter.release(call.principal.key_id, limits, used)
 
 
