@@ -25,7 +25,7 @@ from forebay.errors import InvalidArgument, NotFound, TooLarge
 from forebay_server.core.call import Call
 from forebay_server.dataplane.collections import HIDDEN, Collections
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
-from forebay_server.indexes.filters import OneOf, tagged
+from forebay_server.indexes.filters import NoneOf, OneOf, tagged
 from forebay_server.knowledge.chunking import ChunkConfig
 from forebay_server.storage.knowledge import BaseRow, DocumentRow, KnowledgeStore
 
@@ -107,9 +107,45 @@ class KnowledgeBases:
         self._characters = 0
 
     async def start(self) -> None:
-        """Read what is stored."""
+        """Read what is stored; take away what a crash left of what was never acknowledged, or was
+        being removed."""
         for row in await self.store.bases():
-            self._bases[row.name] = Base(row, _config(row.config))
+            base = Base(row, _config(row.config))
+            if self._has_collection(base):
+                self._bases[row.name] = base
+            else:
+                await self.store.delete_base(row.id)
+        names = {b.collection for b in self._bases.values()}
+        for c in self.collections.all():
+            if c.name.startswith(f"{HIDDEN}knowledge-") and c.name not in names:
+                await self.collections.delete(c.name)
+        for base in self._bases.values():
+            known = await self.store.ids(base.row.id)
+            stranger = NoneOf((OneOf("document", tuple(tagged(i) for i in known)),))
+            await self.collections.remove(base.collection, None, stranger)
+        await asyncio.to_thread(self._sweep, await self._known_files())
+
+    def _has_collection(self, base: Base) -> bool:
+        try:
+            self.collections.get(base.collection)
+        except NotFound:
+            return False
+        return True
+
+    async def _known_files(self) -> dict[str, set[str]]:
+        """Documents' ids by the name of their base's folder."""
+        return {str(b.row.id): set(await self.store.ids(b.row.id)) for b in self._bases.values()}
+
+    def _sweep(self, known: Mapping[str, set[str]]) -> None:
+        if not self._folder.is_dir():
+            return
+        for folder in self._folder.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, True)
+                continue
+            for path in folder.iterdir():
+                if path.is_file() and path.name.split(".")[0] not in known[folder.name]:
+                    path.unlink(missing_ok=True)
 
     def folder(self, base_id: int) -> Path:
         """Where a knowledge base keeps its files."""
