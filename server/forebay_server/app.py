@@ -166,13 +166,22 @@ class Server:
         access = ModelAccess(self.repository, asyncio.get_running_loop(), self._resume)
         registry = Registry(self.repository)
         texts = TextPipeline(access, self._cache(), most)
+        generation = GenerationPipeline(access, self.metrics.generation, self.budgets)
         self._retrieval = None
         retrieval: list[Service] = []
         if retrieval_installed():
             from forebay_server.retrieval import Retrieval
 
             self._retrieval = Retrieval(
-                self.settings, self._database, access, texts, self.metrics, validator, self.ledger
+                self.settings,
+                self._database,
+                access,
+                texts,
+                self.metrics,
+                validator,
+                self.ledger,
+                generation,
+                self.budgets,
             )
             retrieval = self._retrieval.services
         return [
@@ -182,7 +191,7 @@ class Server:
             EmbeddingService(texts, validator),
             RerankService(texts),
             TokenService(access),
-            GenerationService(GenerationPipeline(access, self.metrics.generation, self.budgets)),
+            GenerationService(generation),
             ModelService(registry),
             KeyService(self.keys),
             UsageService(self.ledger, self.budgets),

@@ -279,6 +279,7 @@ class Admission:
                 for call in run:
                     self._budgets.settle(call)
             used = first.facts.tokens or first.facts.items
+            used += first.context.get("part_tokens", 0)  # type: ignore[operator]  # language models
             for call in run:
                 limits = call.permit
                 if isinstance(limits, Limits):
