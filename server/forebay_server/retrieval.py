@@ -60,14 +60,16 @@ class Retrieval:
         policy = BatchPolicy(
             max_batch_tokens=1 << 30, max_batch_size=256, max_queue_size=8192, sort_window=1
         )
-        engine = SearchEngine(policy, threads=os.cpu_count() or 1)
+        # An engine a core, each with one thread: a batch's threads would wait for the slowest of
+        # them, and spin while they do.
+        engines = [SearchEngine(policy, metrics.search_stage) for _ in range(os.cpu_count() or 1)]
         self._client = BatchingEngineClient(
-            [engine], observer=metrics.batch_observer("collections", 1), name="collections"
+            engines, observer=metrics.batch_observer("collections", 1), name="collections"
         )
-        points = PointReader(store, asyncio.get_running_loop())
+        points = PointReader(store, asyncio.get_running_loop(), metrics.search_stage)
         self.searches = SearchPipeline(self.collections, self._client, texts, points)
         metrics.watch_collections(
-            lambda: [(c.name, len(c.index), c.index.nbytes) for c in self.collections.all()]
+            lambda: [(c.name, c.index.sizes()) for c in self.collections.all()]
         )
         self.bases = KnowledgeBases(
             KnowledgeStore(database), self.collections, settings.home / "knowledge"

@@ -16,12 +16,9 @@ import orjson
 from forebay.errors import FailedPrecondition, NotFound
 
 from forebay_server.core.call import Call
-from forebay_server.dataplane.collections import (
-    Collections,
-    NewPoint,
-    OpenCollection,
-    config_from_json,
-)
+from forebay_server.dataplane.collection_config import config_from_json
+from forebay_server.dataplane.collections import Collections, NewPoint
+from forebay_server.dataplane.upkeep import OpenCollection
 from forebay_server.storage.collections import PointRow, SnapshotRow
 
 #: Points that are written together when a collection is restored.

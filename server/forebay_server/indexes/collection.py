@@ -97,6 +97,8 @@ class CollectionIndex:
         self.labels = GrowingArray(np.int64)
         self.ids: list[str] = []
         self.changes = 0  # points written and removed since the last save
+        #: The dense index that the files hold, and their facts of it: it is not written again.
+        self.saved: tuple[object, dict[str, Any]] | None = None
         self._lock = threading.RLock()
         self._view = self._make_view(np.zeros(0, bool))
 
@@ -125,6 +127,16 @@ class CollectionIndex:
         """Share of slots that are dead."""
         view = self._view
         return 1 - view.live / len(view.alive) if len(view.alive) else 0.0
+
+    def sizes(self) -> dict[str, float]:
+        """What metrics report."""
+        view = self._view
+        return {
+            "points": view.live,
+            "memory_bytes": self.nbytes,
+            "tail_points": len(view.dense.tail) if view.dense is not None else 0,
+            "dead_ratio": self.dead_share,
+        }
 
     # The writer's side.
 
@@ -178,11 +190,11 @@ class CollectionIndex:
             stays = np.isin(mine, labels, assume_unique=True)
             self.write((), mine[self._view.alive & ~stays].tolist())
 
-    def absorb(self) -> None:
-        """Bring the dense index up to date; writes and searches go on meanwhile."""
+    def absorb(self, expected: int = 0, fresh: bool = False) -> None:
+        """Bring the dense index up to date; writes and searches go on meanwhile. See DenseIndex."""
         if self.dense is None:
             return
-        self.dense.absorb()
+        self.dense.absorb(expected, fresh)
         with self._lock:
             self._view = self._make_view(self._view.alive)
 

@@ -38,14 +38,15 @@ Kind = Literal["flat", "hnsw", "ivf_pq"]
 
 #: Vectors that wait before an index is built, and before an index takes up its tail.
 BUILD_AT = 10_000
-#: The tail is taken up when it has reached this share of the built part.
-ABSORB_SHARE = 0.1
+#: The tail is taken up when it has reached this share of the built part, or this many vectors, which
+#: cost a search about as much as the built part does; or when it is idle and not quite small.
+ABSORB_SHARE, MAX_TAIL, IDLE_TAIL = 0.1, 20_000, 500
 #: Cost of one step of an HNSW walk against one comparison of a scan, which runs along the memory.
 WALK_COST = 6.0
 #: Greatest ef that a filtered HNSW walk is given.
 MAX_EF = 4096
-#: Vectors to train IVF-PQ with, per cluster.
-TRAIN_PER_LIST = 64
+#: Vectors to train IVF-PQ with, per cluster, and rounds of k-means.
+TRAIN_PER_LIST, TRAIN_ROUNDS = 40, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,28 +125,43 @@ class DenseIndex:
 
     # Building.
 
-    def should_absorb(self) -> bool:
-        """Whether enough has gathered in the tail."""
+    def should_absorb(self, idle: bool = False) -> bool:
+        """Whether enough has gathered in the tail. `idle`: nothing was written lately."""
         v = self._view
-        return len(v.tail) >= max(BUILD_AT, ABSORB_SHARE * v.start)
+        if idle and v.built is not None and len(v.tail) > IDLE_TAIL:
+            return True
+        return len(v.tail) >= max(BUILD_AT, min(ABSORB_SHARE * v.start, MAX_TAIL))
 
-    def absorb(self) -> None:
-        """Build, or take the tail into the built index. Long; searches and appends go on."""
+    @property
+    def outgrown(self) -> bool:
+        """Whether the built part was trained when there was much less: it is to be built anew."""
+        built = self._view.built
+        if self.config.kind != "ivf_pq" or self.config.lists or built is None:
+            return False
+        return _lists(len(self)) >= 2 * built.nlist
+
+    def absorb(self, expected: int = 0, fresh: bool = False) -> None:
+        """Build, or take the tail into the built index. Long; searches and appends go on.
+
+        Args:
+            expected: vectors that there will be, where more is known to come.
+            fresh: nobody searches yet, so that the built index may be changed in its place.
+        """
         before = self._view
         rows = before.tail.view()
         if not len(rows):
             return
         if before.built is None:
-            built = self._new(rows)
+            built = self._new(rows, max(expected, len(rows)))
         else:
-            built = faiss.clone_index(before.built)
+            built = before.built if fresh else faiss.clone_index(before.built)
         built.add(rows)
         with self._lock:
             newer = self._view.tail.view()[len(rows) :]
             tail = GrowingArray(np.float32, self.config.dimensions, newer)
             self._view = DenseView(built, before.start + len(rows), tail)
 
-    def _new(self, rows: Floats) -> Any:
+    def _new(self, rows: Floats, expected: int) -> Any:
         c, d = self.config, self.config.dimensions
         if c.kind == "flat":
             return faiss.IndexFlat(d, self._metric)
@@ -153,12 +169,11 @@ class DenseIndex:
             index = faiss.IndexHNSWFlat(d, c.m, self._metric)
             index.hnsw.efConstruction = c.ef_construction
             return index
-        lists = c.lists or max(1, int(4 * math.sqrt(len(rows))))
-        lists = min(lists, max(1, len(rows) // 39))
-        size = c.code_bytes or next(b for b in range(max(1, d // 8), 0, -1) if d % b == 0)
+        lists = min(c.lists or _lists(expected), max(1, len(rows) // TRAIN_PER_LIST))
+        size = c.code_bytes or next(b for b in range(max(1, d // 4), 0, -1) if d % b == 0)
         index = faiss.index_factory(d, f"IVF{lists},PQ{size}", self._metric)
-        most = TRAIN_PER_LIST * max(lists, 256)
-        step = max(1, len(rows) // most)
+        index.cp.niter = TRAIN_ROUNDS
+        step = max(1, len(rows) // (TRAIN_PER_LIST * max(lists, 256)))
         index.train(np.ascontiguousarray(rows[::step]))
         return index
 
@@ -254,12 +269,10 @@ class DenseIndex:
 
     # Saving.
 
-    def save(self, path: str) -> Floats:
-        """Write the built part to a file, if there is one; gives the tail."""
-        v = self._view
-        if v.built is not None:
-            faiss.write_index(v.built, path)
-        return v.tail.view()
+    @staticmethod
+    def save(view: DenseView, path: str) -> None:
+        """Write the built part to a file."""
+        faiss.write_index(view.built, path)
 
     def restore(self, path: str | None, tail: Floats) -> None:
         """Take over what `save` wrote. Raises RuntimeError for a file that FAISS cannot read."""
@@ -270,6 +283,11 @@ class DenseIndex:
             raise RuntimeError("the index file is of another collection")
         start = built.ntotal if built is not None else 0
         self._view = DenseView(built, start, GrowingArray(np.float32, self.config.dimensions, tail))
+
+
+def _lists(vectors: int) -> int:
+    """Clusters of an IVF index that nobody has chosen: four times the root, as FAISS advises."""
+    return max(1, int(4 * math.sqrt(vectors)))
 
 
 def _flat_rows(index: Any, dimensions: int) -> Floats:

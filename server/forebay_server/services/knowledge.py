@@ -26,7 +26,7 @@ from forebay_server.knowledge.retrieval import (
     Step,
 )
 from forebay_server.services.base import Service
-from forebay_server.services.collection import MODES, fusion
+from forebay_server.services.collection_messages import MODES, fusion
 from forebay_server.services.common import served_by, usage
 from forebay_server.services.filters import condition, to_dict
 from forebay_server.services.model import timestamp

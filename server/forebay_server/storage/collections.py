@@ -36,14 +36,16 @@ class CollectionRow:
     created_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PointRow:
-    """A point. `payload` is JSON, `vector` little-endian float32 or None."""
+    """A point. `payload` is JSON, `vector` little-endian float32 or None, `struct` the payload as a
+    serialised google.protobuf.Struct once an answer has needed it."""
 
     label: int
     point_id: str
     payload: bytes
     vector: bytes | None
+    struct: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
