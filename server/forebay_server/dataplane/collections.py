@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +24,10 @@ from forebay_server.core.call import Call
 from forebay_server.dataplane.collection_config import check_filter, completed
 from forebay_server.dataplane.embedding import Embedded, TextEmbedder
 from forebay_server.dataplane.models import ModelAccess
-from forebay_server.dataplane.upkeep import OpenCollection, Upkeep
+from forebay_server.dataplane.upkeep import OpenCollection, Upkeep, discard
 from forebay_server.indexes import filters
-from forebay_server.indexes.collection import (
-    CollectionConfig,
-    CollectionIndex,
-    IndexedPoint,
-    text_at,
-)
+from forebay_server.indexes.backends import Backends
+from forebay_server.indexes.collection import CollectionConfig, IndexedPoint, text_at
 from forebay_server.storage.collections import CollectionStore, PointRow
 
 T = TypeVar("T")
@@ -40,6 +36,8 @@ T = TypeVar("T")
 MAX_PAYLOAD = 1 << 20
 #: First letter of the names of collections that belong to knowledge bases.
 HIDDEN = "."
+#: And of those that are being restored: they get their name when they are whole.
+UNFINISHED = ".restoring-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +68,11 @@ class Collections:
         access: ModelAccess,
         embedder: TextEmbedder,
         on_rebuild: Callable[[str, str], None] = lambda name, why: None,
+        backends: Backends | None = None,
     ) -> None:
         self.store = store
         self.folder = folder
-        self.upkeep = Upkeep(store, folder, on_rebuild)
+        self.upkeep = Upkeep(store, folder, on_rebuild, backends)
         self._access = access
         self._embedder = embedder
         self._open: dict[str, OpenCollection] = {}
@@ -83,9 +82,13 @@ class Collections:
     # Life.
 
     async def start(self) -> None:
-        """Open every collection."""
-        for row in await self.store.all():
-            self._open[row.name] = await self.upkeep.open(row)
+        """Open every collection; remove what a crash has left of others."""
+        rows = await self.store.all()
+        await asyncio.to_thread(_remove_strangers, self.folder, {str(r.id) for r in rows})
+        for row in rows:
+            c = self._open[row.name] = await self.upkeep.open(row)
+            if row.name.startswith(UNFINISHED):
+                await self._delete(c)
 
     async def close(self) -> None:
         """Finish writes and save what has changed."""
@@ -125,8 +128,21 @@ class Collections:
     async def create(self, call: Call, name: str, config: CollectionConfig) -> OpenCollection:
         """A new collection; dimensions and the model's version are filled in."""
         config = await completed(self._access, call, config)
+        self.upkeep.backends.check(config.dense)
         row = await self.store.create(name, orjson.dumps(asdict(config)).decode())
-        c = self._open[name] = OpenCollection(row, config, CollectionIndex(config))
+        c = self._open[name] = OpenCollection(row, config, self.upkeep.new_index(row, config))
+        return c
+
+    async def rename(self, name: str, new: str) -> OpenCollection:
+        """Give a collection another name. Raises AlreadyExists."""
+        return await self._finish(self._rename(self.get(name), new))
+
+    async def _rename(self, c: OpenCollection, new: str) -> OpenCollection:
+        async with c.lock:
+            await self.store.rename(c.row.id, new)
+            self._open.pop(c.name, None)
+            c.row = replace(c.row, name=new)
+            self._open[new] = c
         return c
 
     def visible(self) -> list[OpenCollection]:
@@ -148,6 +164,8 @@ class Collections:
         if c.maintenance is not None:
             await asyncio.gather(c.maintenance, return_exceptions=True)
         await asyncio.to_thread(_remove_folder, self.folder / str(c.row.id))
+        if c.index.dense is not None:
+            await asyncio.to_thread(discard, c.index.dense.discard)
         return count
 
     # Writing.
@@ -272,6 +290,13 @@ class Collections:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+
+def _remove_strangers(folder: Path, known: set[str]) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.isdecimal() and path.name not in known:
+                _remove_folder(path)
 
 
 def _remove_folder(folder: Path) -> None:

@@ -11,15 +11,18 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+from forebay.errors import Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.dataplane.collection_config import config_from_json
 from forebay_server.indexes import files
+from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, CollectionIndex, IndexedPoint
 from forebay_server.storage.collections import CollectionRow, CollectionStore, PointRow
 
@@ -64,9 +67,11 @@ class Upkeep:
         store: CollectionStore,
         folder: Path,
         on_rebuild: Callable[[str, str], None] = lambda name, why: None,
+        backends: Backends | None = None,
     ) -> None:
         self.store = store
         self.folder = folder
+        self.backends = backends or Backends()
         self._on_rebuild = on_rebuild
         self._closing = False
 
@@ -74,20 +79,27 @@ class Upkeep:
         """Where its index is saved."""
         return self.folder / str(c.row.id) / "index"
 
+    def new_index(self, row: CollectionRow, config: CollectionConfig) -> CollectionIndex:
+        """An empty index."""
+        return CollectionIndex(config, partial(self.backends.make, str(row.id)))
+
     async def open(self, row: CollectionRow) -> OpenCollection:
         """A collection with its index: the saved one brought up to date, or one built anew."""
         config = config_from_json(row.config)
-        c = OpenCollection(row, config, CollectionIndex(config))
+        c = OpenCollection(row, config, self.new_index(row, config))
         began = time.monotonic()
         folder = self.index_folder(c)
         try:
-            c.index = await asyncio.to_thread(files.load, config, folder)
+            make = partial(self.new_index, row, config)
+            c.index = await asyncio.to_thread(files.load, config, folder, make)
         except files.DamagedIndex as e:
             if folder.exists():
                 log.error("the index of collection %s is built anew: %s", row.name, e)
                 self._on_rebuild(row.name, "damaged")
                 await asyncio.to_thread(files.remove, folder)
         await self._catch_up(c.row.id, c.index)
+        if c.index.dense is not None:
+            await asyncio.to_thread(discard, c.index.dense.discard_others)
         took = time.monotonic() - began
         log.info("collection %s is open: %d points in %.1f s", row.name, len(c.index), took)
         self.look_after(c)
@@ -116,7 +128,7 @@ class Upkeep:
         except Exception:
             log.exception("the index of collection %s took no write; it is built anew", c.name)
             self._on_rebuild(c.name, "failed_write")
-            fresh = CollectionIndex(c.config)
+            fresh = self.new_index(c.row, c.config)
             await self._catch_up(c.row.id, fresh)
             c.index = fresh
 
@@ -191,12 +203,22 @@ class Upkeep:
 
     async def _rebuild(self, c: OpenCollection) -> None:
         """A new index without the dead, made beside the old one."""
-        fresh = CollectionIndex(c.config)
+        fresh = self.new_index(c.row, c.config)
         await self._catch_up(c.row.id, fresh, max(1, len(c.index)))
         await asyncio.to_thread(fresh.absorb, fresh=True)
         async with c.lock:
             await self._catch_up(c.row.id, fresh)
             c.index = fresh
+        if fresh.dense is not None:
+            await asyncio.to_thread(discard, fresh.dense.discard_others)
+
+
+def discard(remove: Callable[[], None]) -> None:
+    """Remove what an index has elsewhere, if that can be reached."""
+    try:
+        remove()
+    except Unavailable as e:  # left for the next start
+        log.warning("what is left of an index was not removed: %s", e.message)
 
 
 def _take_in(index: CollectionIndex, rows: Sequence[PointRow]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,12 +84,21 @@ def text_at(payload: Mapping[str, Any], path: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+#: Makes a dense index.
+DenseMaker = Callable[[DenseConfig, Callable[[], NDArray[np.int64]]], DenseIndex]
+
+
+def _by_faiss(config: DenseConfig, labels: Callable[[], NDArray[np.int64]]) -> DenseIndex:
+    return DenseIndex(config)
+
+
 class CollectionIndex:
     """See the module. Writers take turns by the lock inside; readers need none."""
 
-    def __init__(self, config: CollectionConfig) -> None:
+    def __init__(self, config: CollectionConfig, make: DenseMaker = _by_faiss) -> None:
+        """Args: make: the dense index of a configuration, given a look at the labels by slot."""
         self.config = config
-        self.dense = DenseIndex(config.dense) if config.dense else None
+        self.dense = make(config.dense, lambda: self.labels.view()) if config.dense else None
         self.keyword = {
             f.path: KeywordIndex(f.language, config.k1, config.b) for f in config.text_fields
         }
@@ -197,6 +206,10 @@ class CollectionIndex:
         self.dense.absorb(expected, fresh)
         with self._lock:
             self._view = self._make_view(self._view.alive)
+        view = self._view
+        if view.dense is not None and not view.whole:
+            dead = np.flatnonzero(~view.alive[: view.dense.start])
+            self.dense.forget(self.labels.view()[dead])
 
     # The readers' side.
 

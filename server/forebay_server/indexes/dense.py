@@ -9,6 +9,7 @@ HNSW walk that may use one node in a hundred finds too little.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from dataclasses import dataclass
@@ -31,10 +32,12 @@ class _Later:
 
 
 faiss: Any = _Later()
+log = logging.getLogger("forebay.indexes")
+
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Metric = Literal["cosine", "dot", "l2"]
-Kind = Literal["flat", "hnsw", "ivf_pq"]
+Kind = Literal["flat", "hnsw", "ivf_pq", "qdrant"]
 
 #: Vectors that wait before an index is built, and before an index takes up its tail.
 BUILD_AT = 10_000
@@ -66,11 +69,13 @@ class DenseConfig:
 
 @dataclass(frozen=True, slots=True)
 class DenseView:
-    """What one search sees. `built` holds the slots below `start`, `tail` those from there on."""
+    """What one search sees. `built` holds the slots below `start`, `tail` those from there on;
+    `device` is a copy of `built` on GPUs, where there is one."""
 
     built: Any
     start: int
     tail: GrowingArray
+    device: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +91,10 @@ class DenseQuery:
 class DenseIndex:
     """See the module. One writer at a time, any readers; slots are 0, 1, 2, ... in order."""
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: DenseConfig, gpu: bool = False) -> None:
+        """Args: gpu: search flat and IVF-PQ indexes on the GPUs that FAISS sees."""
         self.config = config
+        self._gpu = gpu
         self._view = DenseView(None, 0, GrowingArray(np.float32, config.dimensions))
         self._lock = threading.Lock()  # appends and the swap at the end of an absorb
 
@@ -159,7 +166,27 @@ class DenseIndex:
         with self._lock:
             newer = self._view.tail.view()[len(rows) :]
             tail = GrowingArray(np.float32, self.config.dimensions, newer)
-            self._view = DenseView(built, before.start + len(rows), tail)
+            device = self._on_device(built)
+            self._view = DenseView(built, before.start + len(rows), tail, device)
+
+    def _on_device(self, built: Any) -> Any:
+        """A copy on the GPUs; None where that cannot be (FAISS has no HNSW there)."""
+        if not self._gpu or built is None or self.config.kind not in ("flat", "ivf_pq"):
+            return None
+        try:
+            return faiss.index_cpu_to_all_gpus(built)
+        except RuntimeError as e:  # a code size that GPUs have not, or no memory left
+            log.warning("an index stays on the CPU: %s", str(e).splitlines()[0][:200])
+            return None
+
+    def forget(self, labels: NDArray[np.int64]) -> None:
+        """Points are dead. Their vectors stay until the collection is rebuilt."""
+
+    def discard(self) -> None:
+        """Nothing of it lies anywhere else."""
+
+    def discard_others(self) -> None:
+        """Nothing of its predecessors lies anywhere else."""
 
     def _new(self, rows: Floats, expected: int) -> Any:
         c, d = self.config, self.config.dimensions
@@ -228,6 +255,11 @@ class DenseIndex:
             if matching > ef_now * c.m * WALK_COST or share == 1:
                 params = faiss.SearchParametersHNSW(efSearch=ef_now, sel=selector)
                 return self._faiss(built, queries, how.limit, params)
+        if view.device is not None and selector is None and not how.exact:
+            params = None
+            if c.kind == "ivf_pq":
+                params = faiss.SearchParametersIVF(nprobe=min(built.nlist, how.probes or c.probes))
+            return self._faiss(view.device, queries, how.limit, params)
         if c.kind == "ivf_pq":
             probes = built.nlist if how.exact else how.probes or c.probes
             probes = min(built.nlist, math.ceil(probes / max(share, 0.01)))
@@ -269,20 +301,26 @@ class DenseIndex:
 
     # Saving.
 
-    @staticmethod
-    def save(view: DenseView, path: str) -> None:
+    def save(self, view: DenseView, path: str) -> None:
         """Write the built part to a file."""
         faiss.write_index(view.built, path)
 
-    def restore(self, path: str | None, tail: Floats) -> None:
-        """Take over what `save` wrote. Raises RuntimeError for a file that FAISS cannot read."""
+    def restore(self, path: str | None, start: int, alive: Mask, tail: Floats) -> None:
+        """Take over what `save` wrote. Raises RuntimeError for a file that FAISS cannot read.
+
+        Args:
+            start: vectors that are built in.
+            alive: by slot.
+        """
         built = faiss.read_index(path) if path else None
         if built is not None and (
-            built.d != self.config.dimensions or built.metric_type != self._metric
+            built.d != self.config.dimensions
+            or built.metric_type != self._metric
+            or built.ntotal != start
         ):
             raise RuntimeError("the index file is of another collection")
-        start = built.ntotal if built is not None else 0
-        self._view = DenseView(built, start, GrowingArray(np.float32, self.config.dimensions, tail))
+        rows = GrowingArray(np.float32, self.config.dimensions, tail)
+        self._view = DenseView(built, start, rows, self._on_device(built))
 
 
 def _lists(vectors: int) -> int:
@@ -310,3 +348,8 @@ def _size(index: Any) -> int:
 def set_threads(count: int) -> None:
     """Threads of FAISS's calls that are made by this thread."""
     faiss.omp_set_num_threads(count)
+
+
+def gpus() -> int:
+    """GPUs that FAISS sees; 0 with faiss-cpu."""
+    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import orjson
 
 from forebay_server.indexes.arrays import GrowingArray
 from forebay_server.indexes.collection import CollectionConfig, CollectionIndex
-from forebay_server.indexes.dense import DenseIndex, DenseView
+from forebay_server.indexes.dense import DenseView
 from forebay_server.indexes.keyword import KeywordIndex
 
 log = logging.getLogger("forebay.indexes")
 
-FORMAT = 1
-MANIFEST, DENSE = "manifest.json", "dense.faiss"
+FORMAT = 2
+MANIFEST, DENSE = "manifest.json", "dense.built"
 
 
 class DamagedIndex(Exception):
@@ -103,11 +104,18 @@ def _save_built(
         else:
             files[DENSE] = index.saved[1]
             return
-    DenseIndex.save(view, str(fresh / DENSE))
+    assert index.dense is not None
+    index.dense.save(view, str(fresh / DENSE))
 
 
-def load(config: CollectionConfig, folder: Path) -> CollectionIndex:
-    """The index that was saved. Raises DamagedIndex, also when there is none."""
+def load(
+    config: CollectionConfig, folder: Path, make: Callable[[], CollectionIndex] | None = None
+) -> CollectionIndex:
+    """The index that was saved. Raises DamagedIndex, also when there is none.
+
+    Args:
+        make: an empty one to load into.
+    """
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():  # a crash between the two renames of `save`
         old.rename(folder)
@@ -118,7 +126,8 @@ def load(config: CollectionConfig, folder: Path) -> CollectionIndex:
         for name, facts in manifest["files"].items():
             if _digest(folder / name) != facts["blake2b"]:
                 raise DamagedIndex(f"{name} has another checksum than when it was written")
-        return _load(config, folder, manifest["files"])
+        index = make() if make is not None else CollectionIndex(config)
+        return _load(index, folder, manifest["files"])
     except DamagedIndex:
         raise
     except FileNotFoundError as e:
@@ -127,8 +136,7 @@ def load(config: CollectionConfig, folder: Path) -> CollectionIndex:
         raise DamagedIndex(f"{type(e).__name__}: {e}"[:300]) from None
 
 
-def _load(config: CollectionConfig, folder: Path, files: dict[str, Any]) -> CollectionIndex:
-    index = CollectionIndex(config)
+def _load(index: CollectionIndex, folder: Path, files: dict[str, Any]) -> CollectionIndex:
     points = _arrays(folder / "points.npz")
     index.labels = GrowingArray(np.int64, first=points["labels"])
     index.ids = orjson.loads((folder / "ids.json").read_bytes())
@@ -139,7 +147,9 @@ def _load(config: CollectionConfig, folder: Path, files: dict[str, Any]) -> Coll
         keyword.restore(_arrays(folder / f"keyword{i}.npz"), vocabulary)
     if index.dense is not None:
         built = str(folder / DENSE) if DENSE in files else None
-        index.dense.restore(built, _arrays(folder / "tail.npz")["tail"])
+        tail = _arrays(folder / "tail.npz")["tail"]
+        start = len(index.ids) - len(tail)
+        index.dense.restore(built, start, points["alive"].astype(bool), tail)
         if len(index.dense) != len(index.ids):
             raise DamagedIndex("vectors and ids differ in number")
         if built is not None:

@@ -29,7 +29,7 @@ from forebay_server.services.model import timestamp
 from forebay_server.storage.collections import PointRow, SnapshotRow
 
 _METRICS: dict[int, Any] = {0: "cosine", 1: "cosine", 2: "dot", 3: "l2"}
-_KINDS: dict[int, Any] = {0: "hnsw", 1: "flat", 2: "hnsw", 3: "ivf_pq"}
+_KINDS: dict[int, Any] = {0: "hnsw", 1: "flat", 2: "hnsw", 3: "ivf_pq", 4: "qdrant"}
 MODES: dict[int, Mode | None] = {0: None, 1: "dense", 2: "keyword", 3: "hybrid"}
 _MODE_MESSAGES = {
     "dense": pb.SEARCH_MODE_DENSE,

@@ -83,6 +83,15 @@ class CollectionStore:
         assert key is not None
         return CollectionRow(key[0], name, config, now)
 
+    async def rename(self, collection_id: int, name: str) -> None:
+        """Another name. Raises AlreadyExists."""
+        c = collections
+        try:
+            async with self._database.begin() as db:
+                await db.execute(sa.update(c).where(c.c.id == collection_id).values(name=name))
+        except IntegrityError:
+            raise AlreadyExists(f"there is a collection {name!r} already") from None
+
     async def all(self) -> list[CollectionRow]:
         """Every collection, by name."""
         async with self._database.read() as db:
