@@ -227,7 +227,7 @@ def check(stub, name: str, expected: Expected) -> None:
         hits = stub.Search(search, timeout=30).hits
         assert {h.id for h in hits} == ids_of(group, number)
         if number:
-            words = pb.SearchRequest(collection=name, text=f"word{number}", limit=50)
+            words = pb.SearchRequest(collection=name, text=f"word{number}", limit=100)
             words.mode = pb.SEARCH_MODE_KEYWORD
             hits = stub.Search(words, timeout=30).hits
             assert {h.id for h in hits} == {

@@ -48,14 +48,14 @@ class QdrantStore:
 
     Args:
         url: of the server, or `local`: qdrant-client's local mode in `folder`, which compares all
-            vectors in numpy; for trying things out.
+            vectors in numpy; for trying things out. Without a folder it keeps all in memory.
         prefix: first part of the names of its collections; two Forebays need two.
     """
 
     def __init__(
         self,
         url: str,
-        folder: Path,
+        folder: Path | None = None,
         api_key: str = "",
         prefix: str = "forebay",
         timeout_s: int = 10,
@@ -73,13 +73,17 @@ class QdrantStore:
         self.prefix = prefix
         self.url = url
         self._lock = threading.Lock() if url == LOCAL else None
-        self._client: Any = (
-            qdrant_client.QdrantClient(path=str(folder), force_disable_check_same_thread=True)
-            if url == LOCAL
-            else qdrant_client.QdrantClient(
+        self._client: Any = None
+        if url == LOCAL and folder is None:
+            self._client = qdrant_client.QdrantClient(":memory:")
+        elif url == LOCAL:
+            self._client = qdrant_client.QdrantClient(
+                path=str(folder), force_disable_check_same_thread=True
+            )
+        else:
+            self._client = qdrant_client.QdrantClient(
                 url=url, api_key=api_key or None, timeout=timeout_s, check_compatibility=False
             )
-        )
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call the client. Raises Unavailable when Qdrant cannot be reached or refuses."""
