@@ -37,7 +37,7 @@ from forebay_server.storage.collections import CollectionStore, PointRow
 PAYLOAD_CACHE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SearchSpec:
     """One search as it was asked for. Zeros and None = defaults; see the contract."""
 
@@ -58,7 +58,7 @@ class SearchSpec:
     with_vectors: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hit:
     """A point that was found. `row` is None when its payload was not asked for."""
 
@@ -66,7 +66,7 @@ class Hit:
     row: PointRow | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SearchOutcome:
     """What one search gave. `embedded` says whether a model made its vector."""
 
