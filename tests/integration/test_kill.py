@@ -285,7 +285,7 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path) -> None:
         request = pb.CreateCollectionRequest(collection=name)
         config = {
             "dimensions": WIDTH,
-            "index": {"type": kind, "code_bytes": 4},
+            "index": {"type": kind, "code_bytes": 2},
             "text_fields": [{"path": "text"}],
         }
         json_format.ParseDict(config, request.config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import orjson
-from forebay.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
+from forebay.errors import FailedPrecondition, InvalidArgument, NotFound
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
@@ -30,6 +31,7 @@ from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, IndexedPoint, text_at
 from forebay_server.storage.collections import CollectionStore, PointRow
 
+log = logging.getLogger("forebay.collections")
 T = TypeVar("T")
 
 #: Bytes of one point's payload as JSON.
@@ -84,7 +86,11 @@ class Collections:
     async def start(self) -> None:
         """Open every collection; remove what a crash has left of others."""
         rows = await self.store.all()
-        await asyncio.to_thread(_remove_strangers, self.folder, {str(r.id) for r in rows})
+        known = {str(r.id) for r in rows}
+        await asyncio.to_thread(_remove_strangers, self.folder, known)
+        qdrant = self.upkeep.backends.qdrant
+        if qdrant is not None:
+            await asyncio.to_thread(discard, lambda: qdrant.keep_only(known))
         for row in rows:
             c = self._open[row.name] = await self.upkeep.open(row)
             if row.name.startswith(UNFINISHED):
@@ -161,12 +167,18 @@ class Collections:
             count = await self.store.delete(c.row.id)
             c.deleted = True
             self._open.pop(c.name, None)
+        # An index in training is waited for in the background; a start removes what a crash leaves.
+        cleaning = asyncio.ensure_future(self._clean(c))
+        self._tasks.add(cleaning)
+        cleaning.add_done_callback(self._tasks.discard)
+        return count
+
+    async def _clean(self, c: OpenCollection) -> None:
         if c.maintenance is not None:
             await asyncio.gather(c.maintenance, return_exceptions=True)
         await asyncio.to_thread(_remove_folder, self.folder / str(c.row.id))
         if c.index.dense is not None:
             await asyncio.to_thread(discard, c.index.dense.discard)
-        return count
 
     # Writing.
 
@@ -307,4 +319,4 @@ def _remove_folder(folder: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise Internal(f"files of the collection could not be removed: {e.strerror}") from e
+        log.warning("files of a removed collection stay in %s: %s", folder, e.strerror)

@@ -24,6 +24,7 @@ from forebay_server.dataplane.collection_config import config_from_json
 from forebay_server.indexes import files
 from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, CollectionIndex, IndexedPoint
+from forebay_server.indexes.dense import training
 from forebay_server.storage.collections import CollectionRow, CollectionStore, PointRow
 
 log = logging.getLogger("forebay.collections")
@@ -148,7 +149,7 @@ class Upkeep:
         async for rows in self.store.points_from(collection_id, index.next_label):
             await asyncio.to_thread(_take_in, index, rows)
             gathered += len(rows)
-            if expected and gathered >= REBUILD_PAGE:
+            if expected and gathered >= max(REBUILD_PAGE, training(expected)):
                 await asyncio.to_thread(index.absorb, expected, fresh=True)
                 gathered = 0
 

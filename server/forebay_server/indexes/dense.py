@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,9 @@ class _Later:
     """FAISS, imported when the first index needs it: a server without collections saves 45 MB."""
 
     def __getattr__(self, name: str) -> Any:
+        # Its threads wait for each other some thousand times while an index is trained: spinning on
+        # cores that others use makes that a hundred times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import faiss as module
 
         globals()["faiss"] = module
@@ -200,7 +204,7 @@ class DenseIndex:
         size = c.code_bytes or next(b for b in range(max(1, d // 4), 0, -1) if d % b == 0)
         index = faiss.index_factory(d, f"IVF{lists},PQ{size}", self._metric)
         index.cp.niter = TRAIN_ROUNDS
-        step = max(1, len(rows) // (TRAIN_PER_LIST * max(lists, 256)))
+        step = max(1, len(rows) // training(expected))
         index.train(np.ascontiguousarray(rows[::step]))
         return index
 
@@ -324,8 +328,14 @@ class DenseIndex:
 
 
 def _lists(vectors: int) -> int:
-    """Clusters of an IVF index that nobody has chosen: four times the root, as FAISS advises."""
-    return max(1, int(4 * math.sqrt(vectors)))
+    """Clusters of an IVF index that nobody has chosen: four times the root, as FAISS advises, and no
+    more than that many vectors can train."""
+    return max(1, min(int(4 * math.sqrt(vectors)), vectors // TRAIN_PER_LIST))
+
+
+def training(vectors: int) -> int:
+    """Vectors that train an IVF index for so many."""
+    return TRAIN_PER_LIST * max(256, _lists(vectors))
 
 
 def _flat_rows(index: Any, dimensions: int) -> Floats:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,12 @@ class QdrantStore:
         """Names of its collections with our prefix."""
         found = self.call("get_collections").collections
         return [c.name for c in found if c.name.startswith(f"{self.prefix}-")]
+
+    def keep_only(self, known: Set[str]) -> None:
+        """Remove the collections of all but these names of ours."""
+        for name in self.names():
+            if name.removeprefix(f"{self.prefix}-").rpartition("-")[0] not in known:
+                self.call("delete_collection", name)
 
     def close(self) -> None:
         """Close the connection."""

@@ -101,6 +101,8 @@ def test_what_predecessors_left_is_removed(store: QdrantStore) -> None:
     names = [n for n in store.names() if n.startswith(("forebay-7-", "forebay-77-"))]
     assert len(names) == 2 and new.view().dense.built.name in names  # type: ignore[union-attr]
     assert (search(new, vectors)[1][:, 0] == np.arange(WIDTH)).all()
+    store.keep_only({"77"})
+    assert [n.rpartition("-")[0] for n in store.names()] == ["forebay-77"]
 
 
 def test_a_server_that_is_away_is_unavailable_and_loses_nothing() -> None:
