@@ -158,6 +158,38 @@ def language_model(
     typer.echo(path)
 
 
+@app.command("tensorrt-llm")
+def tensorrt_llm(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    name: Annotated[str, typer.Option()],
+    version: Annotated[int, typer.Option()] = 1,
+    models: Root = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python with tensorrt_llm; default: the setting's.")
+    ] = None,
+    options: Annotated[
+        str, typer.Option(help='JSON, such as {"max_batch_size": 64, "quantization": "FP8"}.')
+    ] = "{}",
+) -> None:
+    """Build a TensorRT-LLM engine for the GPU that is here. Not run yet on one."""
+    import json
+
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.tensorrt_llm_export import export_tensorrt_llm
+
+    chosen = python or load_settings().settings.generation.trtllm_python
+    if chosen is None:
+        typer.secho("forebay: say --python, or set generation.trtllm_python", fg="red", err=True)
+        raise typer.Exit(1)
+    try:
+        wanted = json.loads(options)
+        path = export_tensorrt_llm(source, _root(models), name, version, chosen, wanted, typer.echo)
+    except (ExportError, ValueError, OSError) as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)
+
+
 def pull(
     repo_id: Annotated[str, typer.Argument(help="A model of the hub, such as org/name.")],
     name: Annotated[str | None, typer.Option(help="Name to serve it by.")] = None,

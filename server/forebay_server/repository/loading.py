@@ -53,6 +53,7 @@ class Defaults:
     tensorrt_cache: str = ""
     vllm_python: str = ""
     vllm_cache_gb: int = 0
+    trtllm_python: str = ""
 
 
 @dataclass(slots=True, eq=False)
