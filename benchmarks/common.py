@@ -157,7 +157,7 @@ def load(
     if bad:
         raise RuntimeError(f"calls failed: {bad}")
     latency = {x["percentage"]: x["latency"] / 1e6 for x in out["latencyDistribution"]}
-    return {"rps": out["rps"], "p50_ms": latency[50], "p99_ms": latency[99]}
+    return {"rps": out["rps"], "count": out["count"], "p50_ms": latency[50], "p99_ms": latency[99]}
 
 
 def median(values: list[float]) -> float:
