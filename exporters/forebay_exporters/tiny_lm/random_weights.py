@@ -90,7 +90,7 @@ def _weights(size: int, bias: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
     embeddings = r.standard_normal((size, HIDDEN)).astype(np.float32)
     embeddings[:, 0] = CONSTANT
-    out = {"model.embed_tokens.weight": embeddings}
+    out: dict[str, np.ndarray] = {"model.embed_tokens.weight": embeddings}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
         shapes = {
@@ -112,7 +112,7 @@ def _weights(size: int, bias: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     out["model.norm.weight"] = np.ones(HIDDEN, np.float32)
     head = matrix(size, HIDDEN) * SPREAD
     # After the last norm the constant dimension is about CONSTANT / 2: layers add to the others.
-    head[:, 0] = bias * SPREAD / (CONSTANT / 2)
+    head[:, 0] = (bias * SPREAD / (CONSTANT / 2)).astype(np.float32)
     out["lm_head.weight"] = head
     return out
 

@@ -65,6 +65,7 @@ class Call:
         deadline: on the server's monotonic clock; None = none.
         principal: set by authentication.
         request: the parsed message of a unary call.
+        background: nobody waits for it; its work goes behind that of all other calls.
         trailers: metadata for the end of the call.
         context: room for the pipeline's stages; nobody else's.
         origin: room for the transport; nobody else's.
@@ -77,6 +78,7 @@ class Call:
         "_gone",
         "_lock",
         "_on_end",
+        "background",
         "cancelled",
         "code",
         "context",
@@ -121,6 +123,7 @@ class Call:
         self.origin: object = None
         self.progress: list[int] = _NOT_BEGUN
         self.passed = 0
+        self.background = False
         self.cancelled = False
         self.code: str | None = None
         self.error: ForebayError | None = None
