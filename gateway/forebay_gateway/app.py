@@ -92,12 +92,15 @@ def create_app(
         ("GET", "/v1/files/{file}", files.get_endpoint(upstream)),
         ("GET", "/v1/files/{file}/content", files.content_endpoint(upstream)),
         ("DELETE", "/v1/files/{file}", files.delete_endpoint(upstream)),
+    ):
+        add(Route(path, rest.guarded(endpoint), methods=[verb]))
+    for verb, path, endpoint in (
         ("POST", "/v1/batches", batches.endpoint(upstream)),
         ("GET", "/v1/batches", batches.list_endpoint(upstream)),
         ("GET", "/v1/batches/{batch}", batches.get_endpoint(upstream)),
         ("POST", "/v1/batches/{batch}/cancel", batches.cancel_endpoint(upstream)),
     ):
-        add(Route(path, rest.guarded(endpoint), methods=[verb]))
+        add(Route(path, rest.guarded(endpoint, batches.renamed), methods=[verb]))
     for verb, path, endpoint in (
         ("POST", "/v1/responses", responses.endpoint(upstream)),
         ("GET", "/v1/responses/{response}", responses.get_endpoint(upstream)),

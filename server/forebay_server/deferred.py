@@ -76,7 +76,6 @@ class Deferred:
     async def start(self) -> None:
         """Go on with what was left unfinished."""
         await self._files.start()
-        await self._responses.start()
         await self._runner.start()
         self._tasks = [
             asyncio.create_task(self._files.keep()),

@@ -519,7 +519,7 @@ def test_openai_batches_of_chats_with_bad_lines(client: openai.OpenAI) -> None:
     assert params == {
         None: "line 9",
         "audio": "modalities",
-        "hot": "sampling.temperature",
+        "hot": "temperature",
         "elsewhere": "url",
         "c0": "custom_id",
         "streamed": "stream",
@@ -571,7 +571,7 @@ def test_openai_errors_name_the_field(client: openai.OpenAI, gateway: Gateway) -
         ({"endpoint": "/v1/moderations", "completion_window": "24h"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": "24h", "color": "red"}, "color"),
-        ({"completion_window": "24h"}, "item"),  # the file has no lines
+        ({"completion_window": "24h"}, "input_file_id"),  # the file has no lines
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.post("/batches", body={**good, **extra}, cast_to=object)

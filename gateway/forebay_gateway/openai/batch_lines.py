@@ -14,8 +14,8 @@ from forebay_gateway import http_errors
 from forebay_gateway.json_codec import dumps
 from forebay_gateway.openai import chat, completions, embeddings, fields, generation
 
-#: Bytes of one line.
-MAX_LINE = 16 << 20
+#: Bytes of one line: its item must fit into a message.
+MAX_LINE = 8 << 20
 ENDPOINTS: Mapping[str, str] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "complete",
@@ -122,10 +122,11 @@ def _body(result: pb.BatchResult, kind: str) -> tuple[int, dict[str, Any]]:
         return 200, embeddings.listed(answer, result.note or "float")
     e = result.error
     status, word = HTTP_BY_CODE.get(e.code, HTTP_BY_CODE["INTERNAL"])
+    param = generation.in_words(e.field)
     error = {
-        "message": e.message,
+        "message": e.message.replace(f"{e.field}:", f"{param}:") if e.field else e.message,
         "type": word,
         "code": e.reason.lower(),
-        "param": e.field or None,
+        "param": param or None,
     }
     return HTTP_BY_REASON.get(e.reason, status), {"error": error}

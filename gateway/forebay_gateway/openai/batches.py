@@ -10,11 +10,12 @@ from forebay.methods import methods
 from forebay.v1 import batch_pb2 as pb
 from forebay.v1 import file_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
 from starlette.requests import Request
 from starlette.responses import Response
 
 from forebay_gateway.json_codec import dumps, parse_json
-from forebay_gateway.openai import batch_lines, fields, files
+from forebay_gateway.openai import batch_lines, fields, files, generation
 from forebay_gateway.upstream import Upstream
 
 _SERVICE = "/forebay.v1.BatchService/"
@@ -32,6 +33,17 @@ UNITS = {"m": 60, "h": 3600, "d": 86400}
 STATUS = {
     number: name.removeprefix("BATCH_STATUS_").lower() for name, number in pb.BatchStatus.items()
 }
+#: The contract's paths in OpenAI's words.
+_PATHS = (
+    ("header.results_expire_after", "output_expires_after.seconds"),
+    ("header.", ""),
+    ("item", "input_file_id"),
+)
+
+
+def renamed(status: status_pb2.Status) -> status_pb2.Status:
+    """The status with the contract's field paths in this door's words."""
+    return generation.renamed(status, _PATHS)
 
 
 def endpoint(upstream: Upstream) -> Any:

@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
-from forebay.errors import InvalidArgument, Unimplemented
+from forebay.errors import FailedPrecondition, InvalidArgument
 from forebay.methods import methods
 from forebay.v1 import batch_pb2, file_pb2
 from starlette.datastructures import UploadFile
@@ -219,7 +219,7 @@ def delete_endpoint(upstream: Upstream) -> Any:
     async def delete(request: Request) -> Response:
         name = request.path_params["file"]
         if _RESULTS.fullmatch(name):
-            raise Unimplemented(
+            raise FailedPrecondition(
                 f"{name} is a batch's results, which go with the batch: "
                 "DELETE /api/v1/batches/{batch}",
                 reason="BATCH_RESULTS",

@@ -163,14 +163,15 @@ def renamed(
     status: status_pb2.Status, paths: Sequence[tuple[str, str]] = _PATHS
 ) -> status_pb2.Status:
     """The status with the contract's field paths in OpenAI's words: beginnings and what they become."""
+    return rewritten(status, lambda path: in_words(path, paths))
 
-    def shorter(path: str) -> str:
-        for theirs, ours in paths:
-            if path.startswith(theirs):
-                path = ours + path[len(theirs) :]
-        return path
 
-    return rewritten(status, shorter)
+def in_words(path: str, paths: Sequence[tuple[str, str]] = _PATHS) -> str:
+    """A field's path of the contract in OpenAI's words."""
+    for theirs, ours in paths:
+        if path.startswith(theirs):
+            path = ours + path[len(theirs) :]
+    return path
 
 
 def rewritten(status: status_pb2.Status, rename: Callable[[str], str]) -> status_pb2.Status:

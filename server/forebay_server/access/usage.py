@@ -160,6 +160,7 @@ class UsageLedger:
         self, db: AsyncConnection, key: tuple[str, str, int, str, str], counters: Counters
     ) -> None:
         key_id, model, version, user, day = key
+        user = user.replace("\0", "\ufffd")  # which PostgreSQL's texts cannot hold
         values = {name: getattr(counters, name) for name in COUNTERS}
         await db.execute(
             _upsert(self._database.dialect).values(

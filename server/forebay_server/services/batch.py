@@ -70,7 +70,6 @@ class BatchService(Service):
             await self._take_all(intake, requests)
             if not intake.total:
                 raise InvalidArgument.at("item", "is missing: the batch has no items")
-            call.facts.items = intake.total
             await self._store.seal(row.id, intake.total, intake.failed)
         except BaseException:
             await asyncio.shield(self._store.discard(row.id))

@@ -140,7 +140,7 @@ class Intake:
     def take(self, item: pb.BatchItem) -> ItemRow:
         """The row of one more item."""
         number, self.total = self.total, self.total + 1
-        name = item.custom_id[:MAX_NAME]
+        name = item.custom_id[:MAX_NAME].replace("\0", "\ufffd")  # for PostgreSQL
         error = self._fault(item)
         self._names.add(name)
         row = ItemRow(self._batch, number, name, item.SerializeToString(), "waiting")

@@ -46,6 +46,8 @@ class FileService(Service):
                     raise InvalidArgument.at("chunk", "must be every message after the first")
                 if upload is None:
                     name = request.chunk.path
+                    if not name.isprintable():
+                        raise InvalidArgument.at("chunk.path", "has characters that are no text")
                     upload = await self._library.upload(call.principal.key_id)
                 elif request.chunk.path != name:
                     raise InvalidArgument.at("chunk.path", "names a second file; one is taken")
@@ -59,7 +61,6 @@ class FileService(Service):
             if upload is not None:
                 upload.abort()
             raise
-        call.facts.items = 1
         return pb.UploadFileResponse(file=_file(row))
 
     async def get_file(self, call: Call) -> pb.GetFileResponse:

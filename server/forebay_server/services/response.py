@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -39,6 +40,8 @@ log = logging.getLogger("forebay.services")
 
 CREATE = methods()["/forebay.v1.ResponseService/CreateResponse"]
 SWEEP_EVERY_S = 60.0
+#: How long a server's word holds that it makes a response, and how often it says so.
+OWNED_S, CLAIM_EVERY_S = 10.0, 2.0
 #: How a model's answer ends, and what that makes of the response.
 _ENDS = {
     "stop": pb.RESPONSE_STATUS_COMPLETED,
@@ -86,31 +89,63 @@ class ResponseService(Service):
         self._settings = settings
         self._clock = clock
         self._background: dict[str, asyncio.Task[None]] = {}
+        self._stopping: set[str] = set()
+        self._ends: set[asyncio.Task[None]] = set()
+        #: Those of the last look at the database, and those that have ended since.
+        self._seen: set[str] = set()
+        self._lately: set[str] = set()
+        self._owner = secrets.token_hex(8)
         self._closing = False
 
     # Life of the service.
 
-    async def start(self) -> None:
-        """Go on with responses that an earlier process left in the background."""
-        for row in await self._store.unfinished():
-            self._begin_background(row)
-
     async def keep(self) -> None:
-        """Remove responses whose time is over, for ever."""
+        """For ever: make what is in the background, what an earlier process left included, and
+        remove responses whose time is over."""
+        swept = 0.0
         while True:
-            await asyncio.sleep(SWEEP_EVERY_S)
             try:
-                await self._store.sweep(self._clock())
+                await self._claim()
+                if time.monotonic() - swept >= SWEEP_EVERY_S:
+                    swept = time.monotonic()
+                    await self._store.sweep(self._clock())
             except Exception:
-                log.exception("removing expired responses failed; it is tried again")
+                log.exception("looking after stored responses failed; it is tried again")
+            await asyncio.sleep(CLAIM_EVERY_S)
+
+    async def _claim(self) -> None:
+        now = self._clock()
+        self._lately.clear()
+        rows = {r.id: r for r in await self._store.claim(self._owner, now, now + OWNED_S)}
+        for name in [n for n in self._background if n not in rows]:
+            # It was ended by another server. One that has just begun is in the next look.
+            if name in self._seen:
+                await self._stop(name)
+        for row in rows.values():
+            if row.id not in self._background and row.id not in self._lately:
+                self._begin_background(row)
+        self._seen = set(rows)
 
     async def close(self) -> None:
         """Stop what runs; it goes on at the next start."""
         self._closing = True
-        tasks = list(self._background.values())
-        for task in tasks:
+        for name in list(self._background):
+            await self._stop(name)
+        await asyncio.gather(*self._ends, return_exceptions=True)
+        with contextlib.suppress(ForebayError):
+            await self._store.release(self._owner)
+
+    async def _stop(self, name: str) -> None:
+        """Stop a response in the background, once, and wait for its end."""
+        task = self._background.get(name)
+        if task is None:
+            return
+        if name not in self._stopping:
+            self._stopping.add(name)
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait((task,))
+        if self._ends:
+            await asyncio.wait(self._ends)
 
     # Making responses.
 
@@ -270,14 +305,14 @@ class ResponseService(Service):
         if making.stored:
             response.expires_at.CopyFrom(timestamp(self._clock() + self._settings.keep_s))
 
-    async def _keep(self, making: _Making) -> None:
+    async def _keep(self, making: _Making, row: ResponseRow | None = None) -> None:
         """Store the response, and let those live on that it is built upon."""
-        row = self._row(making)
+        row = row or self._row(making)
         await self._store.add(row)
         if making.earlier:
             await self._store.keep(making.earlier, row.expires_at)
 
-    def _row(self, making: _Making) -> ResponseRow:
+    def _row(self, making: _Making, owner: str | None = None) -> ResponseRow:
         now = self._clock()
         return ResponseRow(
             making.response.id,
@@ -288,6 +323,8 @@ class ResponseService(Service):
             _without_request(making.response),
             now,
             now + self._settings.keep_s,
+            owner,
+            now + OWNED_S if owner else None,
         )
 
     # In the background.
@@ -303,14 +340,21 @@ class ResponseService(Service):
         making.response.status = pb.RESPONSE_STATUS_QUEUED
         until = timestamp(self._clock() + self._settings.keep_s)
         making.response.expires_at.CopyFrom(until)
-        await self._keep(making)
-        self._begin_background(self._row(making))
+        row = self._row(making, self._owner)
+        await self._keep(making, row)
+        self._begin_background(row)
         return making.response
 
     def _begin_background(self, row: ResponseRow) -> None:
         task = asyncio.create_task(self._in_background(row))
         self._background[row.id] = task
-        task.add_done_callback(lambda _: self._background.pop(row.id, None))
+
+        def done(_: object) -> None:
+            self._background.pop(row.id, None)
+            self._stopping.discard(row.id)
+            self._lately.add(row.id)
+
+        task.add_done_callback(done)
 
     async def _in_background(self, row: ResponseRow) -> None:
         request = pb.CreateResponseRequest.FromString(row.request)
@@ -342,7 +386,11 @@ class ResponseService(Service):
             response.error.reason, response.error.message = "INTERNAL", "internal error"
         if call is not None:
             self._deferred.settle(call)
-        await self._store_end(row.id, response, call, code)
+        # Whoever stops it now is too late: what has ended is stored.
+        end = asyncio.create_task(self._store_end(row.id, response, call, code))
+        self._ends.add(end)
+        end.add_done_callback(self._ends.discard)
+        await asyncio.shield(end)
 
     async def _store_end(
         self, name: str, response: pb.Response, call: Call | None, code: str
@@ -371,11 +419,12 @@ class ResponseService(Service):
             raise FailedPrecondition(
                 "only responses in the background can be cancelled", reason="NOT_IN_BACKGROUND"
             )
-        task = self._background.get(row.id)
-        if task is not None and row.status in UNFINISHED:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((task,))
+        if row.status in UNFINISHED:
+            await self._stop(row.id)
+            # One that another server makes is ended here; it will notice.
+            response = _response(row)
+            response.status = pb.RESPONSE_STATUS_CANCELLED
+            await self._store.update(row.id, "cancelled", _without_request(response))
             row = await self._get(call, request.response)
         return pb.CancelResponseResponse(response=_response(row))
 
@@ -390,10 +439,7 @@ class ResponseService(Service):
         """DeleteResponse."""
         name = cast(pb.DeleteResponseRequest, call.request).response
         row = await self._get(call, name)
-        task = self._background.get(row.id)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait((task,))
+        await self._stop(row.id)
         if not await self._store.delete(call.principal.key_id, name):
             raise NotFound("response", name)
         return pb.DeleteResponseResponse()

@@ -27,6 +27,8 @@ class ResponseRow:
     response: bytes
     created_at: float
     expires_at: float
+    owner: str | None = None
+    owned_until: float | None = None
 
 
 class ResponseStore:
@@ -82,11 +84,13 @@ class ResponseStore:
         message: bytes,
         within: Callable[[AsyncConnection], Awaitable[None]] | None = None,
     ) -> bool:
-        """Store how far a response is; False when it is gone. `within` shares the transaction."""
-        change = sa.update(responses).where(responses.c.id == response)
+        """Store how far a response is; False when it had ended, or is gone: then nothing is done.
+        `within` shares the transaction."""
+        r = responses
+        change = sa.update(r).where(r.c.id == response, r.c.status.in_(UNFINISHED))
         async with self._database.begin() as db:
             found = (await db.execute(change.values(status=status, response=message))).rowcount
-            if within is not None:
+            if found and within is not None:
                 await within(db)
         return found > 0
 
@@ -97,12 +101,25 @@ class ResponseStore:
         async with self._database.begin() as db:
             return (await db.execute(gone)).rowcount > 0
 
-    async def unfinished(self) -> list[ResponseRow]:
-        """Responses whose work is not done, oldest first."""
+    async def claim(self, owner: str, now: float, until: float) -> list[ResponseRow]:
+        """Take responses in the background that nobody makes, keep those of the owner; gives all
+        that it now makes, oldest first."""
         r = responses
-        query = sa.select(r).where(r.c.status.in_(UNFINISHED)).order_by(r.c.created_at)
+        open_ = r.c.status.in_(UNFINISHED)
+        free = r.c.owner.is_(None) | (r.c.owner == owner) | (r.c.owned_until < now)
         async with self._database.read() as db:
+            if (await db.execute(sa.select(r.c.id).where(open_).limit(1))).first() is None:
+                return []  # the usual case: nothing is written for it
+        async with self._database.begin() as db:
+            await db.execute(sa.update(r).where(open_, free).values(owner=owner, owned_until=until))
+            query = sa.select(r).where(open_, r.c.owner == owner).order_by(r.c.created_at)
             return [ResponseRow(*row) for row in (await db.execute(query)).all()]
+
+    async def release(self, owner: str) -> None:
+        """Give back all responses of an owner."""
+        change = sa.update(responses).where(responses.c.owner == owner)
+        async with self._database.begin() as db:
+            await db.execute(change.values(owner=None, owned_until=None))
 
     async def sweep(self, now: float) -> int:
         """Remove responses whose time is over."""

@@ -257,6 +257,9 @@ responses = Table(
     Column("response", LargeBinary, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
+    # Which server makes it in the background, and until when it has said so.
+    Column("owner", String(32)),
+    Column("owned_until", Float),
     Index("responses_expiry", "expires_at"),
     Index("responses_status", "status"),
 )

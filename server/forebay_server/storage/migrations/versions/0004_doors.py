@@ -105,6 +105,8 @@ def upgrade() -> None:
         sa.Column("response", sa.LargeBinary, nullable=False),
         sa.Column("created_at", sa.Float, nullable=False),
         sa.Column("expires_at", sa.Float, nullable=False),
+        sa.Column("owner", sa.String(32)),
+        sa.Column("owned_until", sa.Float),
     )
     op.create_index("responses_expiry", "responses", ["expires_at"])
     op.create_index("responses_status", "responses", ["status"])
