@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := server,gateway,sklearn,retrieval
+EXTRAS := server,gateway,sklearn,retrieval,cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench clean
@@ -45,13 +45,14 @@ proto: $(VENV)/.dev ## Generate the contract's Python modules
 fmt: $(VENV)/.dev ## Format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
+lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes, hadolint, clippy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python tools/buf_breaking.py
+	$(BIN)/hadolint Dockerfile Dockerfile.gpu
 	@if command -v cargo-clippy >/dev/null; then cd server/native && cargo fmt --check && \
 	  cargo clippy --quiet --all-targets --no-default-features -- -D warnings && \
 	  cargo clippy --quiet -- -D warnings; fi

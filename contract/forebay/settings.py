@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 import yaml
@@ -27,6 +28,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -51,6 +53,40 @@ _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
 
 class SettingsError(Exception):
     """A setting that stops the start; the message names it, its source and what is allowed."""
+
+
+ANSWER_PROMPT = """\
+Answer the question from the following context alone. Put the number of the chunk that a statement \
+rests on behind it, like [1]. Quote word by word where that helps. When the context does not hold the \
+answer, reply exactly: NOT IN THE DOCUMENTS
+
+Context:
+{context}
+
+Question: {question}"""
+REWRITE_PROMPT = """\
+Rewrite the last question such that it can be understood without the conversation before it. Reply \
+with the question alone.
+
+Conversation:
+{history}
+
+Last question: {question}"""
+EXPAND_PROMPT = """\
+Write {count} other wordings of the question, one a line, nothing else.
+
+Question: {question}"""
+HYDE_PROMPT = """\
+Write a short passage, as it could stand in a document, that answers the question.
+
+Question: {question}"""
+#: What each prompt must have a place for.
+PLACES = {
+    "answer_prompt": {"context", "question"},
+    "rewrite_prompt": {"history", "question"},
+    "expand_prompt": {"count", "question"},
+    "hyde_prompt": {"question"},
+}
 
 
 class _Section(BaseModel):
@@ -147,6 +183,37 @@ class GenerationSettings(_Section):
     vllm_cache_gb: int = Field(
         default=0, ge=0, description="key-value cache on the CPU; 0 = vLLM's own default"
     )
+    trtllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has tensorrt_llm; default: this"
+    )
+
+
+class KnowledgeSettings(_Section):
+    """Answers from knowledge bases by a language model. Prompts: `{context}` are the numbered
+    chunks, `{history}` earlier messages."""
+
+    writer: str = Field(
+        default="", description="language model that writes answers; empty = they are extracted"
+    )
+    max_answer_tokens: int = Field(default=512, ge=1)
+    answer_prompt: str = ANSWER_PROMPT
+    rewrite_prompt: str = REWRITE_PROMPT
+    expand_prompt: str = EXPAND_PROMPT
+    hyde_prompt: str = HYDE_PROMPT
+
+    @field_validator("answer_prompt", "rewrite_prompt", "expand_prompt", "hyde_prompt")
+    @classmethod
+    def _places(cls, value: str, info: ValidationInfo) -> str:
+        """A prompt has its places, and no others."""
+        needed = PLACES[info.field_name or ""]
+        try:
+            found = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
+        except ValueError as e:
+            raise ValueError(f"{e}; write {{{{ and }}}} for braces") from None
+        if found != needed:
+            names = ", ".join(f"{{{n}}}" for n in sorted(needed))
+            raise ValueError(f"must have the places {names}, each of them and no others")
+        return value
 
 
 class FileSettings(_Section):
@@ -218,6 +285,7 @@ class Settings(_Section):
     http: HttpSettings = HttpSettings()
     models: ModelSettings = ModelSettings()
     generation: GenerationSettings = GenerationSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
     files: FileSettings = FileSettings()
     batches: BatchSettings = BatchSettings()
     responses: ResponseSettings = ResponseSettings()

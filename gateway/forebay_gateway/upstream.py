@@ -57,6 +57,8 @@ class Upstream:
                     ("grpc.max_send_message_length", -1),
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 1000),
+                    # A name with several addresses is a pool: calls spread over all of it.
+                    ("grpc.lb_policy_name", "round_robin"),
                 ],
             )
         return self._channel

@@ -53,7 +53,7 @@ from forebay_server.storage.routing_state import StoredRoutingState
 from forebay_server.transport.lanes import Lanes, choose
 from forebay_server.transport.metrics_http import MetricsListener
 from forebay_server.transport.pipeline import Pipeline
-from forebay_server.transport.stages import Admission, standard_stages
+from forebay_server.transport.stages import WATCHING, Admission, standard_stages
 
 log = logging.getLogger("forebay.server")
 
@@ -99,10 +99,11 @@ class Server:
                 tensorrt_cache=str(s.home / "tensorrt"),
                 vllm_python=str(s.generation.vllm_python or ""),
                 vllm_cache_gb=s.generation.vllm_cache_gb,
+                trtllm_python=str(s.generation.trtllm_python or ""),
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
-            self.metrics.batch_observer,
+            self.metrics.batches.observer,
         )
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
@@ -118,7 +119,8 @@ class Server:
         self._tracer = Tracer(s.observability.otlp_endpoint)
         self._admission = Admission(self.keys, self._limiter(), self.budgets)
         pipeline = Pipeline(
-            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
+            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger),
+            outer=WATCHING,
         )
         validator = Validator()
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
@@ -190,7 +192,15 @@ class Server:
             from forebay_server.retrieval import Retrieval
 
             self._retrieval = Retrieval(
-                self.settings, self._database, access, texts, self.metrics, validator, self.ledger
+                self.settings,
+                self._database,
+                access,
+                texts,
+                self.metrics,
+                validator,
+                self.ledger,
+                pipeline,
+                self.budgets,
             )
             retrieval = self._retrieval.services
         return [
@@ -206,7 +216,7 @@ class Server:
             KeyService(self.keys),
             UsageService(self.ledger, self.budgets),
             ServerService(self.settings, time.time(), choose(self.settings.grpc)),
-            OpenInferenceService(access, registry, texts, TensorPipeline(access)),
+            OpenInferenceService(access, registry, texts, TensorPipeline(access), validator),
         ]
 
     async def _listen(self) -> None:

@@ -118,11 +118,12 @@ class Budgets:
                 raise _spent(key_id, period, "; ".join(short), wait)
             standing.reserved_tokens += tokens
             standing.reserved_money += money
-        call.context["reservation"] = Reservation(key_id, standing.since, tokens, money)
+        call.note("reservation", Reservation(key_id, standing.since, tokens, money))
 
     def settle(self, call: Call) -> None:
-        """The call has ended: what it took is spent, the rest of its reservation is free."""
-        reservation = call.context.pop("reservation", None)
+        """The call has ended: what it took is spent, the rest of its reservation is free.
+        Called once for each call."""
+        reservation = call.context.get("reservation")
         tokens, money = call.facts.tokens, float(call.context.get("cost", 0.0))  # type: ignore[arg-type]
         if reservation is None and not tokens:
             return

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from forebay.errors import Unavailable
 from sqlalchemy.dialects import postgresql, sqlite
@@ -110,10 +111,7 @@ class UsageLedger:
     def record(self, sums: Mapping[UsageKey, Iterable[float]]) -> None:
         """Append what calls used, in the order of COUNTERS."""
         day = self._day()
-        line = b"".join(
-            json.dumps([*key, day, *(round(v, 9) for v in values)]).encode() + b"\n"
-            for key, values in sums.items()
-        )
+        line = b"".join(orjson.dumps([*key, day, *values]) + b"\n" for key, values in sums.items())
         with self._lock:
             if self._unwritten or self._torn:
                 self._keep(line)

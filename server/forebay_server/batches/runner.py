@@ -291,7 +291,8 @@ class BatchRunner:
             except ForebayError as e:
                 if call is not None and _passes(e):
                     # Its work is lost: it is not charged.
-                    call.facts.tokens, call.context["cost"] = 0, 0.0
+                    call.facts.tokens = 0
+                    call.note("cost", 0.0)
                     self._work.settle(call)
                     try:
                         await asyncio.sleep(max(wait, e.retry_after_s or 0.0))

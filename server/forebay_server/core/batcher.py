@@ -90,6 +90,11 @@ class BatchingEngineClient:
         if slot is None:
             return self._intake.submit(requests)  # type: ignore[return-value]
         try:
+            alone = self._intake.submit_alone(requests[0]) if len(requests) == 1 else None
+            if alone is not None:
+                completion, cut = alone
+                slot.serve_here(cut)
+                return [completion]
             completions = self._intake.submit(requests, wake=False)
             slot.serve_here()
         finally:

@@ -22,9 +22,9 @@ from forebay.errors import (
 )
 
 from forebay_server.core.completion import RequestCompletion
-from forebay_server.core.interfaces import BatchPolicy, Clock, EngineRequest
+from forebay_server.core.interfaces import Batch, BatchPolicy, Clock, EngineRequest
 from forebay_server.core.quarantine import Quarantine
-from forebay_server.core.queue import Cut, RequestQueue
+from forebay_server.core.queue import Cut, Entry, RequestQueue, padded
 from forebay_server.core.statistics import EngineStatistics
 
 log = logging.getLogger("forebay.batcher")
@@ -97,6 +97,22 @@ class Intake:
         for completion, error, item in refused:
             completion.fail(error, item)
         return out
+
+    def submit_alone(self, request: EngineRequest) -> tuple[RequestCompletion, Cut] | None:
+        """A request as a batch of its own, past the queue, for a caller who runs it at once. None
+        when others wait, when it does not fit a batch, or when there is something to refuse."""
+        policy = self.policy
+        if self._queue.waiting_rows or policy.max_queue_delay_s > 0 or len(request.items) != 1:
+            return None
+        (item,) = request.items
+        longest = padded(policy, item.length)
+        fits = 0 < item.rows <= policy.max_batch_size
+        if not fits or item.rows * longest > policy.max_batch_tokens or not self.quarantine.empty:
+            return None
+        if self._shut() is not None:
+            return None
+        completion = RequestCompletion(request, self.clock(), self._ended)
+        return completion, Cut(Batch([item], longest, item.rows), [Entry(completion, 0, item)])
 
     def kick(self) -> None:
         """Have the slots look after what waits."""

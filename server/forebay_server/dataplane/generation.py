@@ -256,7 +256,7 @@ class GenerationPipeline:
                 0.0, time.monotonic() - call.started - job.queue_s
             )
             money = _money(prices, tally.prompt, tally.cached, tally.completion)
-            call.context["cost"] = money
+            call.note("cost", money)
             self._meter.ended(model.name, tally, reason)
             statistics = job.client.statistics
             statistics.tokens += facts.tokens
@@ -536,7 +536,7 @@ def _finish(request: GenerationRequest, ask: Ask, call: Call) -> None:
     request.priority = BACKGROUND_PRIORITY if call.background else ask.priority
     request.deadline = call.deadline
     request.user = ask.user
-    call.context["user"] = ask.user
+    call.note("user", ask.user)
     if request.sampling.min_tokens > (request.sampling.max_tokens or request.sampling.min_tokens):
         raise InvalidArgument.at(
             f"{ask.path}sampling.min_tokens",

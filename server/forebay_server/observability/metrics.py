@@ -12,8 +12,6 @@ from typing import Any
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
@@ -21,15 +19,12 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from forebay_server.core.batcher import BatchReport
+from forebay_server.observability.batch_metrics import BatchMetrics
 from forebay_server.observability.generation_metrics import GenerationMetrics
-from forebay_server.observability.rpc_metrics import SECONDS, RpcMetrics
+from forebay_server.observability.rpc_metrics import RpcMetrics
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: No `_created` series: they nearly double the exposition, and Prometheus has no use for them.
 disable_created_metrics()
-
-RATIO = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
@@ -55,36 +50,8 @@ class Metrics:
             ["model", "result"],
             registry=r,
         )
-        self.queue_time = Histogram(
-            "forebay_queue_time_seconds",
-            "Wait of a batch's oldest item in the queue",
-            ["model", "version"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.execute_time = Histogram(
-            "forebay_batch_execute_seconds",
-            "Time of a batch in the model",
-            ["model", "version"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.batch_rows = Histogram(
-            "forebay_batch_rows", "Rows of a batch", ["model", "version"], buckets=ROWS, registry=r
-        )
-        self.token_efficiency = Histogram(
-            "forebay_batch_token_efficiency",
-            "Real tokens over padded tokens of a batch",
-            ["model", "version"],
-            buckets=RATIO,
-            registry=r,
-        )
-        self.queue_depth = Gauge(
-            "forebay_queue_depth",
-            "Rows waiting after the newest batch",
-            ["model", "version"],
-            registry=r,
-        )
+        self.batches = BatchMetrics()
+        r.register(self.batches)
         self.bypassed = Counter(
             "forebay_shared_state_bypassed",
             "Decisions and look-ups made without Redis because it was away",
@@ -112,23 +79,6 @@ class Metrics:
         )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
-
-    def batch_observer(self, model: str, version: int) -> Callable[[BatchReport], None]:
-        """The observer of one model version's batches."""
-        labels = (model, str(version))
-        queue, execute = self.queue_time.labels(*labels), self.execute_time.labels(*labels)
-        rows, depth = self.batch_rows.labels(*labels), self.queue_depth.labels(*labels)
-        efficiency = self.token_efficiency.labels(*labels)
-
-        def observe(report: BatchReport) -> None:
-            queue.observe(report.queue_s)
-            execute.observe(report.execute_s)
-            rows.observe(report.rows)
-            depth.set(report.queue_depth)
-            if report.padded_tokens:
-                efficiency.observe(report.tokens / report.padded_tokens)
-
-        return observe
 
     def cache_looked_up(self, model: str, hits: int, misses: int) -> None:
         """One look-up of several items."""

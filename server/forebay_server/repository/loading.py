@@ -53,6 +53,7 @@ class Defaults:
     tensorrt_cache: str = ""
     vllm_python: str = ""
     vllm_cache_gb: int = 0
+    trtllm_python: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -248,7 +249,7 @@ def probe_inputs(manifest: Manifest) -> dict[str, Any]:
         if spec.datatype == "BYTES":
             text = (feature.categories or [""])[0] if feature else ""
             return np.full(shape, text, object)
-        from forebay_server.engines.onnx import NUMPY
+        from forebay_server.engines.arrays import NUMPY
 
         return np.zeros(shape, NUMPY.get(spec.datatype, np.float32))
 
