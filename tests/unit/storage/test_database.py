@@ -17,7 +17,7 @@ from forebay.errors import Unavailable
 from forebay_server.repository.state import HistoryEvent, Routing
 from forebay_server.storage.database import MIGRATIONS, Database, SchemaError
 from forebay_server.storage.routing_state import StoredRoutingState
-from forebay_server.storage.tables import metadata, model_aliases
+from forebay_server.storage.tables import metadata, model_aliases, usage
 
 
 def sqlite_url(folder: Path) -> str:
