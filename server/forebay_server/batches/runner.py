@@ -200,7 +200,7 @@ class BatchRunner:
             await self._written()
             await self._fail_rest(batch, self._executor.expired)
             await self._end(batch, OPEN, "expired")
-        elif batch.exhausted and not batch.running:
+        elif row.status == "finalizing" or (batch.exhausted and not batch.running):
             now = self.clock()
             await self.store.move(
                 row.id, ("validating", "in_progress"), status="finalizing", finalizing_at=now
@@ -246,6 +246,7 @@ class BatchRunner:
             idle = 0
             task = asyncio.create_task(self._item(batch, item))
             batch.running[item.number] = task
+            task.add_done_callback(lambda t, b=batch, i=item: self._look_at(t, b, i))
 
     async def _next(self, batch: _Open) -> ItemRow | None:
         if batch.exhausted or batch.row.status not in ("validating", "in_progress"):
@@ -265,8 +266,11 @@ class BatchRunner:
                 batch.exhausted = True
                 self._wake.set()
                 return None
-            batch.ahead.extend(rows)
+            batch.ahead.extend(r for r in rows if r.number not in batch.running)
             batch.last = rows[-1].number
+            if not batch.ahead:
+                self._wake.set()
+                return None
             if batch.row.status == "validating":
                 now = self.clock()
                 await self.store.move(
@@ -274,6 +278,16 @@ class BatchRunner:
                 )
                 self._changed = True
         return batch.ahead.popleft()
+
+    def _look_at(self, task: asyncio.Task[None], batch: _Open, item: ItemRow) -> None:
+        """An item's task is over: one that fell over leaves its item to be run again."""
+        if task.cancelled():
+            batch.running.pop(item.number, None)
+        elif (error := task.exception()) is not None:
+            log.error("an item of batch %s fell over", batch.row.id, exc_info=error)
+            batch.running.pop(item.number, None)
+            batch.ahead.clear()
+            batch.last, batch.exhausted = -1, False
 
     # One item.
 

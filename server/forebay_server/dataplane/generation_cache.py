@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -117,8 +117,8 @@ class Collected:
         into.text += delta.text
         into.reasoning += delta.reasoning
         into.tokens += delta.tokens
-        into.tool_calls = [*into.tool_calls, *delta.tool_calls]
-        into.logprobs = [*into.logprobs, *delta.logprobs]
+        cast(list[Any], into.tool_calls).extend(delta.tool_calls)
+        cast(list[Any], into.logprobs).extend(delta.logprobs)
         if delta.finish_reason is not None:
             into.finish_reason, into.stop_reason = delta.finish_reason, delta.stop_reason
 

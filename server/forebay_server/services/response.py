@@ -342,7 +342,8 @@ class ResponseService(Service):
         making.response.expires_at.CopyFrom(until)
         row = self._row(making, self._owner)
         await self._keep(making, row)
-        self._begin_background(row)
+        if row.id not in self._background and row.id not in self._lately:
+            self._begin_background(row)
         return making.response
 
     def _begin_background(self, row: ResponseRow) -> None:
