@@ -43,7 +43,7 @@ SHORT = {
     "FOREBAY_DATA": "data",
 }
 #: Settings that may hold passwords: never shown, not even in an error.
-SECRET = ("storage.database", "storage.redis")
+SECRET = ("storage.database", "storage.redis", "retrieval.qdrant_api_key")
 #: What Kubernetes puts into the environment of pods for each service of their namespace.
 _SERVICE_LINK = re.compile(
     r"FOREBAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
@@ -218,6 +218,23 @@ class KnowledgeSettings(_Section):
         return value
 
 
+class RetrievalSettings(_Section):
+    """Collections' dense indexes."""
+
+    faiss_device: Literal["cpu", "gpu"] = Field(
+        default="cpu",
+        description="gpu: flat and IVF-PQ indexes are searched there; needs faiss-gpu",
+    )
+    qdrant: str = Field(
+        default="",
+        description="URL of a Qdrant server for collections of INDEX_TYPE_QDRANT; "
+        "`local`: the client's local mode, to try it out",
+    )
+    qdrant_api_key: SecretStr = SecretStr("")
+    qdrant_prefix: str = Field(default="forebay", pattern="[A-Za-z0-9_]{1,32}")
+    qdrant_timeout_s: int = Field(default=10, ge=1, le=600)
+
+
 class AuthSettings(_Section):
     """Who may call."""
 
@@ -261,6 +278,7 @@ class Settings(_Section):
     models: ModelSettings = ModelSettings()
     generation: GenerationSettings = GenerationSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
     auth: AuthSettings = AuthSettings()
     storage: StorageSettings = StorageSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

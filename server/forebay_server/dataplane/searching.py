@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,16 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-from forebay.errors import InvalidArgument, Unavailable
+from forebay.errors import ForebayError, InvalidArgument, Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.core.batcher import BatchingEngineClient
 from forebay_server.core.call import Call
 from forebay_server.core.interfaces import Completion, EngineRequest, Item
-from forebay_server.dataplane.collections import Collections, OpenCollection, check_filter
+from forebay_server.dataplane.collection_config import check_filter
+from forebay_server.dataplane.collections import Collections
 from forebay_server.dataplane.embedding import child_of, embedding_job, matrix
 from forebay_server.dataplane.models import attempt, guarded
 from forebay_server.dataplane.texts import TextOutcome, TextPipeline
+from forebay_server.dataplane.upkeep import OpenCollection
 from forebay_server.indexes.engine import Found, Mode, SearchTask
 from forebay_server.indexes.filters import Filter
 from forebay_server.indexes.fusion import Fusion
@@ -34,7 +37,7 @@ from forebay_server.storage.collections import CollectionStore, PointRow
 PAYLOAD_CACHE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SearchSpec:
     """One search as it was asked for. Zeros and None = defaults; see the contract."""
 
@@ -55,7 +58,7 @@ class SearchSpec:
     with_vectors: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hit:
     """A point that was found. `row` is None when its payload was not asked for."""
 
@@ -63,7 +66,7 @@ class Hit:
     row: PointRow | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SearchOutcome:
     """What one search gave. `embedded` says whether a model made its vector."""
 
@@ -224,7 +227,10 @@ class SearchPipeline:
         if error is not None:
             call.fail(error, cause=error)  # type: ignore[arg-type]
             return
-        found: list[Found] = completion.result()[0]  # type: ignore[assignment]
+        found: list[Found] | ForebayError = completion.result()[0]  # type: ignore[assignment]
+        if isinstance(found, ForebayError):
+            call.fail(found)
+            return
 
         def answer(rows: Mapping[int, PointRow] | None) -> None:
             if rows is None:
@@ -281,9 +287,11 @@ class PointReader:
         self,
         store: CollectionStore,
         loop: asyncio.AbstractEventLoop,
+        observe: Callable[[str, float], None] = lambda stage, s: None,
         room: int = PAYLOAD_CACHE_BYTES,
     ) -> None:
         self._store = store
+        self._observe = observe
         self._loop = loop
         self._room = room
         self._kept: OrderedDict[tuple[int, int], PointRow] = OrderedDict()
@@ -319,6 +327,7 @@ class PointReader:
             by_kind.setdefault((collection_id, vectors), set()).update(labels)
         found: dict[tuple[int, bool], dict[int, PointRow]] = {}
         for (collection_id, vectors), labels in by_kind.items():
+            began = time.perf_counter()
             try:
                 rows = await self._store.by_labels(collection_id, sorted(labels), vectors)
             except Exception as e:
@@ -327,6 +336,7 @@ class PointReader:
                     if (w[0], w[2]) == (collection_id, vectors):
                         w[4].fail(error, cause=e)
                 continue
+            self._observe("payload", time.perf_counter() - began)
             found[collection_id, vectors] = rows
             if not vectors:
                 self._keep(collection_id, rows)
