@@ -119,6 +119,9 @@ class GrpcSettings(_Section):
     max_header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
     max_waiting_calls: int = Field(default=16384, ge=1)
     max_waiting_bytes: int = Field(default=512 << 20, ge=1 << 20)
+    max_waiting_s: float = Field(
+        default=0.5, gt=0, description="while a call waits longer to be taken, others are refused"
+    )
     keepalive_timeout_s: float = Field(default=20.0, ge=1)
     receive_timeout_s: float = Field(
         default=30.0, gt=0, description="time for a handshake, and for a unary request to come in"
