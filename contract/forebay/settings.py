@@ -43,7 +43,7 @@ SHORT = {
     "FOREBAY_DATA": "data",
 }
 #: Settings that may hold passwords: never shown, not even in an error.
-SECRET = ("storage.database", "storage.redis")
+SECRET = ("storage.database", "storage.redis", "retrieval.qdrant_api_key")
 #: What Kubernetes puts into the environment of pods for each service of their namespace.
 _SERVICE_LINK = re.compile(
     r"FOREBAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
@@ -119,6 +119,9 @@ class GrpcSettings(_Section):
     max_header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
     max_waiting_calls: int = Field(default=16384, ge=1)
     max_waiting_bytes: int = Field(default=512 << 20, ge=1 << 20)
+    max_waiting_s: float = Field(
+        default=0.5, gt=0, description="while a call waits longer to be taken, others are refused"
+    )
     keepalive_timeout_s: float = Field(default=20.0, ge=1)
     receive_timeout_s: float = Field(
         default=30.0, gt=0, description="time for a handshake, and for a unary request to come in"
@@ -216,6 +219,23 @@ class KnowledgeSettings(_Section):
         return value
 
 
+class RetrievalSettings(_Section):
+    """Collections' dense indexes."""
+
+    faiss_device: Literal["cpu", "gpu"] = Field(
+        default="cpu",
+        description="gpu: flat and IVF-PQ indexes are searched there; needs faiss-gpu",
+    )
+    qdrant: str = Field(
+        default="",
+        description="URL of a Qdrant server for collections of INDEX_TYPE_QDRANT; "
+        "`local`: the client's local mode, to try it out",
+    )
+    qdrant_api_key: SecretStr = SecretStr("")
+    qdrant_prefix: str = Field(default="forebay", pattern="[A-Za-z0-9_]{1,32}")
+    qdrant_timeout_s: int = Field(default=10, ge=1, le=600)
+
+
 class FileSettings(_Section):
     """Files of callers."""
 
@@ -286,6 +306,7 @@ class Settings(_Section):
     models: ModelSettings = ModelSettings()
     generation: GenerationSettings = GenerationSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
     files: FileSettings = FileSettings()
     batches: BatchSettings = BatchSettings()
     responses: ResponseSettings = ResponseSettings()

@@ -6,12 +6,13 @@ a look-up by labels costs as much as the observation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
@@ -21,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from forebay_server.observability.batch_metrics import BatchMetrics
 from forebay_server.observability.generation_metrics import GenerationMetrics
-from forebay_server.observability.rpc_metrics import RpcMetrics
+from forebay_server.observability.rpc_metrics import SECONDS, RpcMetrics
 
 #: No `_created` series: they nearly double the exposition, and Prometheus has no use for them.
 disable_created_metrics()
@@ -64,6 +65,15 @@ class Metrics:
             ["collection", "reason"],
             registry=r,
         )
+        self.search_stages = Histogram(
+            "forebay_search_stage_seconds",
+            "Time of a batch of searches in a stage: dense, keyword, or payloads from the database",
+            ["stage"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        stages = {s: self.search_stages.labels(s).observe for s in ("dense", "keyword", "payload")}
+        self.search_stage: Callable[[str, float], None] = lambda stage, s: stages[stage](s)
         self.generation = GenerationMetrics(r)
         self.documents = Counter(
             "forebay_documents_ingested",
@@ -101,8 +111,10 @@ class Metrics:
         """Report model, version and resident bytes of what is loaded, at each scrape."""
         self.registry.register(_ModelMemory(memory))
 
-    def watch_collections(self, sizes: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
-        """Report points and bytes in memory of every collection, at each scrape."""
+    def watch_collections(
+        self, sizes: Callable[[], Iterable[tuple[str, Mapping[str, float]]]]
+    ) -> None:
+        """Report the sizes of every collection, at each scrape."""
         self.registry.register(_CollectionSizes(sizes))
 
     def exposition(self) -> bytes:
@@ -139,21 +151,25 @@ class _OpenBatches(Collector):
         )
 
 
+#: A collection's sizes, as CollectionIndex.sizes names them.
+SIZES = {
+    "points": "Points of a collection",
+    "memory_bytes": "Bytes of a collection's indexes in memory",
+    "tail_points": "Vectors that wait outside the built index and are compared one by one",
+    "dead_ratio": "Share of a collection's index that updates and deletes have left behind",
+}
+
+
 class _CollectionSizes(Collector):
-    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+    def __init__(self, sizes: Callable[[], Iterable[tuple[str, Mapping[str, float]]]]) -> None:
         self._sizes = sizes
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        points = GaugeMetricFamily(
-            "forebay_collection_points", "Points of a collection", labels=["collection"]
-        )
-        memory = GaugeMetricFamily(
-            "forebay_collection_memory_bytes",
-            "Bytes of a collection's indexes in memory",
-            labels=["collection"],
-        )
-        for name, count, size in self._sizes():
-            points.add_metric([name], count)
-            memory.add_metric([name], size)
-        yield points
-        yield memory
+        families = {
+            name: GaugeMetricFamily(f"forebay_collection_{name}", text, labels=["collection"])
+            for name, text in SIZES.items()
+        }
+        for collection, sizes in self._sizes():
+            for name, family in families.items():
+                family.add_metric([collection], sizes[name])
+        yield from families.values()
