@@ -102,7 +102,7 @@ def load(
             name, version, folder, config, manifest, tokenizer, defaults
         )
         return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
-    tokenizer = _tokenizer(folder, manifest)
+    tokenizer = tokenizer_of(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
     engines: list[Engine] = []
     gives_way = spec.kind == "tokens" and spec.isolation == "thread"
@@ -134,7 +134,8 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Any:
+def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
+    """A text model's tokenizer; None for others. Raises FailedPrecondition (MODEL_REJECTED)."""
     if manifest.task not in TEXT_TASKS or manifest.tokenizer_file is None:
         return None
     from tokenizers import Tokenizer
