@@ -16,7 +16,7 @@ def tune(
     tokens: Annotated[str, typer.Option(help="Tokens of a text: 20, or 5-256.")] = "20",
     rows: Annotated[int, typer.Option(min=1, help="Rows of a tabular call.")] = 1,
     callers: Annotated[int, typer.Option(min=2, help="Callers at once, at most.")] = 64,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each point.")] = 1.5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each point.")] = 1.5,
     write: Annotated[bool, typer.Option(help="Write the policy into model.yaml.")] = True,
     plot: Annotated[
         Path | None, typer.Option(help="PNG of throughput against latency (needs matplotlib).")
