@@ -199,7 +199,7 @@ def _measure(
     stats = client.statistics
     mean = stats.rows / max(1, stats.batches)
     client.close(5.0)
-    p50, p99 = np.quantile(latencies or [float("inf")], [0.5, 0.99])
+    p50, p99 = np.quantile(latencies, [0.5, 0.99]) if latencies else (float("inf"),) * 2
     return Point(candidate, callers, counted / took, float(p50), float(p99), mean)
 
 
