@@ -159,6 +159,10 @@ def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
         out["vllm server"] = result([str(a.load), json.dumps(wanted)], env)
     print(name, "vllm server", rates_of(out["vllm server"]), flush=True)
     out["forebay gRPC"], out["forebay REST"] = forebay(model, a, common, options, env)
+    if a.all_cores:
+        every = {**env, "OMP_NUM_THREADS": str(os.cpu_count())}
+        ways = forebay(model, a, common, options, every)
+        out["forebay gRPC, all cores"], out["forebay REST, all cores"] = ways
     print(name, rates_of(out["forebay gRPC"]), rates_of(out["forebay REST"]), flush=True)
     return out
 
@@ -256,6 +260,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="without vLLM's compiler")
+    parser.add_argument(
+        "--all-cores", action="store_true", help="also with as many computing threads as cores"
+    )
     parser.add_argument("--only", default="", help="one of tiny, 27M, 109M")
     a = parser.parse_args()
     a.vllm_python = a.vllm_python.absolute()

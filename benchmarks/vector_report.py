@@ -46,9 +46,9 @@ def sizes(points: str, part: dict[str, Any]) -> list[str]:
         step = b.get("ef_search") or b.get("probes") or "-"
         rows.append([k, step, n(b["recall@10"], 3), n(b["rps"]), n(b["p50_ms"], 1), n(b["p99_ms"], 1),
                      n(b["payload_rps"]), n(b["bare_rps"]), n(b["bare_recall@10"], 3), f"**{b['ratio']:.2f}**",
-                     n(b["batch"], 1), n(b["cpu_us"])])  # fmt: skip
+                     n(b["batch"], 1), n(b["cpu_us"]), n(b.get("bare_cpu_us")), n(b.get("cpu_ratio"), 2)])  # fmt: skip
     head = ["index", "ef / probes", "recall@10", "searches/s, 64 callers", "p50 ms", "p99 ms", "with payloads/s",
-            "bare FAISS/s", "its recall", "ratio", "mean batch", "server CPU us a search"]  # fmt: skip
+            "bare FAISS/s", "its recall", "ratio", "mean batch", "CPU us a search, server", "bare", "ratio of CPU"]  # fmt: skip
     out.append(table(head, rows))
     found = part.get("hnsw", {}).get("filtered")
     if found:

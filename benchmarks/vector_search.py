@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ FEW = 300
 TARGET = 0.95
 KINDS = {"hnsw": "INDEX_TYPE_HNSW", "flat": "INDEX_TYPE_FLAT", "ivf_pq": "INDEX_TYPE_IVF_PQ"}
 #: What makes a search look further, by kind; the least that reaches TARGET is measured.
-STEPS = {"hnsw": (32, 48, 64, 96, 128, 192, 256, 384), "ivf_pq": (16, 32, 64, 128)}
+STEPS = {"hnsw": (64, 96, 128, 192, 256, 384, 512, 768), "ivf_pq": (16, 32, 64, 128)}
 FIELD = {"hnsw": "ef_search", "ivf_pq": "probes"}
 
 
@@ -209,11 +210,15 @@ def stream(server: Server, queries: Any, condition: dict | None = None, **extra:
     return found, len(queries) / (time.monotonic() - began)
 
 
-def bare(index: Any, queries: Any, params: Any, batch: int, callers: int, seconds: float) -> Any:
-    """Searches a second of FAISS alone: the better of two ways to use the cores."""
+def bare(
+    index: Any, queries: Any, params: Any, batch: int, callers: int, seconds: float
+) -> tuple[dict[str, float], float]:
+    """Searches a second of FAISS alone in two ways to use the cores, and the least processor time,
+    in microseconds, that it took."""
     import faiss
 
-    out = {}
+    out: dict[str, float] = {}
+    least = 1e9
     cores = os.cpu_count() or 1
     for way, threads, size, each in (
         ("a thread a core", cores, batch, 1),
@@ -230,14 +235,15 @@ def bare(index: Any, queries: Any, params: Any, batch: int, callers: int, second
                 index.search(queries[at : at + size], 10, params=params)
                 done[t] += size
 
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         workers = [threading.Thread(target=run, args=(t,)) for t in range(threads)]
         for w in workers:
             w.start()
         for w in workers:
             w.join()
         out[way] = sum(done) / (time.monotonic() - began)
-    return out
+        least = min(least, (time.process_time() - cpu) / max(1, sum(done)) * 1e6)
+    return out, least
 
 
 def measure(kind: str, data: Any, queries: Any, truth: Any, args: Any) -> dict[str, Any]:
@@ -248,6 +254,10 @@ def measure(kind: str, data: Any, queries: Any, truth: Any, args: Any) -> dict[s
     out: dict[str, Any] = {}
     with serving(home_of(kind, len(data))) as server:
         out["started_s"] = server.started_s
+        began = time.monotonic()
+        while server.info().indexed_points < 0.99 * len(data):  # what a load cut off has left
+            time.sleep(1)
+        out["waited_s"] = time.monotonic() - began
         out["memory"] = server.memory
         extra: dict[str, Any] = {}
         if kind in STEPS:
@@ -272,7 +282,18 @@ def measure(kind: str, data: Any, queries: Any, truth: Any, args: Any) -> dict[s
         same = index.search(queries[few], 10, params=params)[1]
         out["bare_recall@10"] = recall(same.tolist(), truth[few])
         out["rounds"] = [one_round(server, index, params, queries, extra, args) for _ in range(args.rounds)]  # fmt: skip
-    for name in ("rps", "p50_ms", "p99_ms", "bare_rps", "ratio", "payload_rps", "cpu_us", "batch"):
+    for name in (
+        "rps",
+        "p50_ms",
+        "p99_ms",
+        "bare_rps",
+        "ratio",
+        "payload_rps",
+        "cpu_us",
+        "bare_cpu_us",
+        "cpu_ratio",
+        "batch",
+    ):
         out[name] = median([r[name] for r in out["rounds"]])
     return out
 
@@ -284,24 +305,39 @@ def one_round(
     chosen = queries[:500]
     body = {"collection": "bench", "limit": 10, **extra}
     plain = [{**body, "vector": q.tolist(), "with_payload": False} for q in chosen]
-    before, cpu = server.batches(), server.cpu_s
+    before, cpu, at = server.batches(), server.cpu_s, machine_time()
+    ghz = resource.getrusage(resource.RUSAGE_CHILDREN)
     served: dict[str, float] = load(server.port, SEARCH, plain, args.callers, args.seconds)
+    done = resource.getrusage(resource.RUSAGE_CHILDREN)
+    mine = server.cpu_s - cpu + done.ru_utime + done.ru_stime - ghz.ru_utime - ghz.ru_stime
+    wall, busy = (b - a for a, b in zip(at, machine_time(), strict=True))
     after = server.batches()
     batch = (after[1] - before[1]) / max(1, after[0] - before[0])
     cpu = (server.cpu_s - cpu) / max(1, after[1] - before[1]) * 1e6
     whole = [{**body, "vector": q.tolist()} for q in chosen]
     with_payload = load(server.port, SEARCH, whole, args.callers, args.seconds / 2)
-    alone = bare(index, queries, params, max(1, round(batch)), args.callers, args.seconds)
+    alone, bare_cpu = bare(index, queries, params, max(1, round(batch)), args.callers, args.seconds)
     best = max(alone.values())
     return {
         **served,
         "batch": batch,
         "cpu_us": cpu,
+        "ghz_cores": (mine - (server_cpu := cpu * (after[1] - before[1]) / 1e6)) / wall,
+        "server_cores": server_cpu / wall,
+        "others_cores": (busy - mine) / wall,
+        "bare_cpu_us": bare_cpu,
+        "cpu_ratio": bare_cpu / cpu,
         "payload_rps": with_payload["rps"],
         "bare_rps": best,
         "ratio": served["rps"] / best,
         **{f"bare {k}": v for k, v in alone.items()},
     }
+
+
+def machine_time() -> tuple[float, float]:
+    """(seconds now, processor seconds that all programs have taken)."""
+    t = psutil.cpu_times()
+    return time.monotonic(), sum(t) - t.idle - t.iowait - t.guest - t.guest_nice
 
 
 def filtered(server: Server, data: Any, queries: Any, extra: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,9 @@ def huggingface(
     version: Annotated[int, typer.Option()] = 1,
     models: Root = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file, one text a line.")] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tune", help="Then `forebay export tune` with its defaults.")
+    ] = False,
 ) -> None:
     """Export an encoder: embedding, classification, pairs, zero-shot. Needs the extra `export`."""
     from forebay_exporters.artefact import ExportError
@@ -91,6 +94,8 @@ def huggingface(
         typer.secho(f"forebay: {e}", fg="red", err=True)
         raise typer.Exit(1) from None
     typer.echo(path)
+    if tuned:
+        tune(name, version, models)
 
 
 @app.command()

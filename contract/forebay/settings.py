@@ -154,6 +154,7 @@ class HttpSettings(_Section):
     port: int = Field(default=8080, ge=0, le=65535)
     upstream: str = Field(default="", description="gRPC target; empty = this machine's server")
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")
     cors_origins: list[str] = []
     timeout_s: float = Field(default=300.0, gt=0, description="when the caller names none")
     flagged_labels: list[str] = Field(
@@ -235,6 +236,33 @@ class RetrievalSettings(_Section):
     qdrant_timeout_s: int = Field(default=10, ge=1, le=600)
 
 
+class FileSettings(_Section):
+    """Files of callers."""
+
+    max_file_bytes: int = Field(default=200 << 20, ge=1)
+    max_bytes_per_key: int = Field(default=10 << 30, ge=1)
+    keep_s: float = Field(
+        default=0.0, ge=0, description="when the caller says nothing; 0 = until they are deleted"
+    )
+
+
+class BatchSettings(_Section):
+    """Batches of requests."""
+
+    max_items: int = Field(default=50_000, ge=1, description="per batch")
+    max_open_per_key: int = Field(default=100, ge=1, description="batches that have not ended")
+    max_running: int = Field(default=32, ge=1, le=4096, description="items at once, of all batches")
+    keep_s: float = Field(default=30 * 86400.0, gt=0, description="of ended batches' results")
+
+
+class ResponseSettings(_Section):
+    """Stored conversations."""
+
+    keep_s: float = Field(default=30 * 86400.0, gt=0, description="after the last use")
+    max_turns: int = Field(default=1000, ge=1, description="responses that follow one another")
+    max_background: int = Field(default=64, ge=1, description="responses in the background at once")
+
+
 class AuthSettings(_Section):
     """Who may call."""
 
@@ -279,6 +307,9 @@ class Settings(_Section):
     generation: GenerationSettings = GenerationSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
+    files: FileSettings = FileSettings()
+    batches: BatchSettings = BatchSettings()
+    responses: ResponseSettings = ResponseSettings()
     auth: AuthSettings = AuthSettings()
     storage: StorageSettings = StorageSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

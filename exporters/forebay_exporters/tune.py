@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ MIN_MEAN_COSINE, MIN_COSINE = 0.995, 0.98
 MAX_NDCG_LOSS = 0.01
 SHAPES = ((1, 20), (32, 20), (32, 128))
 WORKLOADS = (*(f"{r}x{n}" for r, n in SHAPES), "mixed")
+#: Least and greatest length of the mixed workload, which CALLERS texts in flight make.
+MIXED = (5, 256)
 CALLERS = 64
 #: Steps that lengths are padded up to: fine for short texts, where a token is a large share.
 BUCKETS = (*range(4, 65, 4), *range(72, 129, 8), *range(144, 513, 16))
@@ -124,16 +127,23 @@ def items(lengths: Sequence[int]) -> list[Item]:
 
 
 def throughput(loaded: Loaded, rows: int, length: int, seconds: float) -> float:
-    """Texts a second of one instance in a loop on one fixed batch."""
-    engine = loaded.engines[0]
+    """Texts a second on one fixed batch in a loop: by all instances at once, or by one instance for a
+    lone text, which cannot be shared out."""
     batch = Batch(items([length] * rows), length, rows)
-    inputs = engine.prepare(batch)
-    engine.execute(inputs)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        engine.finish(engine.execute(inputs), batch)
-        done += rows
-    return done / (time.perf_counter() - start)
+    engines = loaded.engines if rows > 1 else loaded.engines[:1]
+    for engine in engines:
+        _executed(engine, batch)
+
+    def loop(engine: Engine) -> float:
+        inputs = engine.prepare(batch)
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            engine.finish(engine.execute(inputs), batch)
+            done += rows
+        return done / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        return sum(pool.map(loop, engines))
 
 
 def served(client: BatchingEngineClient, lengths: Sequence[int], seconds: float) -> float:
@@ -185,15 +195,16 @@ class Candidate:
 
 def precisions() -> list[Candidate]:
     """Engines and precisions; the first is the reference."""
-    made = [Candidate("onnxruntime", {"engine": "onnxruntime"})]
+    made = [Candidate("onnxruntime", {"engine": "onnxruntime", "engine_options": {}})]
     for precision in ("fp32", "bf16", "int8"):
         options = {"engine_options": {"precision": precision}}
         made.append(Candidate(f"openvino {precision}", {"engine": "openvino", **options}))
     return made
 
 
-def threadings(best: Candidate, cores: int) -> list[Candidate]:
+def threadings(best: Candidate, _: int) -> list[Candidate]:
     """One session on all cores, against sessions of their own with fewer threads each."""
+    cores = os.cpu_count() or 1
     ways = {(cores, 1), (1, cores), (max(1, cores // 2), 2)} if cores > 1 else set()
     out = []
     for threads, instances in sorted(ways, reverse=True):
@@ -223,7 +234,7 @@ def measure(
     """Load all candidates, measure them in turn, compare with the first."""
     loaded: dict[str, Loaded] = {}
     clients: dict[str, BatchingEngineClient] = {}
-    mixed = np.random.default_rng(7).integers(5, 257, 256).tolist()
+    mixed = np.random.default_rng(7).integers(MIXED[0], MIXED[1] + 1, 256).tolist()
     try:
         for one in group:
             one.rates, one.fault = {}, ""
@@ -318,14 +329,12 @@ def tune(
             one.fault = f"cosine below {MIN_MEAN_COSINE} on average or {MIN_COSINE} at least"
     best = _judged(folder, config, first, judge, progress)
     groups = [first]
-    cores = os.cpu_count() or 1
-    for group in (threadings(best, cores), None):
-        compared = group if group is not None else bucketed(best, _longest(folder))
-        if not compared:
-            continue
-        measure(folder, config, compared, **spent)
-        groups.append(compared)
-        best = max(compared, key=lambda c: c.score)
+    for ways in (threadings, bucketed):
+        compared = ways(best, _longest(folder))
+        if compared:
+            measure(folder, config, compared, **spent)
+            groups.append(compared)
+            best = max(compared, key=lambda c: c.score)
     write_profile(path, best, groups)
     return Outcome(best, groups)
 
@@ -340,7 +349,7 @@ def _judged(
     """The quickest whose nDCG@10 holds; without SciFact the quickest."""
     while True:
         best = max(group, key=lambda c: c.score)
-        if judge is None:
+        if judge is None or best is group[0]:
             return best
         for one in (group[0], best):
             if one.ndcg is None:
@@ -372,8 +381,7 @@ def _longest(folder: Path) -> int:
 def write_profile(path: Path, best: Candidate, groups: list[list[Candidate]]) -> None:
     """The winner's keys into model.yaml; its other keys stay. The figures go above them as comments."""
     data: dict[str, Any] = (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
-    # A profile that was tuned before must not shine through.
-    for key, value in best.keys.items():
+    for key, value in best.keys.items():  # engine_options of another engine must not shine through
         data[key] = (
             {**data.get(key, {}), **value}
             if key != "engine_options" and isinstance(value, dict)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -274,13 +274,27 @@ def damage(home: Path, chance: random.Random) -> str | None:
     return path.name
 
 
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[[], Process]]:
+    """Starts servers on one home; none outlives the test."""
+    running: list[Process] = []
+
+    def start() -> Process:
+        running.append(Process(tmp_path / "home"))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180 + 30 * KILLS)
-def test_kill_9_loses_no_acknowledged_write(tmp_path: Path) -> None:
+def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, started: Callable[[], Process]) -> None:
     seed = os.environ.get("FOREBAY_SEED", "1")
     chance = random.Random(seed)
     home = tmp_path / "home"
-    server = Process(home)
+    server = started()
     for name, kind in KINDS.items():
         request = pb.CreateCollectionRequest(collection=name)
         config = {
@@ -306,7 +320,7 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path) -> None:
                 done[kind] = done.get(kind, 0) + count
         hurt = damage(home, chance) if n % 3 == 2 else None
         before = server.log.stat().st_size
-        server = Process(home)
+        server = started()
         if hurt is not None:
             damaged += 1
             said = server.log.read_bytes()[before:].decode()
@@ -314,7 +328,6 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path) -> None:
         for name in KINDS:
             check(server.stub, name, expected[name])
             check_snapshots(server.stub, name, snapshots[name])
-    server.kill()
     log = server.log.read_text()
     print(f"{KILLS} kills, {damaged} damaged files, answered writes: {done}")
     print({word: log.count(f": {word} took") for word in ("absorb", "rebuild", "save")})

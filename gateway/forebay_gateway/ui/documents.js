@@ -10,6 +10,8 @@ export async function load() {
   const found = await bases();
   form.hidden = !found.length;
   $("#document-table").hidden = !found.length;
+  if (!load.before) $("#base-box").open = !found.length; // afterwards as the person left it
+  load.before = true;
   if (!found.length) { $("#base-facts").textContent = ""; return; }
   await refresh();
 }

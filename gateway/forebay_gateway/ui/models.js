@@ -16,7 +16,7 @@ function drawn(m) {
     if (v.reason) status.append(element("span", v.reason, { class: "failed" }));
     const facts = [v.precision, v.dimensions && `${v.dimensions} dimensions`, v.max_tokens && `${v.max_tokens} tokens`,
       v.labels?.length && v.labels.slice(0, 6).join(", "),
-      ...Object.entries(v.metrics ?? {}).slice(0, 3).map(([name, value]) => `${name} ${Number(value.toPrecision(3))}`)];
+      ...Object.entries(v.metrics ?? {}).filter(([name]) => !/^(split|held)_/.test(name)).slice(0, 3).map(([name, value]) => `${name} ${Number(value.toPrecision(3))}`)];
     const names = Object.entries(m.aliases ?? {}).filter(([, number]) => Number(number) === Number(v.version)).map(([name]) => name);
     const share = m.traffic?.find((t) => Number(t.version) === Number(v.version));
     const version = element("span", "", { class: "status" }, element("span", String(v.version)),
@@ -27,7 +27,7 @@ function drawn(m) {
       await load();
     }, { "aria-label": `${verb} ${m.name} version ${v.version}` });
     const name = element("span", "", {}, element("strong", i ? "" : m.name), element("span", i ? "" : m.description, { class: "about" }));
-    const memory = Number(v.memory_bytes) ? `${Math.round(v.memory_bytes / (1 << 20))} MiB` : "";
+    const memory = Number(v.memory_bytes) ? `${Math.max(1, Math.round(v.memory_bytes / (1 << 20)))} MiB` : "";
     return row(name, i ? "" : word(m.task, "TASK_"), version, status, memory, facts.filter(Boolean).join(" · "), act);
   });
 }

@@ -61,9 +61,9 @@ $("#rerank-form").addEventListener("submit", guarded(async () => {
 
 // Rows.
 
-let features = [];
+let features = [], target = null;
 async function loadFeatures() {
-  ({ features } = await api("GET", `/api/v1/tabular/${enc(select.value)}/signature`));
+  ({ features, target } = await api("GET", `/api/v1/tabular/${enc(select.value)}/signature`));
   $("#tabular-out").replaceChildren();
   $("#features").replaceChildren(element("legend", "Features"), ...features.map((f) => {
     const range = f.min !== undefined && f.max !== undefined ? ` (${Number(f.min.toPrecision(4))} to ${Number(f.max.toPrecision(4))})` : "";
@@ -74,7 +74,7 @@ async function loadFeatures() {
       input.selectedIndex = f.nullable ? 1 : 0;
     } else {
       input = element("input", "", { type: "number", step: "any", required: !f.nullable, placeholder: f.nullable ? "missing" : null });
-      if (range) input.value = ((f.min + f.max) / 2).toPrecision(4);
+      if (range) input.value = Number(((f.min + f.max) / 2).toPrecision(4));
     }
     input.name = `feature:${f.name}`;
     const unit = f.unit ? `, ${f.unit}` : "";
@@ -93,7 +93,7 @@ $("#tabular-form").addEventListener("submit", guarded(async () => {
   const one = answer.predictions[0];
   const out = $("#tabular-out");
   if (one.label) scores(out, one.probabilities.map((p) => [p.label, p.score]), percent);
-  else out.replaceChildren(element("p", one.value.toLocaleString("en", { maximumFractionDigits: 4 }), { class: "figure" }));
+  else out.replaceChildren(element("p", [target?.name?.replaceAll("_", " "), target?.unit].filter(Boolean).join(", "), { class: "note" }), element("p", one.value.toLocaleString("en", { maximumFractionDigits: 4 }), { class: "figure" }));
   out.append(...one.warnings.map((w) => element("p", w, { class: "note" })));
 }));
 

@@ -200,6 +200,10 @@ class Timing:
     batch_tokens: int = 0
 
 
+#: Below all that callers may ask for: work that nobody waits for.
+BACKGROUND_PRIORITY = -100
+
+
 @dataclass(slots=True)
 class EngineRequest:
     """One call's items. `deadline` is on the client's clock; higher `priority` is served first.

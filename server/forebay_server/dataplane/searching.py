@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-from forebay.errors import ForebayError, InvalidArgument, Unavailable
+from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.core.batcher import BatchingEngineClient
 from forebay_server.core.call import Call
-from forebay_server.core.interfaces import Completion, EngineRequest, Item
+from forebay_server.core.interfaces import Completion, EngineRequest, Item, Timing
 from forebay_server.dataplane.collection_config import check_filter
 from forebay_server.dataplane.collections import Collections
 from forebay_server.dataplane.embedding import child_of, embedding_job, matrix
@@ -33,6 +34,8 @@ from forebay_server.indexes.filters import Filter
 from forebay_server.indexes.fusion import Fusion
 from forebay_server.storage.collections import CollectionStore, PointRow
 
+#: Searches that go through the queue together.
+BLOCK = 8
 #: Bytes of payloads that are kept in memory for the next searches.
 PAYLOAD_CACHE_BYTES = 64 << 20
 
@@ -84,6 +87,9 @@ class SearchJob:
     done: Callable[[SearchOutcome], None]
 
 
+Ready = tuple[SearchJob, SearchTask, OpenCollection]
+
+
 class SearchPipeline:
     """See the module. One per server."""
 
@@ -101,7 +107,7 @@ class SearchPipeline:
 
     def run(self, jobs: Sequence[SearchJob]) -> None:
         """Start all jobs. Errors end their own calls."""
-        ready: list[tuple[SearchJob, SearchTask, OpenCollection]] = []
+        ready: list[Ready] = []
         embeds = []
         for job in jobs:
             made = attempt(job.call, partial(self._task, job.spec))
@@ -194,20 +200,38 @@ class SearchPipeline:
         )
         return task, c
 
-    def _submit(
-        self, ready: Sequence[tuple[SearchJob, SearchTask, OpenCollection]], embedded: bool = False
-    ) -> None:
-        if not ready:
+    def _submit(self, ready: Sequence[Ready], embedded: bool = False) -> None:
+        """Queue searches in blocks of some that came together: see dataplane/blocks.py. A block is
+        small, so that all engines have their part of what waits."""
+        blocks = [ready[i : i + BLOCK] for i in range(0, len(ready), BLOCK)]
+        requests = []
+        for block in blocks:
+            tasks = [task for _, task, _ in block]
+            deadlines = [job.call.deadline for job, _, _ in block]
+            known = [d for d in deadlines if d is not None]
+            latest = max(known) if len(known) == len(deadlines) else None
+            item = Item({"tasks": tasks}, rows=len(tasks))  # type: ignore[dict-item]
+            first = block[0][0].call.request_id
+            requests.append(EngineRequest([item], first, latest, calls=len(block)))
+        if not requests:
             return
-        requests = [
-            EngineRequest([Item({"task": task})], job.call.request_id, job.call.deadline)  # type: ignore[dict-item]
-            for job, task, _ in ready
-        ]
-        for (job, task, collection), completion in zip(
-            ready, self._client.submit(requests), strict=True
-        ):
-            job.call.on_cancel(completion.cancel)
-            completion.add_done_callback(partial(self._found, job, task, collection, embedded))
+        for block, completion in zip(blocks, self._client.submit(requests), strict=True):
+            if len(block) == 1:
+                block[0][0].call.on_cancel(completion.cancel)
+            completion.add_done_callback(partial(self._completed, block, embedded))
+
+    def _completed(self, block: Sequence[Ready], embedded: bool, completion: Completion) -> None:
+        """Runs on the engine's thread."""
+        error, timing = completion.error(), completion.timing
+        if len(block) > 1 and isinstance(error, InvalidArgument | Internal):
+            for one in block:  # what may be one search's fault is no other's
+                guarded(one[0].call, partial(self._submit, [one], embedded))
+            return
+        results: Any = completion.result()[0] if error is None else [error] * len(block)
+        for (job, task, collection), found in zip(block, results, strict=True):
+            if job.call.code is None:
+                run = partial(self._found, job, task, collection, embedded, timing, found)
+                guarded(job.call, run)
 
     def _found(
         self,
@@ -215,21 +239,16 @@ class SearchPipeline:
         task: SearchTask,
         collection: OpenCollection,
         embedded: bool,
-        completion: Completion,
+        timing: Timing,
+        found: list[Found] | ForebayError,
     ) -> None:
-        """Runs on the engine's thread."""
-        call, timing = job.call, completion.timing
+        call = job.call
         call.facts.queue_s += timing.queue_s
         call.facts.compute_s += timing.execute_s
         call.facts.engine_s += timing.execute_s / max(1, timing.batch_rows)
         call.facts.batch_rows = timing.batch_rows
-        error = completion.error()
-        if error is not None:
-            call.fail(error, cause=error)  # type: ignore[arg-type]
-            return
-        found: list[Found] | ForebayError = completion.result()[0]  # type: ignore[assignment]
         if isinstance(found, ForebayError):
-            call.fail(found)
+            call.fail(found, cause=found)
             return
 
         def answer(rows: Mapping[int, PointRow] | None) -> None:

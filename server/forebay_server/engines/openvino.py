@@ -15,6 +15,7 @@ precision needs (`lacking`).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -24,12 +25,15 @@ from typing import Any, cast
 import numpy as np
 import openvino as ov
 from forebay.errors import Unavailable
+from openvino.frontend import FrontEndManager
 
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays
 from forebay_server.engines.arrays import Executed, Prepared
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
 from forebay_server.engines.weights import compress
+
+log = logging.getLogger("forebay.engines")
 
 PRECISIONS = ("fp32", "bf16", "int8")
 GROUP_SIZES = (32, 64, 128)
@@ -56,6 +60,12 @@ DATATYPES = {
 def core() -> ov.Core:
     """One for the process: it holds the plugin."""
     return ov.Core()
+
+
+def read(path: Path) -> ov.Model:
+    """An ONNX file; `Core.read_model` would try every other format on a bad one."""
+    frontend = FrontEndManager().load_by_framework("onnx")
+    return frontend.convert(frontend.load(str(path)))
 
 
 def precision(spec: EngineSpec) -> str:
@@ -108,16 +118,16 @@ class OpenVinoEngine:
         settings = self._settings(wanted)
         path = must_be_there(self.spec)
         try:
-            model = core().read_model(path)
+            model = read(path)
         except Exception as e:
-            raise rejected(f"{path.name} cannot be loaded: {_said(e)}") from e
+            raise rejected(f"{path.name} cannot be loaded: {_said(e, path)}") from e
         self._check_signature(model)
-        if wanted != "fp32":
-            compress(model, wanted)
+        if wanted != "fp32" and not compress(model, wanted):
+            log.warning("%s: no float32 weights to make %s", self.spec.model, wanted)
         try:
             compiled = core().compile_model(model, "CPU", settings)
         except Exception as e:
-            raise rejected(f"{path.name} cannot be compiled: {_said(e)}") from e
+            raise rejected(f"{path.name} cannot be compiled: {_said(e, path)}") from e
         names = [o.get_any_name() for o in compiled.outputs]
         kept = [self.spec.output] if self.spec.kind == "tokens" else names
         self._outputs = {n: names.index(n) for n in kept}
@@ -214,9 +224,9 @@ class OpenVinoEngine:
         }
 
 
-def _said(error: Exception) -> str:
-    """OpenVINO's messages begin with lines that name its own source files."""
-    lines = [
-        x for x in str(error).strip().splitlines() if x and not x.startswith(("Exception", "Check"))
-    ]
-    return lines[0][:300] if lines else first_line(error)
+def _said(error: Exception, path: Path) -> str:
+    """The line that says what is wrong: the first ones name OpenVINO's own source files."""
+    lines = [x for x in str(error).replace(str(path), path.name).splitlines() if x.strip()]
+    listed = [x.removeprefix("-- ") for x in lines if x.startswith("-- ")]
+    plain = [x for x in lines if not x.startswith(("Exception from", "Check '"))]
+    return (listed or plain or [first_line(error)])[0][:300]

@@ -61,7 +61,7 @@ class Found:
 
 
 class SearchEngine:
-    """Runs batches of SearchTasks (each item's `inputs["task"]`)."""
+    """Runs batches of SearchTasks (each item's `inputs["tasks"]`)."""
 
     def __init__(
         self, policy: BatchPolicy, observe: Callable[[str, float], None] = lambda stage, s: None
@@ -78,8 +78,8 @@ class SearchEngine:
         """Nothing to warm up."""
 
     def prepare(self, batch: Batch) -> list[SearchTask]:
-        """The tasks."""
-        return [item.inputs["task"] for item in batch.items]  # type: ignore[call-overload,misc]
+        """The tasks of all items."""
+        return [t for item in batch.items for t in item.inputs["tasks"]]  # type: ignore[call-overload]
 
     def execute(self, inputs: list[SearchTask]) -> list[list[Found] | ForebayError]:
         """Run all tasks; one that fails gives its error and disturbs no other."""
@@ -135,8 +135,12 @@ class SearchEngine:
             out[i] = [(slot, score) for slot, score in zip(p, s, strict=True) if slot >= 0]
 
     def finish(self, outputs: list[Any], batch: Batch) -> Sequence[Result]:
-        """One list per item, as they are."""
-        return outputs
+        """What was found for each item's tasks."""
+        results, at = [], 0
+        for item in batch.items:
+            results.append(outputs[at : at + item.rows])
+            at += item.rows
+        return results
 
     def check_health(self) -> None:
         """Always well."""

@@ -22,6 +22,7 @@ from forebay_server.knowledge.retrieval import (
     Retriever,
     Step,
 )
+from forebay_server.knowledge.spans import answer_span
 from forebay_server.knowledge.writer import NOT_FOUND, Writer, Written
 
 Method = Literal["extracted", "written", "not_found"]
@@ -158,7 +159,8 @@ class Answerer:
         for number, s in enumerate(best, 1):
             text = " ".join(s.text.split())
             yield Token(f"{text} [{number}]" if number == 1 else f" {text} [{number}]")
-            yield cite(number, s.chunk, s.start, s.end, documents[s.chunk.document])
+            answer = answer_span(question.text, s.text, base.config.language)
+            yield cite(number, s.chunk, s.start, s.end, documents[s.chunk.document], answer)
         yield Done("extracted", written)
 
     async def _written(

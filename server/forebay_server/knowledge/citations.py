@@ -60,11 +60,20 @@ class Unsupported:
     reason: Reason
 
 
-def cite(number: int, chunk: RetrievedChunk, start: int, end: int, document: str) -> Citation:
-    """A citation of a span, checked against the document's text."""
+def cite(
+    number: int,
+    chunk: RetrievedChunk,
+    start: int,
+    end: int,
+    document: str,
+    answer: tuple[int, int] | None = None,
+) -> Citation:
+    """A citation of a span, checked against the document's text. `answer` is where, from `start` on,
+    the words stand that answer by themselves."""
     quote = chunk.text[start - chunk.start : end - chunk.start]
     verified = bool(quote) and document[start:end] == quote
-    return Citation(number, chunk, start, end, quote, verified)
+    a, b = answer or (-start, -start)
+    return Citation(number, chunk, start, end, quote, verified, start + a, start + b)
 
 
 @dataclass(slots=True)
@@ -75,7 +84,6 @@ class _Sentence:
     numbers: set[int] = field(default_factory=set)
     #: Quotes that were found, by the numbers of the sources that have them: number -> place.
     quotes: list[dict[int, tuple[int, int]]] = field(default_factory=list)
-    refused: bool = False
 
 
 class AnswerCheck:
@@ -178,7 +186,6 @@ class AnswerCheck:
         known = [n for n in numbers if 1 <= n <= len(self._sources)]
         out: list[str | Citation | Unsupported] = []
         if len(known) < len(numbers):
-            self._sentence.refused = True
             out.append(Unsupported(start, start + match.end(), "no_such_source"))
         said = self.text[self._sentence.start :]
         out.append(self._release(match.end()))
@@ -205,7 +212,6 @@ class AnswerCheck:
         if places:
             self._sentence.quotes.append(places)
         else:
-            self._sentence.refused = True
             out.append(Unsupported(start, start + end, "quote_not_found"))
         out.append(self._release(end))
         return out
@@ -228,7 +234,7 @@ class AnswerCheck:
         if sentence.numbers:
             if not self._supported(said, sentence.numbers):
                 out.append(Unsupported(start, end, "not_in_source"))
-        elif not sentence.refused and not said.endswith(":"):
+        elif not said.endswith(":"):
             out.append(Unsupported(start, end, "no_citation"))
         return out
 

@@ -81,6 +81,12 @@ class Metrics:
             ["status"],
             registry=r,
         )
+        self.batch_items = Counter(
+            "forebay_batch_items",
+            "Items of batches that have ended",
+            ["result"],
+            registry=r,
+        )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
 
@@ -92,6 +98,14 @@ class Metrics:
                 if child is None:
                     child = self._lookups[model, result] = self.cache.labels(model, result)
                 child.inc(count)
+
+    def batch_items_ended(self, result: str, count: int) -> None:
+        """Items of batches have ended: `completed` or `failed`."""
+        self.batch_items.labels(result).inc(count)
+
+    def watch_batches(self, numbers: Callable[[], tuple[int, int]]) -> None:
+        """Report batches that have not ended, and items that run, at each scrape."""
+        self.registry.register(_OpenBatches(numbers))
 
     def watch_models(self, memory: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
         """Report model, version and resident bytes of what is loaded, at each scrape."""
@@ -121,6 +135,20 @@ class _ModelMemory(Collector):
         for model, version, size in self._memory():
             family.add_metric([model, str(version)], size)
         yield family
+
+
+class _OpenBatches(Collector):
+    def __init__(self, numbers: Callable[[], tuple[int, int]]) -> None:
+        self._numbers = numbers
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        batches, running = self._numbers()
+        yield GaugeMetricFamily(
+            "forebay_batches_open", "Batches that have not ended", value=batches
+        )
+        yield GaugeMetricFamily(
+            "forebay_batch_items_running", "Items of batches that are being run", value=running
+        )
 
 
 #: A collection's sizes, as CollectionIndex.sizes names them.

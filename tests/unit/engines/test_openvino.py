@@ -114,8 +114,7 @@ def test_a_text_is_the_same_alone_and_in_a_padded_batch(make: Make, minilm, item
 
 @pytest.mark.parametrize(("precision", "share"), [("int8", 0.3), ("bf16", 0.55)])
 def test_weights_take_less_memory(minilm: Path, precision: str, share: float) -> None:
-    core = openvino.core()
-    model = core.read_model(minilm / "model.onnx")
+    model = openvino.read(minilm / "model.onnx")
     bytes_of = lambda: sum(  # noqa: E731
         op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant"
     )
@@ -155,6 +154,7 @@ def test_bad_files_are_refused_by_name(make: Make, minilm, tmp_path, content) ->
     file.write_bytes(file.read_bytes()[:30_000] if content is None else content)
     with pytest.raises(FailedPrecondition, match=r"model\.onnx") as e:
         make(folder, engine="openvino")
+    assert str(tmp_path) not in e.value.message
     assert e.value.reason == "MODEL_REJECTED"
 
 
@@ -171,7 +171,7 @@ def test_operators_that_openvino_lacks_are_named(make: Make, starters: Path) -> 
     spec = engine_spec(
         "housing", 1, folder, describe(folder), ModelConfig(engine="openvino"), Defaults(), None
     )
-    with pytest.raises(FailedPrecondition, match=r"(?s)model\.onnx.*"):
+    with pytest.raises(FailedPrecondition, match=r"model\.onnx .*TreeEnsembleRegressor"):
         factory.create(spec).load()
 
 

@@ -66,6 +66,7 @@ def test_what_is_not_in_the_sources_is_marked() -> None:
         "Cats rule the world.": "no_citation",
         "A hotel may cost 150 euros [1].": "not_in_source",
         "[7]": "no_such_source",
+        "Yes [7].": "no_citation",
     }
 
 

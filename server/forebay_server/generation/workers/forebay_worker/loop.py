@@ -98,6 +98,7 @@ class Link:
 
     def take(self, wait: bool) -> list[dict[str, Any]]:
         """All commands that have come. With `wait` there is at least one. Raises EOFError."""
+        self.flush()
         while True:
             if self._out and wait:
                 self._wait(select.POLLIN | select.POLLOUT, None)
