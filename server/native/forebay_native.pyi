@@ -46,6 +46,7 @@ class Server:
         max_streams: int,
         max_waiting_calls: int,
         max_waiting_bytes: int,
+        max_waiting_s: float,
         keepalive_s: float,
         keepalive_timeout_s: float,
         max_age_s: float,

@@ -13,7 +13,7 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay_server.access.keys import Limits
 
 from tests.conftest import Live, Start
-from tests.integration.language_models import openvino_models
+from tests.integration.language_models import random_openvino
 from tests.integration.test_generation import user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -22,7 +22,7 @@ CALLERS = 40
 
 @pytest.fixture(scope="module")
 def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
-    return start(openvino_models(tmp_path_factory.mktemp("models")), auth__required="always")
+    return start(random_openvino(tmp_path_factory.mktemp("models")), auth__required="always")
 
 
 def key(live: Live, limits: Limits) -> tuple[str, list[tuple[str, str]]]:

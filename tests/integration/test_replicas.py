@@ -22,7 +22,7 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay_cli.up import free_port
 
 from tests.conftest import ROOT
-from tests.integration.language_models import openvino_models
+from tests.integration.language_models import random_openvino
 from tests.integration.test_generation import user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -101,7 +101,7 @@ def nginx() -> None:
 def pool(
     nginx: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Balancer, list[Replica]]]:
-    models = openvino_models(tmp_path_factory.mktemp("models"))
+    models = random_openvino(tmp_path_factory.mktemp("models"))
     replicas = [Replica(tmp_path_factory.mktemp(f"home{i}"), models) for i in range(2)]
     balancer = None
     try:

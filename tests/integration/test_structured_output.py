@@ -16,7 +16,7 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay_server.core.structure import UNENFORCED
 
 from tests.conftest import Start
-from tests.integration.language_models import openvino_models, vllm_models, vllm_python
+from tests.integration.language_models import random_openvino, random_vllm, vllm_python
 from tests.integration.test_generation import refused, text_of, user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,9 +28,9 @@ def stub(
 ) -> rpc.GenerationServiceStub:
     root = tmp_path_factory.mktemp("models")
     if request.param == "openvino":
-        return rpc.GenerationServiceStub(start(openvino_models(root)).channel)
+        return rpc.GenerationServiceStub(start(random_openvino(root)).channel)
     python = vllm_python()
-    live = start(vllm_models(root), generation__vllm_python=python, generation__vllm_cache_gb=1)
+    live = start(random_vllm(root), generation__vllm_python=python, generation__vllm_cache_gb=1)
     return rpc.GenerationServiceStub(live.channel)
 
 

@@ -111,7 +111,8 @@ class Budgets:
             if free_money is not None and money > free_money + SLACK:
                 short.append(f"{money:.6f} is needed, {max(0.0, free_money):.6f} is left")
             if short:
-                reserved = standing.reserved_tokens or standing.reserved_money
+                # Sums of floats rarely come back to 0: what is left of them is no reservation.
+                reserved = standing.reserved_tokens > 0 or standing.reserved_money > SLACK
                 wait = RESERVED_RETRY_S if reserved else self._until_whole(limits)
                 period = limits.budget_period or "month"
                 raise _spent(key_id, period, "; ".join(short), wait)

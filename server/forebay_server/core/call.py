@@ -71,6 +71,7 @@ class Call:
         principal: set by authentication.
         message: the bytes of a batched call's request.
         request: the parsed message of a unary call.
+        background: nobody waits for it; its work goes behind that of all other calls.
         facts: what becomes known of it; calls that share a block of rows share these too.
         trailers: metadata for the end of the call, beside its request id; see `trail`.
         context: what stages and services keep with a few calls; see `note`.
@@ -85,6 +86,7 @@ class Call:
         "_facts",
         "_gone",
         "_on_end",
+        "background",
         "cancelled",
         "code",
         "context",
@@ -131,6 +133,7 @@ class Call:
         self.origin: object = None
         self.progress: list[int] = _NOT_BEGUN
         self.passed = 0
+        self.background = False
         self.cancelled = False
         self.code: str | None = None
         self.error: ForebayError | None = None

@@ -81,7 +81,7 @@ class Intake:
                 admitted.append(completion)
             else:
                 refused.append((completion, *fault))
-        rate = self.statistics.rows_per_second * self.slots
+        rate = self.statistics.tokens_per_second * self.slots
         with self._work:
             error = self._shut()
             for completion in admitted:
@@ -89,7 +89,7 @@ class Intake:
                     refused.append((completion, self._shut() or error, None))
                     continue
                 try:
-                    self._queue.push(completion, rate)
+                    self._queue.push(completion, rate, now)
                 except QueueFull as e:
                     refused.append((completion, e, None))
             if wake:
@@ -97,6 +97,16 @@ class Intake:
         for completion, error, item in refused:
             completion.fail(error, item)
         return out
+
+    def refusal(self, deadline: float | None) -> ForebayError | None:
+        """Why a request of one row would be refused now."""
+        rate = self.statistics.tokens_per_second * self.slots
+        with self._work:
+            full = self._queue.refusal(1, deadline, rate, self.clock())
+            shut = self._shut()
+        if shut is None and full is not None:
+            self.statistics.ended("rejected", 0.0, 0.0, time.time())
+        return shut or full
 
     def submit_alone(self, request: EngineRequest) -> tuple[RequestCompletion, Cut] | None:
         """A request as a batch of its own, past the queue, for a caller who runs it at once. None

@@ -30,6 +30,7 @@ from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 from forebay_server.core.collector import together
 from forebay_server.core.intake import Intake, quarantined, too_late
 from forebay_server.core.interfaces import Batch, Engine
+from forebay_server.core.priority import lower
 from forebay_server.core.queue import Cut, Entry, padded
 
 log = logging.getLogger("forebay.batcher")
@@ -68,6 +69,7 @@ class Slot:
         revive: brings the engine back after it died; raises while it cannot.
         wait: sleeps the seconds given, or less when the client closes.
         hop_s: a stage is given to a second thread only when it takes longer than this.
+        gives_way: the slot's thread computes at a lower priority, see priority.py.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Slot:
         wait: Callable[[float], object],
         observer: Callable[[BatchReport], None] | None,
         hop_s: float,
+        gives_way: bool = False,
     ) -> None:
         self.engine = engine
+        self._gives_way = gives_way
         self.thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._intake = intake
         self._revive = revive
@@ -128,6 +132,8 @@ class Slot:
     # The loop.
 
     def _run(self) -> None:
+        if self._gives_way:
+            lower()
         while True:
             cut: Cut | None = None
             try:

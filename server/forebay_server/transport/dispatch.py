@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 from forebay.constraints import Validator
 from forebay.errors import ForebayError, InvalidArgument
+from forebay.twins import read_request
 from google.protobuf.message import DecodeError, Message
 
 from forebay_server.core.call import Call
@@ -65,9 +65,9 @@ class Dispatcher:
 
 
 def parse(kind: type[Message], data: bytes) -> Message:
-    """The message of these bytes. Raises InvalidArgument when they are none."""
+    """The message of these bytes, or its twin. Raises InvalidArgument when they are none."""
     try:
-        return cast(Message, kind.FromString(data))
+        return read_request(kind, data)
     except DecodeError:
         name = kind.DESCRIPTOR.full_name
         raise InvalidArgument.at("request", f"the bytes are not a {name} message") from None

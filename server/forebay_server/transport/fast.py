@@ -75,6 +75,7 @@ class FastLane:
             max_streams=settings.max_streams,
             max_waiting_calls=settings.max_waiting_calls,
             max_waiting_bytes=settings.max_waiting_bytes,
+            max_waiting_s=settings.max_waiting_s,
             keepalive_s=settings.keepalive_s,
             keepalive_timeout_s=settings.keepalive_timeout_s,
             max_age_s=settings.max_connection_age_s,

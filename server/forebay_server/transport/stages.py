@@ -12,7 +12,7 @@ from forebay.errors import ForebayError
 from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.access.limits import Limiter
-from forebay_server.access.usage import UsageLedger
+from forebay_server.access.usage import UsageKey, UsageLedger
 from forebay_server.core.call import ANONYMOUS, Call, Principal
 from forebay_server.observability.logs import ACCESS, AccessLines
 from forebay_server.observability.metrics import Metrics
@@ -186,13 +186,16 @@ class UsageRecording:
 
     def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Append the calls' counters, before their answers are sent."""
-        sums: dict[tuple[str, str, int], list[float]] = {}
+        sums: dict[UsageKey, list[float]] = {}
         for run in runs:
             call, n = run[0], len(run)
             if call.method.scope != "infer":
                 continue
             f = call.facts
-            key = (call.principal.key_id, f.model, f.version)
+            user = call.context.get("user")
+            key: UsageKey = (call.principal.key_id, f.model, f.version)
+            if user:
+                key = (*key[:3], str(user))
             total = sums.get(key)
             if total is None:
                 total = sums[key] = [0, 0, 0, 0, 0, 0, 0.0, 0.0]
@@ -279,6 +282,7 @@ class Admission:
                 for call in run:
                     self._budgets.settle(call)
             used = first.facts.tokens or first.facts.items
+            used += first.context.get("part_tokens", 0)  # type: ignore[operator]  # language models
             for call in run:
                 limits = call.permit
                 if isinstance(limits, Limits):

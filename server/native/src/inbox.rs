@@ -118,6 +118,8 @@ pub struct Bounds {
     pub calls: usize,
     /// Bytes of messages, those that are on their way included.
     pub bytes: usize,
+    /// While a call has waited longer than this, no more are taken: they would only wait longer.
+    pub wait: Duration,
 }
 
 #[derive(Default)]
@@ -168,7 +170,11 @@ impl Inbox {
     /// Hands a call over. False when too many wait.
     pub fn put(&self, call: Arc<Call>) -> bool {
         let mut state = self.state.lock();
-        if state.closed || state.waiting.len() >= self.bounds.calls {
+        let stale = |first: &Arc<Call>| first.received.elapsed() > self.bounds.wait;
+        if state.closed
+            || state.waiting.len() >= self.bounds.calls
+            || state.waiting.front().is_some_and(stale)
+        {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return false;
         }
@@ -278,8 +284,13 @@ mod tests {
         Call::new(0, Bytes::from_static(b"m"), Arc::default(), None)
     }
 
+    fn inbox_with(calls: usize, wait: Duration) -> Arc<Inbox> {
+        let bytes = 100;
+        Arc::new(Inbox::new(Bounds { calls, bytes, wait }))
+    }
+
     fn inbox(calls: usize) -> Arc<Inbox> {
-        Arc::new(Inbox::new(Bounds { calls, bytes: 100 }))
+        inbox_with(calls, Duration::from_secs(60))
     }
 
     #[test]
@@ -292,6 +303,17 @@ mod tests {
         let (second, _) = inbox.take(9, Duration::ZERO);
         assert!(Arc::ptr_eq(&first[0], &calls[0].0) && Arc::ptr_eq(&second[0], &calls[1].0));
         assert_eq!(inbox.refused.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn while_a_call_waits_too_long_no_more_are_taken() {
+        let inbox = inbox_with(9, Duration::from_millis(5));
+        let ((first, _f), (second, _s), (third, _t)) = (call(), call(), call());
+        assert!(inbox.put(first));
+        std::thread::sleep(Duration::from_millis(10));
+        assert!(!inbox.put(second.clone()));
+        assert_eq!(inbox.take(9, Duration::ZERO).0.len(), 1);
+        assert!(inbox.put(third), "nothing waits any more");
     }
 
     #[test]

@@ -142,7 +142,7 @@ fn send(ready: Vec<(Arc<Call>, Outcome)>) {
 impl PyServer {
     #[new]
     #[pyo3(signature = (address, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
-        max_connections, max_streams, max_waiting_calls, max_waiting_bytes, keepalive_s,
+        max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
         keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, tls = None))]
     #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     fn new(
@@ -157,6 +157,7 @@ impl PyServer {
         max_streams: u32,
         max_waiting_calls: usize,
         max_waiting_bytes: usize,
+        max_waiting_s: f64,
         keepalive_s: f64,
         keepalive_timeout_s: f64,
         max_age_s: f64,
@@ -177,6 +178,7 @@ impl PyServer {
             bounds: Bounds {
                 calls: max_waiting_calls,
                 bytes: max_waiting_bytes,
+                wait: seconds(max_waiting_s),
             },
             keepalive: seconds(keepalive_s),
             keepalive_timeout: seconds(keepalive_timeout_s),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from forebay_server.core.batcher import BatchReport
 from forebay_server.core.generation import Tally
 from forebay_server.generation.gate import Gate
-from forebay_server.observability.metrics import Metrics
+from forebay_server.observability.metrics import SIZES, Metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -39,8 +39,9 @@ def filled() -> Metrics:
     )
     m.batches.observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
-    m.watch_collections(lambda: [("c", 1, 5)])
+    m.watch_collections(lambda: [("c", dict.fromkeys(SIZES, 1.0))])
     m.index_rebuilds.labels("c", "checksum").inc()
+    m.search_stage("dense", 0.002)
     m.documents.labels("ready").inc()
     m.generation.first_token("m", 0.1)
     m.generation.between_tokens("m", 0.02, 2)
