@@ -70,7 +70,7 @@ class Live:
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.server = Server(settings)
-        self.run(self.server.start())
+        self.run(self.server.start(), 300)  # a language model may take minutes
         self.target = f"127.0.0.1:{self.server.port}"
         self.channel = grpc.insecure_channel(self.target)
 
