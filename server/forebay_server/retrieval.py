@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from typing import cast
 
 from forebay.constraints import Validator
 from forebay.settings import Settings
 
+from forebay_server.access.budgets import Budgets
 from forebay_server.access.usage import UsageLedger
 from forebay_server.core.batcher import BatchingEngineClient
+from forebay_server.core.call import Call
 from forebay_server.core.interfaces import BatchPolicy
 from forebay_server.dataplane.collections import Collections
 from forebay_server.dataplane.embedding import Embedded, TextEmbedder
+from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.searching import PointReader, SearchPipeline
 from forebay_server.dataplane.snapshots import Snapshots
@@ -24,8 +28,11 @@ from forebay_server.indexes.engine import SearchEngine
 from forebay_server.indexes.qdrant import QdrantStore
 from forebay_server.knowledge.answering import Answerer
 from forebay_server.knowledge.bases import KnowledgeBases
+from forebay_server.knowledge.evaluating import Evaluator
+from forebay_server.knowledge.evaluation_jobs import EvaluationJobs
 from forebay_server.knowledge.ingest import Ingest
 from forebay_server.knowledge.retrieval import Retriever
+from forebay_server.knowledge.writer import Writer
 from forebay_server.observability.metrics import Metrics
 from forebay_server.services.base import Service
 from forebay_server.services.collection import CollectionService
@@ -49,7 +56,17 @@ class Retrieval:
         metrics: Metrics,
         validator: Validator,
         ledger: UsageLedger,
+        generation: GenerationPipeline,
+        budgets: Budgets,
     ) -> None:
+        def part_ended(call: Call) -> None:
+            """What a part of another call took is counted as its own model's."""
+            facts = call.facts
+            cost = float(cast(float, call.context.get("cost", 0.0)))
+            used = (0, facts.items, facts.tokens, 0, 0, 0, facts.engine_s * 1e3, cost)
+            ledger.record({(call.principal.key_id, facts.model, facts.version): used})
+            budgets.settle(call)
+
         def on_embedded(key_id: str, found: Embedded, items: int) -> None:
             used = (0, items, found.tokens, 0, 0, 0, 0.0, 0.0)
             ledger.record({(key_id, found.model, found.version): used})
@@ -72,7 +89,7 @@ class Retrieval:
         # them, and spin while they do.
         engines = [SearchEngine(policy, metrics.search_stage) for _ in range(os.cpu_count() or 1)]
         self._client = BatchingEngineClient(
-            engines, observer=metrics.batch_observer("collections", 1), name="collections"
+            engines, observer=metrics.batches.observer("collections", 1), name="collections"
         )
         points = PointReader(store, asyncio.get_running_loop(), metrics.search_stage)
         self.searches = SearchPipeline(self.collections, self._client, texts, points)
@@ -89,12 +106,22 @@ class Retrieval:
             on_embedded,
             lambda status: metrics.documents.labels(status).inc(),
         )
-        retriever = Retriever(self.bases, self.searches, embedder)
-        self.answerer = Answerer(self.bases, retriever, embedder)
+        writer = Writer(generation, settings.knowledge, part_ended)
+        retriever = Retriever(self.bases, self.searches, embedder, writer)
+        self.answerer = Answerer(self.bases, retriever, embedder, writer)
+        self.evaluations = EvaluationJobs(self.bases)
         self._snapshots = Snapshots(self.collections)
         self.services: list[Service] = [
             CollectionService(self.collections, self.searches, self._snapshots, validator),
-            KnowledgeService(self.bases, self.ingest, retriever, self.answerer),
+            KnowledgeService(
+                self.bases,
+                self.ingest,
+                retriever,
+                self.answerer,
+                Evaluator(retriever, self.answerer, embedder),
+                self.evaluations,
+                part_ended,
+            ),
         ]
 
     async def start(self) -> None:
@@ -103,9 +130,11 @@ class Retrieval:
         await self._snapshots.start()
         await self.bases.start()
         await self.ingest.start()
+        await self.evaluations.start()
 
     async def close(self) -> None:
         """Finish what runs, save what has changed."""
+        await self.evaluations.close()
         await self.ingest.close()
         await self.collections.close()
         await asyncio.to_thread(self._client.close)

@@ -31,30 +31,37 @@ class Dispatcher:
         self._pipeline = pipeline
         self._validator = validator
 
-    def serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
+    def serve(self, calls: Sequence[Call]) -> None:
         """Start calls, of any methods. Never raises: what goes wrong ends calls."""
         try:
             with together():
-                self._serve(taken)
+                self._serve(calls)
         except Exception:  # a thread that dies would leave every later caller waiting
             log.exception("dispatching failed")
-            for call, _ in taken:
+            for call in calls:
                 call.fail(ForebayError("internal error"))
 
-    def _serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
-        messages = {id(call): message for call, message in taken}
+    def _serve(self, calls: Sequence[Call]) -> None:
         by_path: dict[str, list[Call]] = {}
-        for call in self._pipeline.begin([call for call, _ in taken]):
+        for call in self._pipeline.begin(calls):
+            by_path.setdefault(call.method.path, []).append(call)
+        for path, own in by_path.items():
+            handler = self._handlers[path]
+            guard(lambda h=handler, c=own: self._start(h, c), own)
+
+    def _start(self, handler: Handler, calls: list[Call]) -> None:
+        rest = calls if handler.raw is None else handler.raw(calls)
+        parsed = []
+        for call in rest:
             try:
-                call.request = parse(call.method.request, messages[id(call)])
+                call.request = parse(call.method.request, call.message)
                 self._validator.check(call.request)
             except ForebayError as e:
                 call.fail(e)
                 continue
-            by_path.setdefault(call.method.path, []).append(call)
-        for path, calls in by_path.items():
-            function = self._handlers[path].function
-            guard(lambda f=function, c=calls: f(c), calls)
+            parsed.append(call)
+        if parsed:
+            handler.function(parsed)
 
 
 def parse(kind: type[Message], data: bytes) -> Message:
