@@ -5,7 +5,7 @@ extracted, that is the sentences that answer best, word by word.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -76,11 +76,13 @@ class Answerer:
         retriever: Retriever,
         embedder: TextEmbedder,
         writer: Writer,
+        on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._bases = bases
         self._retriever = retriever
         self._embedder = embedder
         self._writer = writer
+        self._on_event = on_event
 
     async def answer(
         self, call: Call, base: Base, question: Question
@@ -106,6 +108,7 @@ class Answerer:
         steps = self._written if model and found.chunks else self._extracted
         async with aclosing(steps(call, base, question, model, found, written)) as events:
             async for event in events:
+                self._on_event(event)
                 yield event
 
     async def _retrieved(

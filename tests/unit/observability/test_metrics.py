@@ -42,6 +42,8 @@ def filled() -> Metrics:
     m.watch_collections(lambda: [("c", 1, 5)])
     m.index_rebuilds.labels("c", "checksum").inc()
     m.documents.labels("ready").inc()
+    m.answers.labels("written").inc()
+    m.unsupported.labels("no_citation").inc()
     m.generation.first_token("m", 0.1)
     m.generation.between_tokens("m", 0.02, 2)
     m.generation.queued("m", 0.0)
