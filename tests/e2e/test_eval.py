@@ -62,7 +62,7 @@ def questions(tmp_path: Path) -> Path:
 def forebay(live: Live, *arguments: str, python: str = sys.executable) -> str:
     paths = os.pathsep.join(str(ROOT / p) for p in ("contract", "cli"))
     environ = {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_")},
         "FOREBAY_GRPC_PORT": live.target.rpartition(":")[2],
         "PYTHONPATH": paths,
     }
