@@ -48,6 +48,17 @@ def starters() -> Path:
     return KEPT / "models"
 
 
+@contextmanager
+def repository(name: str, model_yaml: str) -> Iterator[Path]:
+    """The starter models with another model.yaml for one of them."""
+    with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+        root = Path(folder) / "models"
+        shutil.copytree(starters(), root, copy_function=os.link)
+        (root / name / "model.yaml").unlink(missing_ok=True)
+        (root / name / "model.yaml").write_text(model_yaml)
+        yield root
+
+
 def text_of(tokens: int, seed: int) -> str:
     """A text of exactly so many tokens with MiniLM's tokenizer, special tokens included."""
     rng = random.Random(seed)

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hypothesis
 import pytest
 from forebay.settings import Settings, load_settings
+
+# Slow machines fail no test: how long an example takes is nobody's promise.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Starter models are made once and kept between runs.

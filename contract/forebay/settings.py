@@ -43,7 +43,7 @@ SHORT = {
     "FOREBAY_DATA": "data",
 }
 #: Settings that may hold passwords: never shown, not even in an error.
-SECRET = ("storage.database", "storage.redis")
+SECRET = ("storage.database", "storage.redis", "retrieval.qdrant_api_key")
 #: What Kubernetes puts into the environment of pods for each service of their namespace.
 _SERVICE_LINK = re.compile(
     r"FOREBAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
@@ -119,6 +119,9 @@ class GrpcSettings(_Section):
     max_header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
     max_waiting_calls: int = Field(default=16384, ge=1)
     max_waiting_bytes: int = Field(default=512 << 20, ge=1 << 20)
+    max_waiting_s: float = Field(
+        default=0.5, gt=0, description="while a call waits longer to be taken, others are refused"
+    )
     keepalive_timeout_s: float = Field(default=20.0, ge=1)
     receive_timeout_s: float = Field(
         default=30.0, gt=0, description="time for a handshake, and for a unary request to come in"
@@ -151,6 +154,7 @@ class HttpSettings(_Section):
     port: int = Field(default=8080, ge=0, le=65535)
     upstream: str = Field(default="", description="gRPC target; empty = this machine's server")
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")
     cors_origins: list[str] = []
     timeout_s: float = Field(default=300.0, gt=0, description="when the caller names none")
     flagged_labels: list[str] = Field(
@@ -182,6 +186,9 @@ class GenerationSettings(_Section):
     vllm_cache_gb: int = Field(
         default=0, ge=0, description="key-value cache on the CPU; 0 = vLLM's own default"
     )
+    trtllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has tensorrt_llm; default: this"
+    )
 
 
 class KnowledgeSettings(_Section):
@@ -210,6 +217,50 @@ class KnowledgeSettings(_Section):
             names = ", ".join(f"{{{n}}}" for n in sorted(needed))
             raise ValueError(f"must have the places {names}, each of them and no others")
         return value
+
+
+class RetrievalSettings(_Section):
+    """Collections' dense indexes."""
+
+    faiss_device: Literal["cpu", "gpu"] = Field(
+        default="cpu",
+        description="gpu: flat and IVF-PQ indexes are searched there; needs faiss-gpu",
+    )
+    qdrant: str = Field(
+        default="",
+        description="URL of a Qdrant server for collections of INDEX_TYPE_QDRANT; "
+        "`local`: the client's local mode, to try it out",
+    )
+    qdrant_api_key: SecretStr = SecretStr("")
+    qdrant_prefix: str = Field(default="forebay", pattern="[A-Za-z0-9_]{1,32}")
+    qdrant_timeout_s: int = Field(default=10, ge=1, le=600)
+
+
+class FileSettings(_Section):
+    """Files of callers."""
+
+    max_file_bytes: int = Field(default=200 << 20, ge=1)
+    max_bytes_per_key: int = Field(default=10 << 30, ge=1)
+    keep_s: float = Field(
+        default=0.0, ge=0, description="when the caller says nothing; 0 = until they are deleted"
+    )
+
+
+class BatchSettings(_Section):
+    """Batches of requests."""
+
+    max_items: int = Field(default=50_000, ge=1, description="per batch")
+    max_open_per_key: int = Field(default=100, ge=1, description="batches that have not ended")
+    max_running: int = Field(default=32, ge=1, le=4096, description="items at once, of all batches")
+    keep_s: float = Field(default=30 * 86400.0, gt=0, description="of ended batches' results")
+
+
+class ResponseSettings(_Section):
+    """Stored conversations."""
+
+    keep_s: float = Field(default=30 * 86400.0, gt=0, description="after the last use")
+    max_turns: int = Field(default=1000, ge=1, description="responses that follow one another")
+    max_background: int = Field(default=64, ge=1, description="responses in the background at once")
 
 
 class AuthSettings(_Section):
@@ -255,6 +306,10 @@ class Settings(_Section):
     models: ModelSettings = ModelSettings()
     generation: GenerationSettings = GenerationSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    files: FileSettings = FileSettings()
+    batches: BatchSettings = BatchSettings()
+    responses: ResponseSettings = ResponseSettings()
     auth: AuthSettings = AuthSettings()
     storage: StorageSettings = StorageSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

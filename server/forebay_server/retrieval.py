@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import cast
 
@@ -21,7 +22,10 @@ from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.searching import PointReader, SearchPipeline
 from forebay_server.dataplane.snapshots import Snapshots
 from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.indexes.backends import Backends
+from forebay_server.indexes.dense import gpus
 from forebay_server.indexes.engine import SearchEngine
+from forebay_server.indexes.qdrant import QdrantStore
 from forebay_server.knowledge.answering import Answerer, Done, Event
 from forebay_server.knowledge.bases import KnowledgeBases
 from forebay_server.knowledge.citations import Unsupported
@@ -37,6 +41,8 @@ from forebay_server.services.knowledge import KnowledgeService
 from forebay_server.storage.collections import CollectionStore
 from forebay_server.storage.database import Database
 from forebay_server.storage.knowledge import KnowledgeStore
+
+log = logging.getLogger("forebay.collections")
 
 
 class Retrieval:
@@ -66,6 +72,7 @@ class Retrieval:
             used = (0, items, found.tokens, 0, 0, 0, 0.0, 0.0)
             ledger.record({(key_id, found.model, found.version): used})
 
+        self._backends = backends(settings)
         store = CollectionStore(database)
         embedder = TextEmbedder(texts)
         self.collections = Collections(
@@ -74,18 +81,21 @@ class Retrieval:
             access,
             embedder,
             lambda name, why: metrics.index_rebuilds.labels(name, why).inc(),
+            self._backends,
         )
         policy = BatchPolicy(
             max_batch_tokens=1 << 30, max_batch_size=256, max_queue_size=8192, sort_window=1
         )
-        engine = SearchEngine(policy, threads=os.cpu_count() or 1)
+        # An engine a core, each with one thread: a batch's threads would wait for the slowest of
+        # them, and spin while they do.
+        engines = [SearchEngine(policy, metrics.search_stage) for _ in range(os.cpu_count() or 1)]
         self._client = BatchingEngineClient(
-            [engine], observer=metrics.batch_observer("collections", 1), name="collections"
+            engines, observer=metrics.batches.observer("collections", 1), name="collections"
         )
-        points = PointReader(store, asyncio.get_running_loop())
+        points = PointReader(store, asyncio.get_running_loop(), metrics.search_stage)
         self.searches = SearchPipeline(self.collections, self._client, texts, points)
         metrics.watch_collections(
-            lambda: [(c.name, len(c.index), c.index.nbytes) for c in self.collections.all()]
+            lambda: [(c.name, c.index.sizes()) for c in self.collections.all()]
         )
         self.bases = KnowledgeBases(
             KnowledgeStore(database), self.collections, settings.home / "knowledge"
@@ -108,10 +118,9 @@ class Retrieval:
 
         self.answerer = Answerer(self.bases, retriever, embedder, writer, on_event)
         self.evaluations = EvaluationJobs(self.bases)
+        self._snapshots = Snapshots(self.collections)
         self.services: list[Service] = [
-            CollectionService(
-                self.collections, self.searches, Snapshots(self.collections), validator
-            ),
+            CollectionService(self.collections, self.searches, self._snapshots, validator),
             KnowledgeService(
                 self.bases,
                 self.ingest,
@@ -126,6 +135,7 @@ class Retrieval:
     async def start(self) -> None:
         """Open what is stored."""
         await self.collections.start()
+        await self._snapshots.start()
         await self.bases.start()
         await self.ingest.start()
         await self.evaluations.start()
@@ -136,3 +146,20 @@ class Retrieval:
         await self.ingest.close()
         await self.collections.close()
         await asyncio.to_thread(self._client.close)
+        await asyncio.to_thread(self._backends.close)
+
+
+def backends(settings: Settings) -> Backends:
+    """What the settings say of Qdrant and GPUs."""
+    r = settings.retrieval
+    qdrant = None
+    if r.qdrant:
+        key = r.qdrant_api_key.get_secret_value()
+        folder = settings.home / "qdrant"
+        qdrant = QdrantStore(r.qdrant, folder, key, r.qdrant_prefix, r.qdrant_timeout_s)
+    found = gpus() if r.faiss_device == "gpu" else 0
+    if r.faiss_device == "gpu":
+        log.info("FAISS searches on %d GPUs", found) if found else log.warning(
+            "retrieval.faiss_device is gpu and FAISS sees none (faiss-gpu is needed): the CPU serves"
+        )
+    return Backends(qdrant, gpu=found > 0)

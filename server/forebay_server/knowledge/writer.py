@@ -117,7 +117,7 @@ class Writer:
                         yield delta.text
         finally:
             written.tally.add(job.tally())
-            call.context["part_tokens"] = written.tally.prompt + written.tally.completion
+            call.note("part_tokens", written.tally.prompt + written.tally.completion)
             self._on_end(job.call)
 
     async def whole_question(

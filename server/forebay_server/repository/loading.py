@@ -17,6 +17,7 @@ from forebay.errors import ForebayError
 
 from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
+from forebay_server.core.priority import lowered
 from forebay_server.engines.factory import create
 from forebay_server.repository import language_models
 from forebay_server.repository.inspect import describe
@@ -53,6 +54,7 @@ class Defaults:
     tensorrt_cache: str = ""
     vllm_python: str = ""
     vllm_cache_gb: int = 0
+    trtllm_python: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,11 +105,15 @@ def load(
     tokenizer = _tokenizer(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
     engines: list[Engine] = []
+    gives_way = spec.kind == "tokens" and spec.isolation == "thread"
     try:
         for _ in range(config.execution.instances):
             engine = create(spec)
             engines.append(engine)
-            engine.load()
+            if gives_way:  # the engine's own threads inherit the priority of the one that loads
+                lowered(engine.load)
+            else:
+                engine.load()
             _prove(engine, manifest)
     except Exception as e:
         for engine in engines:
@@ -116,7 +122,9 @@ def load(
             raise
         raise rejected(f"the model fails on a first run: {e}") from e
     trim()
-    client = BatchingEngineClient(engines, observer=observer(name, version), here_s=QUICK_S)
+    client = BatchingEngineClient(
+        engines, observer=observer(name, version), here_s=QUICK_S, gives_way=gives_way
+    )
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
 
 
@@ -248,7 +256,7 @@ def probe_inputs(manifest: Manifest) -> dict[str, Any]:
         if spec.datatype == "BYTES":
             text = (feature.categories or [""])[0] if feature else ""
             return np.full(shape, text, object)
-        from forebay_server.engines.onnx import NUMPY
+        from forebay_server.engines.arrays import NUMPY
 
         return np.zeros(shape, NUMPY.get(spec.datatype, np.float32))
 

@@ -23,7 +23,7 @@ from forebay_server.knowledge.retrieval import (
     Step,
 )
 from forebay_server.knowledge.writer import Written
-from forebay_server.services.collection import MODES, fusion
+from forebay_server.services.collection_messages import MODES, fusion
 from forebay_server.services.filters import condition
 from forebay_server.services.generation_messages import usage_of
 from forebay_server.services.model import timestamp

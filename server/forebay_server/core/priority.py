@@ -1,0 +1,49 @@
+"""Lower priority for threads that compute.
+
+An encoder keeps all cores busy for tens of milliseconds. Threads that take calls, refuse some and send
+answers need a core for microseconds, and must not wait for it that long: they keep the priority that
+the process has, and engines give way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+#: How much nicer computing threads are than the rest: about a quarter of their share when both want
+#: a core, and all of it else.
+ENGINE_NICE = 6
+T = TypeVar("T")
+
+
+def lower(by: int = ENGINE_NICE) -> None:
+    """Lower this thread's priority for good. Does nothing where threads have none of their own."""
+    if not hasattr(os, "setpriority") or not os.path.isdir("/proc/self/task"):
+        return
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, now + by))
+
+
+def lowered(run: Callable[[], T]) -> T:
+    """Run on a thread of lower priority, which threads that it starts inherit; wait for it."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        lower()
+        try:
+            done.append(run())
+        except BaseException as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=body, name="load", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
