@@ -99,8 +99,9 @@ class DocumentParser:
             seconds = self._limits.wall_s + GRACE_S
             reading = loop.run_in_executor(None, _read_reply, read, seconds, tell)
             pid = await begun
-        if not pid:
-            return None
+            if not pid:
+                await self.close()
+                return None
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
