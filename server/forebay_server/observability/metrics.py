@@ -81,6 +81,18 @@ class Metrics:
             ["status"],
             registry=r,
         )
+        self.answers = Counter(
+            "forebay_knowledge_answers",
+            "Answers from knowledge bases, by how they came to be",
+            ["method"],
+            registry=r,
+        )
+        self.unsupported = Counter(
+            "forebay_knowledge_unsupported",
+            "Pieces of written answers that no source supports",
+            ["reason"],
+            registry=r,
+        )
         self.batch_items = Counter(
             "forebay_batch_items",
             "Items of batches that have ended",

@@ -43,6 +43,8 @@ def filled() -> Metrics:
     m.index_rebuilds.labels("c", "checksum").inc()
     m.search_stage("dense", 0.002)
     m.documents.labels("ready").inc()
+    m.answers.labels("written").inc()
+    m.unsupported.labels("no_citation").inc()
     m.generation.first_token("m", 0.1)
     m.generation.between_tokens("m", 0.02, 2)
     m.generation.queued("m", 0.0)
