@@ -217,7 +217,7 @@ def table(name: str, found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for way, by_streams in found.items():
-        for n, one in by_streams.items():
+        for n, one in sorted(by_streams.items(), key=lambda found: int(found[0])):
             rates = one["rates"]
             median = statistics.median(rates)
             bars = [
@@ -241,10 +241,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), squeeze=False)
     for axis, (name, ways) in zip(axes[0], found.items(), strict=True):
         for way, by_streams in ways.items():
-            xs = [int(n) for n in by_streams]
+            xs = sorted(int(n) for n in by_streams)
             axis.plot(
                 xs,
-                [statistics.median(v["rates"]) for v in by_streams.values()],
+                [statistics.median(by_streams[str(x)]["rates"]) for x in xs],
                 marker="o",
                 label=way,
             )
