@@ -21,7 +21,8 @@ from forebay.v1 import collection_pb2 as pb
 from forebay.v1 import collection_pb2_grpc
 from google.protobuf import json_format
 
-from benchmarks.common import RESULTS, load, machine
+from benchmarks.common import RESULTS, machine
+from benchmarks.load import grpc_load
 from benchmarks.retrieval_server import running
 
 WIDTH, QUERIES, EF = 384, 500, 64
@@ -101,9 +102,10 @@ def main() -> None:
             {"collection": "bench", "vector": q.tolist(), "limit": 10, "with_payload": False}
             for q in queries
         ]
-        out["grpc"] = load(
+        load = grpc_load(
             port, "forebay.v1.CollectionService/Search", bodies, args.callers, args.seconds
         )
+        out["grpc"] = {"rps": load.rps, "p50_ms": load.p50_ms, "p99_ms": load.p99_ms}
     index = faiss.IndexHNSWFlat(WIDTH, 16, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 100
     began = time.monotonic()
