@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import http.client
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,37 @@ import grpc
 from benchmarks import common
 from benchmarks.load import CallsFailed
 from benchmarks.peers import bare, models, own, report
+from benchmarks.peers.doors import Door
 from benchmarks.peers.registry import PEERS
 from benchmarks.peers.spec import Candidate, NotInstalled
 from benchmarks.peers.state import State, commit
 from benchmarks.peers.workloads import GROUPS, KINDS, MAKERS, Group, Workload
+from benchmarks.processes import Processes
 
 READY_S = 60.0
 STATE = models.KEPT / "peers.jsonl"
 #: Seconds beside the load itself that a server and a point take; only to keep a budget.
 START_S, POINT_S = 12.0, 1.5
+#: How a call fails that is not answered as it should be.
+REFUSED = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, grpc.RpcError)
 
 
 class OutOfTime(Exception):
     """The next measurement would not end within the budget."""
+
+
+@contextmanager
+def started(candidate: Candidate) -> Iterator[tuple[Processes, dict[str, int], Path]]:
+    """A candidate's processes, ports and folder; stopped at the end, its log kept if it failed."""
+    with tempfile.TemporaryDirectory(dir=models.KEPT) as home:
+        folder = Path(home)
+        ports = {"grpc": common.free_port(), "http": common.free_port()}
+        processes = candidate.start(ports, folder)
+        try:
+            yield processes, ports, folder
+        finally:
+            processes.stop()
+            shutil.copy(folder / "log", models.KEPT / f"{candidate.label}.log")
 
 
 @dataclasses.dataclass
@@ -62,7 +82,7 @@ class Runner:
             try:
                 self._measure(number, group, candidate, workloads)
             finally:
-                self._log(f"round {number} {group}: {at + 1} of {len(candidates)}")
+                _log(f"round {number} {group}: {at + 1} of {len(candidates)}")
             self._bare(number, group, f"after {candidate.name}", beside)
 
     def _bare(self, number: int, group: Group, when: str, wanted: bool) -> None:
@@ -80,58 +100,30 @@ class Runner:
         if self.state.has(**key, end=True):
             return
         self._in_time(START_S + self.seconds + POINT_S)
-        with tempfile.TemporaryDirectory(dir=models.KEPT) as home:
-            folder = Path(home)
-            ports = {"grpc": common.free_port(), "http": common.free_port()}
-            started = time.monotonic()
-            processes = candidate.start(ports, folder)
-            try:
-                doors = {w.name: candidate.doors(folder, w.name) for w in workloads}
-                fault = self._ready(
-                    candidate, processes, doors[workloads[0].name], ports, workloads
-                )
-                if fault:
-                    shutil.copy(folder / "log", models.KEPT / f"{candidate.label}.log")
-                    self.state.add(**key, end=True, fault=fault)
-                    self._log(f"{candidate.label}: {fault}")
-                    return
-                start_s = time.monotonic() - started
-                idle = processes.memory_mb()
-                for workload in workloads:
-                    for door in doors[workload.name]:
-                        self._points(key, candidate, processes, workload, door, ports)
-                loaded = processes.memory_mb()
-                self.state.add(**key, end=True, start_s=start_s, idle_mb=idle, loaded_mb=loaded)
-            finally:
-                processes.stop()
-
-    def _ready(
-        self, candidate: Candidate, processes: Any, doors: Any, ports: Any, workloads: Any
-    ) -> str:
-        """Wait for the first answer of every door; why not, where it does not come."""
-        until, last = time.monotonic() + READY_S, ""
-        for door in doors:
-            while True:
-                if not processes.alive():
-                    return "it ended by itself"
-                try:
-                    door.ask(ports[door.transport], workloads[0].inputs[0], timeout=5)
-                    break
-                except (OSError, ValueError, KeyError, IndexError, grpc.RpcError) as e:
-                    last = f"{door.name}: {type(e).__name__} {str(e)[:300]}"
-                if time.monotonic() > until:
-                    return last
-                time.sleep(0.2)
-        return ""
+        began = time.monotonic()
+        with started(candidate) as (processes, ports, folder):
+            doors = {w.name: candidate.doors(folder, w.name) for w in workloads}
+            fault = _not_ready(processes, doors[workloads[0].name], ports, workloads[0])
+            if fault:
+                self.state.add(**key, end=True, fault=fault)
+                _log(f"{candidate.label}: {fault}")
+                return
+            start_s = time.monotonic() - began
+            idle = processes.memory_mb()
+            for workload in workloads:
+                for door in doors[workload.name]:
+                    self._points(key, candidate, processes, workload, door, ports)
+            loaded = processes.memory_mb()
+            self.state.add(**key, end=True, start_s=start_s, idle_mb=idle, loaded_mb=loaded)
 
     def _points(
         self,
         key: dict[str, Any],
         candidate: Candidate,
-        processes: Any,
+        processes: Processes,
         workload: Workload,
-        door: Any,
-        ports: Any,
+        door: Door,
+        ports: dict[str, int],
     ) -> None:
         """A door: answers checked, warmed up, then measured with each number of callers."""
         port = ports[door.transport]
@@ -143,7 +135,7 @@ class Runner:
         if wrong:
             for callers in left:
                 self.state.add(**key, callers=callers, fault=wrong)
-            self._log(f"{candidate.label}, {workload.name}, {door.name}: {wrong}")
+            _log(f"{candidate.label}, {workload.name}, {door.name}: {wrong}")
             return
         seconds = self.seconds * workload.stretch
         self._in_time(self.warmup + seconds + POINT_S)
@@ -154,7 +146,7 @@ class Runner:
                 self._in_time(seconds + POINT_S)
                 load = door.load(port, workload.inputs, callers, seconds, processes.cpu_seconds)
                 self.state.add(**key, callers=callers, **dataclasses.asdict(load))
-                self._log(
+                _log(
                     f"{candidate.label}, {workload.name}, {door.name}, {callers} callers: "
                     f"{load.rps:.0f}/s, p50 {load.p50_ms:.2f}, p99 {load.p99_ms:.2f} ms, "
                     f"{load.server_cpu_us:.0f} us"
@@ -164,20 +156,45 @@ class Runner:
             for callers in left:
                 if not self.state.has(**key, callers=callers):
                     self.state.add(**key, callers=callers, fault=str(e)[:300])
-            self._log(f"{candidate.label}, {workload.name}, {door.name}: {e}")
-
-    @staticmethod
-    def _log(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+            _log(f"{candidate.label}, {workload.name}, {door.name}: {e}")
 
 
-def _wrong(candidate: Candidate, workload: Workload, door: Any, port: int) -> str:
+def _said(error: Exception) -> str:
+    details = error.details() if isinstance(error, grpc.Call) else str(error)
+    return f"{type(error).__name__}: {str(details)[:300]}"
+
+
+def _log(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _not_ready(
+    processes: Processes, doors: Sequence[Door], ports: dict[str, int], workload: Workload
+) -> str:
+    """Wait for the first answer of every door; why not, where it does not come."""
+    until, last = time.monotonic() + READY_S, ""
+    for door in doors:
+        while True:
+            if not processes.alive():
+                return "it ended by itself"
+            try:
+                door.ask(ports[door.transport], workload.inputs[0], timeout=5)
+                break
+            except REFUSED as e:
+                last = f"{door.name}: {_said(e)}"
+            if time.monotonic() > until:
+                return last
+            time.sleep(0.2)
+    return ""
+
+
+def _wrong(candidate: Candidate, workload: Workload, door: Door, port: int) -> str:
     """The first wrong answer among the first inputs."""
     for i, value in enumerate(workload.inputs[:16]):
         try:
             got = door.ask(port, value)
-        except (OSError, ValueError, KeyError, IndexError, grpc.RpcError) as e:
-            return f"{type(e).__name__}: {str(e)[:300]}"
+        except REFUSED as e:
+            return _said(e)
         if candidate.role == "limit":  # an echo
             fault = "" if (got.astype("float32") == value).all() else "not an echo"
         else:
@@ -247,6 +264,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=STATE)
     parser.add_argument("--name", default="peers", help="of the results' files")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="their folder")
+    parser.add_argument(
+        "--check", action="store_true", help="only start each server and check its answers"
+    )
     parser.add_argument("--report", action="store_true", help="only write the results anew")
     parser.add_argument("--install", action="store_true", help="only make the peers' environments")
     a = parser.parse_args(argv)
@@ -256,6 +276,25 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown := set(a.only) - known:
         parser.error(f"{unknown.pop()!r} is none of {', '.join(sorted(known))}")
     return a
+
+
+def check(groups: Sequence[Group], a: argparse.Namespace, state: State) -> int:
+    """Start each server once and ask every door; no load. Gives how many fail."""
+    faults = 0
+    for group in groups:
+        workloads = MAKERS[group]()
+        for candidate in candidates(group, a, state):
+            with started(candidate) as (processes, ports, folder):
+                doors = {w.name: candidate.doors(folder, w.name) for w in workloads}
+                fault = _not_ready(processes, doors[workloads[0].name], ports, workloads[0])
+                found = [fault] if fault else []
+                for workload in workloads if not fault else ():
+                    for door in doors[workload.name]:
+                        wrong = _wrong(candidate, workload, door, ports[door.transport])
+                        found += [f"{workload.name}, {door.name}: {wrong}"] if wrong else []
+            faults += bool(found)
+            _log(f"{group}, {candidate.label}: {'; '.join(found) or 'right'}")
+    return faults
 
 
 def install() -> int:
@@ -293,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         print(e, file=sys.stderr)
         return 2
+    if a.check:
+        return 1 if check(a.groups or GROUPS, a, state) else 0
     runner = Runner(state, a.seconds, a.warmup, ends)
     status = 0
     try:

@@ -13,6 +13,7 @@ import grpc.aio
 import kserve
 import uvicorn
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer, model_server
+from kserve.protocol.rest.multiprocess.server import RESTServerProcess
 
 
 class Served(Model):
@@ -54,6 +55,12 @@ class InThreads(Served):
         return await loop.run_in_executor(self.pool, super().predict, payload)
 
 
+def patient() -> None:
+    """It kills workers that have not come up within five seconds."""
+    alive = RESTServerProcess.is_alive
+    RESTServerProcess.is_alive = lambda self, timeout=60: alive(self, timeout)
+
+
 def on_loopback() -> None:
     """It listens on all interfaces and has no setting for it."""
     add, config = grpc.aio.Server.add_insecure_port, uvicorn.Config.__init__
@@ -73,6 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--in-threads", type=int, default=0)
     a = parser.parse_args()
     on_loopback()
+    patient()
     logging.getLogger(kserve.__name__).setLevel(logging.WARNING)
     model_server.args.enable_latency_logging = False
     model = (

@@ -1,11 +1,11 @@
-"""PyTriton: Triton's front with Python behind it. It wants Python 3.10; batching starts at once."""
+"""PyTriton: Triton's front with Python behind it. Its batcher does not wait."""
 
 from benchmarks.peers.doors import oip_grpc, oip_http
 from benchmarks.peers.spec import Config, Peer
 
 PEER = Peer(
     "pytriton",
-    ("nvidia-pytriton==0.7.0", "onnxruntime==1.23.2", "tokenizers==0.22.2", "numpy==1.26.4"),
+    ("nvidia-pytriton==0.7.0", "onnxruntime==1.32.0", "tokenizers==0.23.3", "numpy==1.26.4"),
     configs={
         "forest": (Config("1 instance, batch 64", ("--batch", "64")),),
         "minilm": (
@@ -20,5 +20,4 @@ PEER = Peer(
         )
     },
     doors=lambda kind: (oip_grpc(kind, (1, 1)), oip_http(kind, (1, 1))),
-    python="3.10",
 )

@@ -1,9 +1,11 @@
-"""A model in PyTriton. Runs in an environment of its own, on Python 3.10."""
+"""A model in PyTriton. Runs in an environment of its own."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging
+import os
+import sysconfig
 
 import bench_arguments
 import bench_models
@@ -47,6 +49,8 @@ if __name__ == "__main__":
     parser.add_argument("--instances", type=int, default=1)
     parser.add_argument("--batch", type=int, default=0)
     a = parser.parse_args()
+    # Triton's stub looks for libpython where the loader looks.
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     logging.getLogger("pytriton").setLevel(logging.WARNING)
     make = encoder if a.kind == "minilm" else forest if a.batch else unbatched
     functions = [make(bench_models.load(a.kind, a.folder, a.threads)) for _ in range(a.instances)]
@@ -61,6 +65,7 @@ if __name__ == "__main__":
         http_port=a.http_port,
         grpc_port=a.grpc_port,
         http_address="127.0.0.1",
+        grpc_address="127.0.0.1",
         allow_metrics=False,
         log_verbose=0,
     )
