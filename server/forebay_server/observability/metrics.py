@@ -47,7 +47,7 @@ class Metrics:
         self.tokens = Counter("forebay_tokens", "Tokens of answered calls", ["model"], registry=r)
         self.cache = Counter(
             "forebay_cache_lookups",
-            "Look-ups in the response cache",
+            "Look-ups in the response cache, by item; by call for language models",
             ["model", "result"],
             registry=r,
         )
@@ -95,7 +95,7 @@ class Metrics:
         )
         self.batch_items = Counter(
             "forebay_batch_items",
-            "Items of batches that have ended",
+            "Items of batches that have ended: `completed` or `failed`",
             ["result"],
             registry=r,
         )
