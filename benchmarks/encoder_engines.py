@@ -31,6 +31,7 @@ from forebay_server.core.interfaces import Batch
 from forebay_server.repository.manifest import ModelConfig, read_config
 
 from benchmarks import common
+from benchmarks.load import Load, grpc_load
 
 EMBED = "forebay.v1.EmbeddingService/Embed"
 KEPT = common.RESULTS / "encoder_engines.json"
@@ -166,18 +167,18 @@ def served(rounds: int, seconds: float) -> dict[str, Any]:
         series.setdefault("naive_texts", []).append(done)
         return done / (time.perf_counter() - start)
 
-    def load(name: str, requests: list[Any]) -> dict[str, float]:
+    def load(name: str, requests: list[Any]) -> Load:
         """ghz with 64 callers; keeps the CPU milliseconds a text of server and generator."""
         before = _children()
-        got = common.load(port, EMBED, requests, 64, seconds)
+        got = grpc_load(port, EMBED, requests, 64, seconds)
         after = _children()
         for part in before:
-            add(f"{name}_{part}_cpu_ms", (after[part] - before[part]) / got["count"] * 1e3)
+            add(f"{name}_{part}_cpu_ms", (after[part] - before[part]) / got.calls * 1e3)
         return got
 
     with common.serving() as (port, _):
         for requests in (short, mixed, mixed):
-            common.load(port, EMBED, requests, 64, seconds)
+            grpc_load(port, EMBED, requests, 64, seconds)
         for _ in range(rounds):
             limit = add("bare_32x20", throughput(bare, 32, 20, seconds / 2))
             cost = add("bare_20_cpu_ms", cpu_seconds(bare, 32, 20, seconds / 4) / 32 * 1e3)
@@ -185,16 +186,16 @@ def served(rounds: int, seconds: float) -> dict[str, Any]:
             both = series["grpc_20_server_cpu_ms"][-1] + series["grpc_20_generator_cpu_ms"][-1]
             add("grpc_20_cpu_ratio", cost / both)
             limit = (limit + add("bare_32x20", throughput(bare, 32, 20, seconds / 2))) / 2
-            add("grpc_20", grpc["rps"])
-            add("grpc_20_p50_ms", grpc["p50_ms"])
-            add("grpc_20_p99_ms", grpc["p99_ms"])
-            add("grpc_20_ratio", grpc["rps"] / limit)
+            add("grpc_20", grpc.rps)
+            add("grpc_20_p50_ms", grpc.p50_ms)
+            add("grpc_20_p99_ms", grpc.p99_ms)
+            add("grpc_20_ratio", grpc.rps / limit)
             engine = add("engine_32x20", throughput(own, 32, 20, seconds / 2))
-            add("grpc_20_of_own_engine", grpc["rps"] / engine)
+            add("grpc_20_of_own_engine", grpc.rps / engine)
             spent = time.process_time()
             fifo = add("bare_mixed", naive())
             fifo_cost = (time.process_time() - spent) / series["naive_texts"][-1] * 1e3
-            spread = add("grpc_mixed", load("grpc_mixed", mixed)["rps"])
+            spread = add("grpc_mixed", load("grpc_mixed", mixed).rps)
             add("grpc_mixed_ratio", spread / fifo)
             both = (
                 series["grpc_mixed_server_cpu_ms"][-1] + series["grpc_mixed_generator_cpu_ms"][-1]
@@ -202,7 +203,7 @@ def served(rounds: int, seconds: float) -> dict[str, Any]:
             add("bare_mixed_cpu_ms", fifo_cost)
             add("grpc_mixed_cpu_ratio", fifo_cost / both)
             one = add("one_bare_ms", 1e3 / throughput(own, 1, 20, seconds / 2))
-            lone = add("one_grpc_ms", common.load(port, EMBED, short[:1], 1, seconds / 2)["p50_ms"])
+            lone = add("one_grpc_ms", grpc_load(port, EMBED, short[:1], 1, seconds / 2).p50_ms)
             add("one_over_bare_ms", lone - one)
             add("one_bare_fp32_ms", 1e3 / throughput(bare, 1, 20, seconds / 2))
     return {

@@ -3,7 +3,7 @@
     python -m benchmarks.generation --vllm-python .venv-vllm/bin/python
 
 One after the other in one run, on the same cores as the load; the same model, prompts and options.
-The load is one Go program for all servers (benchmarks/load): its clients take a tenth of what
+The load is one Go program for all servers (benchmarks/streams): its clients take a tenth of what
 Python's take of the cores that are measured. `offline` is `LLM.generate` as it comes; `offline, one
 process` the same with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one computing thread less than cores, as
 Forebay runs the engine.
@@ -277,7 +277,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         a.load = Path(folder) / "load"
         build = ["go", "build", "-mod=mod", "-o", str(a.load), "."]
-        subprocess.run(build, cwd=ROOT / "benchmarks" / "load", check=True)
+        subprocess.run(build, cwd=ROOT / "benchmarks" / "streams", check=True)
         if a.only in ("", "tiny"):
             found["tiny model, 2.0M"] = measure("tiny", a.tiny, a)
         for size, shape in SHAPES.items():

@@ -263,8 +263,8 @@ def check_snapshots(stub, name: str, acked: dict[str, int]) -> None:
 
 
 def damage(home: Path, chance: random.Random) -> str | None:
-    """Change one byte of one file of a saved index; gives the file's name."""
-    files = [p for p in home.glob("collections/*/index/*") if p.stat().st_size]
+    """Change one byte of one file of the saved indexes of KINDS; gives the file's name."""
+    files = [p for p in home.glob("collections/[12]/index/*") if p.stat().st_size]
     if not files:
         return None
     path = chance.choice(sorted(files))

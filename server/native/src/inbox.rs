@@ -170,10 +170,10 @@ impl Inbox {
     /// Hands a call over. False when too many wait.
     pub fn put(&self, call: Arc<Call>) -> bool {
         let mut state = self.state.lock();
-        let stale = |first: &Arc<Call>| first.received.elapsed() > self.bounds.wait;
+        let aged = |first: &Arc<Call>| first.received.elapsed() > self.bounds.wait;
         if state.closed
             || state.waiting.len() >= self.bounds.calls
-            || state.waiting.front().is_some_and(stale)
+            || state.waiting.front().is_some_and(aged)
         {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return false;
