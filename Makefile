@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn,retrieval,cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help up test fuzz soak test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench clean
+.PHONY: help up test fuzz soak test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench bench-peers bench-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -92,8 +92,14 @@ fuzz: ## Fuzz the fast lane's framing, metadata, rows and replies, FUZZ_S second
 soak: $(VENV)/.dev $(VENV)/.native ## 20 minutes of mixed traffic; fails when anything grows or an answer is wrong
 	$(BIN)/python -m benchmarks.soak --keep
 
-bench: $(VENV)/.dev ## Benchmarks; results go to benchmarks/results/
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/.dev ## What each layer of Forebay costs; results go to benchmarks/results/
+	$(BIN)/forebay bench layers
+
+bench-peers: $(VENV)/.dev $(VENV)/.native ## Forebay beside its peers in one run (an hour; goes on where it was cut off)
+	$(BIN)/forebay bench peers
+
+bench-gpu: $(VENV)/.dev ## Texts a second on a GPU beside the bare loop
+	$(BIN)/forebay bench gpu
 
 clean: ## Remove what the build made
 	rm -rf $(VENV) build dist contract/forebay/v1 contract/forebay/options contract/forebay/oip contract/forebay/twin contract/forebay/contract.binpb

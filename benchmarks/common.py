@@ -1,25 +1,26 @@
-"""What benchmarks share: texts of known length, a server of its own, ghz, the machine's facts."""
+"""What benchmarks share: texts of known length, a server of its own, the machine's facts."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
 import shutil
+import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import Processes
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".forebay"
-PROTOSET = ROOT / "contract" / "forebay" / "contract.binpb"
 RESULTS = ROOT / "benchmarks" / "results"
 WORDS = [
     "the",
@@ -83,21 +84,27 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "kernel": platform.release(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 @contextmanager
 def serving(**environment: str) -> Iterator[tuple[int, int]]:
     """`forebay up` on the starter models; gives the gRPC and the HTTP port."""
-    from forebay_cli.up import free_port
-
     grpc_port, http_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as home:
         env = {
-            **os.environ,
             "FOREBAY_HOME": home,
             "FOREBAY_GRPC_PORT": str(grpc_port),
             "FOREBAY_HTTP_PORT": str(http_port),
@@ -105,11 +112,9 @@ def serving(**environment: str) -> Iterator[tuple[int, int]]:
             "FOREBAY_MODELS__STARTERS": "false",
             **environment,
         }
-        log = (Path(home) / "log").open("wb")
-        process = subprocess.Popen([sys.executable, "-m", "forebay_cli", "up"], env=env, stderr=log)
+        command = [sys.executable, "-m", "forebay_cli", "up"]
+        processes = Processes(command, Path(home) / "log", env)
         try:
-            import urllib.request
-
             for _ in range(600):
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{http_port}/readyz", timeout=1)
@@ -118,46 +123,7 @@ def serving(**environment: str) -> Iterator[tuple[int, int]]:
                     time.sleep(0.1)
             yield grpc_port, http_port
         finally:
-            process.terminate()
-            process.wait(60)
-
-
-def ghz() -> str:
-    """The load generator. Says how to get it where it is not."""
-    found = shutil.which("ghz") or str(Path.home() / "go" / "bin" / "ghz")
-    if not Path(found).exists():
-        raise SystemExit("ghz is needed: go install github.com/bojand/ghz/cmd/ghz@latest")
-    return found
-
-
-def load(
-    port: int, method: str, requests: list[Any], callers: int, seconds: float
-) -> dict[str, float]:
-    """A closed loop by ghz: calls a second and latencies in milliseconds."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(requests, file)
-        file.flush()
-        command = [
-            ghz(),
-            "--insecure",
-            "--protoset",
-            str(ROOT / "contract" / "forebay" / "contract.binpb"),
-            "--call",
-            method,
-            "--data-file",
-            file.name,
-            "--format",
-            "json",
-        ]
-        command += ["-c", str(callers), "--connections", str(min(callers, 4)), "-z", f"{seconds}s"]
-        command += ["--duration-stop", "wait", f"127.0.0.1:{port}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    out = json.loads(done.stdout)
-    bad = {k: v for k, v in (out.get("statusCodeDistribution") or {}).items() if k != "OK"}
-    if bad:
-        raise RuntimeError(f"calls failed: {bad}")
-    latency = {x["percentage"]: x["latency"] / 1e6 for x in out["latencyDistribution"]}
-    return {"rps": out["rps"], "p50_ms": latency[50], "p99_ms": latency[99]}
+            processes.stop()
 
 
 def median(values: list[float]) -> float:

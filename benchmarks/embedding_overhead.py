@@ -26,6 +26,7 @@ from forebay_server.repository.loading import Defaults, engine_spec
 from forebay_server.repository.manifest import ModelConfig
 
 from benchmarks import common
+from benchmarks.load import grpc_load, http_load
 
 EMBED = "forebay.v1.EmbeddingService/Embed"
 
@@ -129,42 +130,13 @@ def batcher(model: OnnxEngine, queue: type[RequestQueue] = RequestQueue) -> Batc
     return client
 
 
-def http_loop(port: int, body: bytes, callers: int, seconds: float) -> dict[str, float]:
-    """The same closed loop through the OpenAI door, by raw keep-alive connections."""
-    import http.client
-
-    until = time.perf_counter() + seconds
-    times: list[float] = []
-    lock = threading.Lock()
-
-    def caller(_: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        mine = []
-        while time.perf_counter() < until:
-            before = time.perf_counter()
-            connection.request("POST", "/v1/embeddings", body)
-            answer = connection.getresponse()
-            answer.read()
-            if answer.status != 200:
-                raise RuntimeError(f"HTTP {answer.status}")
-            mine.append(time.perf_counter() - before)
-        with lock:
-            times.extend(mine)
-
-    with ThreadPoolExecutor(callers) as pool:
-        list(pool.map(caller, range(callers)))
-    return {"rps": len(times) / seconds, "p50_ms": common.median(times) * 1e3}
-
-
 def measure(seconds: float, rounds: int) -> dict[str, Any]:
     """All figures, medians over rounds; ratios are medians of each round's ratio."""
     model = engine()
     short = [{"texts": [common.text_of(20, i)]} for i in range(64)]
     lengths = common.mixed_lengths(256)
     mixed = [{"texts": [common.text_of(n, i)]} for i, n in enumerate(lengths)]
-    body = json.dumps(
-        {"model": "minilm", "input": common.text_of(20, 0), "encoding_format": "base64"}
-    )
+    body = {"model": "minilm", "input": common.text_of(20, 0), "encoding_format": "base64"}
     series: dict[str, list[float]] = {}
 
     def keep(name: str, value: float) -> float:
@@ -178,34 +150,37 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
         common.repository("minilm", fp32) as root,
         common.serving(FOREBAY_MODELS__ROOT=str(root)) as (grpc_port, http_port),
     ):
-        common.load(grpc_port, EMBED, short, 64, 2)
-        common.load(grpc_port, EMBED, mixed, 64, 2)
+        grpc_load(grpc_port, EMBED, short, 64, 2)
+        grpc_load(grpc_port, EMBED, mixed, 64, 2)
         for _ in range(rounds):
             limit = keep("bare_32x20", bare(model, seconds, 32, 20))
             keep("batcher_20", (rate := closed_loop(aware, items([20] * 64), 64, seconds)[0]))
             keep("batcher_ratio", rate / limit)
-            grpc = common.load(grpc_port, EMBED, short, 64, seconds)
-            keep("grpc_20", grpc["rps"])
-            keep("grpc_p50_ms", grpc["p50_ms"])
-            keep("grpc_p99_ms", grpc["p99_ms"])
+            grpc = grpc_load(grpc_port, EMBED, short, 64, seconds)
+            keep("grpc_20", grpc.rps)
+            keep("grpc_p50_ms", grpc.p50_ms)
+            keep("grpc_p99_ms", grpc.p99_ms)
             again = bare(model, seconds / 2, 32, 20)
-            keep("grpc_ratio", grpc["rps"] / ((limit + again) / 2))
-            http = http_loop(http_port, body.encode(), 64, seconds)
-            keep("gateway_20", http["rps"])
-            keep("gateway_ratio", http["rps"] / ((limit + again) / 2))
+            keep("grpc_ratio", grpc.rps / ((limit + again) / 2))
+            http = http_load(http_port, "/v1/embeddings", [body], 64, seconds)
+            keep("gateway_20", http.rps)
+            keep("gateway_ratio", http.rps / ((limit + again) / 2))
             naive_rate = closed_loop(naive, items(lengths), 64, seconds)[0]
             aware_rate = closed_loop(aware, items(lengths), 64, seconds)[0]
             keep("mixed_fifo", naive_rate)
             keep("mixed_batcher", aware_rate)
             keep("mixed_ratio", aware_rate / naive_rate)
-            keep("mixed_grpc", (m := common.load(grpc_port, EMBED, mixed, 64, seconds)["rps"]))
+            keep("mixed_grpc", (m := grpc_load(grpc_port, EMBED, mixed, 64, seconds).rps))
             keep("mixed_grpc_ratio", m / naive_rate)
             one = keep("one_bare_ms", bare_latency(model, seconds / 2))
             keep("one_batcher_ms", closed_loop(aware, items([20]), 1, seconds / 2)[1])
-            lone = common.load(grpc_port, EMBED, short[:1], 1, seconds / 2)["p50_ms"]
+            lone = grpc_load(grpc_port, EMBED, short[:1], 1, seconds / 2).p50_ms
             keep("one_grpc_ms", lone)
             keep("one_grpc_over_bare_ms", lone - one)
-            keep("one_gateway_ms", http_loop(http_port, body.encode(), 1, seconds / 2)["p50_ms"])
+            keep(
+                "one_gateway_ms",
+                http_load(http_port, "/v1/embeddings", [body], 1, seconds / 2).p50_ms,
+            )
     aware.close()
     naive.close()
     figures = {name: round(common.median(values), 3) for name, values in series.items()}

@@ -3,9 +3,10 @@
     python -m benchmarks.generation --vllm-python .venv-vllm/bin/python
 
 One after the other in one run, on the same cores as the load; the same model, prompts and options.
-The load is one Go program for all servers (benchmarks/load): its clients take a tenth of what
+The load is one Go program for all servers (benchmarks/streams): its clients take a tenth of what
 Python's take of the cores that are measured. `offline` is `LLM.generate` as it comes; `offline, one
-process` the same with VLLM_ENABLE_V1_MULTIPROCESSING=0, as Forebay runs the engine.
+process` the same with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one computing thread less than cores, as
+Forebay runs the engine.
 """
 
 from __future__ import annotations
@@ -141,9 +142,11 @@ def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
     out: dict[str, Any] = {}
     offline = {**common, "model": str(model), "context": CONTEXT, "options": options}
     script = str(ROOT / "benchmarks" / "generation_offline.py")
+    threads = str(max(1, (os.cpu_count() or 2) - 1))
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads}
     for way, more in (
         ("offline", {}),
-        ("offline, one process", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+        ("offline, one process", one_process),
     ):
         rates = result([str(a.vllm_python), script, json.dumps(offline)], {**plain, **more})
         out[way] = {n: {"rates": found} for n, found in rates.items()}
@@ -267,11 +270,14 @@ def main() -> None:
     a = parser.parse_args()
     a.vllm_python = a.vllm_python.absolute()
     kept = RESULTS / "generation.json"
-    found: dict[str, Any] = json.loads(kept.read_text()) if a.only and kept.exists() else {}
+    found: dict[str, Any] = {}
+    if a.only and kept.exists():  # those that were measured in the same ways
+        before = json.loads(kept.read_text())
+        found = {k: v for k, v in before.items() if "offline, one process" in v}
     with tempfile.TemporaryDirectory() as folder:
         a.load = Path(folder) / "load"
         build = ["go", "build", "-mod=mod", "-o", str(a.load), "."]
-        subprocess.run(build, cwd=ROOT / "benchmarks" / "load", check=True)
+        subprocess.run(build, cwd=ROOT / "benchmarks" / "streams", check=True)
         if a.only in ("", "tiny"):
             found["tiny model, 2.0M"] = measure("tiny", a.tiny, a)
         for size, shape in SHAPES.items():

@@ -42,7 +42,8 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks import vector_data
-from benchmarks.common import RESULTS, ROOT, load, machine, median
+from benchmarks.common import RESULTS, ROOT, machine, median
+from benchmarks.load import grpc_load
 
 SEARCH = "forebay.v1.CollectionService/Search"
 #: Queries of the recall of filtered and of flat search; others take all.
@@ -308,7 +309,7 @@ def one_round(
     plain = [{**body, "vector": q.tolist(), "with_payload": False} for q in chosen]
     before, cpu, at = server.batches(), server.cpu_s, machine_time()
     ghz = resource.getrusage(resource.RUSAGE_CHILDREN)
-    served: dict[str, float] = load(server.port, SEARCH, plain, args.callers, args.seconds)
+    served = grpc_load(server.port, SEARCH, plain, args.callers, args.seconds)
     done = resource.getrusage(resource.RUSAGE_CHILDREN)
     mine = server.cpu_s - cpu + done.ru_utime + done.ru_stime - ghz.ru_utime - ghz.ru_stime
     wall, busy = (b - a for a, b in zip(at, machine_time(), strict=True))
@@ -316,11 +317,13 @@ def one_round(
     batch = (after[1] - before[1]) / max(1, after[0] - before[0])
     cpu = (server.cpu_s - cpu) / max(1, after[1] - before[1]) * 1e6
     whole = [{**body, "vector": q.tolist()} for q in chosen]
-    with_payload = load(server.port, SEARCH, whole, args.callers, args.seconds / 2)
+    with_payload = grpc_load(server.port, SEARCH, whole, args.callers, args.seconds / 2)
     alone, bare_cpu = bare(index, queries, params, max(1, round(batch)), args.callers, args.seconds)
     best = max(alone.values())
     return {
-        **served,
+        "rps": served.rps,
+        "p50_ms": served.p50_ms,
+        "p99_ms": served.p99_ms,
         "batch": batch,
         "cpu_us": cpu,
         "ghz_cores": (mine - (server_cpu := cpu * (after[1] - before[1]) / 1e6)) / wall,
@@ -328,9 +331,9 @@ def one_round(
         "others_cores": (busy - mine) / wall,
         "bare_cpu_us": bare_cpu,
         "cpu_ratio": bare_cpu / cpu,
-        "payload_rps": with_payload["rps"],
+        "payload_rps": with_payload.rps,
         "bare_rps": best,
-        "ratio": served["rps"] / best,
+        "ratio": served.rps / best,
         **{f"bare {k}": v for k, v in alone.items()},
     }
 

@@ -83,10 +83,13 @@ def show_config(config: Config = None) -> None:
 
 
 def _register() -> None:
-    from forebay_cli import evaluate, export, keys, models, plan
+    from forebay_cli import bench, evaluate, export, keys, models, plan, tune
+
+    bench.app.command("tune")(tune.tune)
 
     app.add_typer(keys.app, name="keys", help="Make, list and revoke API keys.")
     app.add_typer(models.app, name="models", help="The registry of a running server.")
+    app.add_typer(bench.app, name="bench", help="Measurements on this machine.")
     app.add_typer(export.app, name="export", help="From trained models to served artefacts.")
     app.command("pull")(export.pull)
     app.command("eval")(evaluate.evaluate)

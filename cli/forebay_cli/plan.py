@@ -46,7 +46,7 @@ def plan(
         _fail(f"--routing is {routing!r}; allowed are {', '.join(ROUTINGS)}")
     if bool(fit) == (cost is not None):
         _fail("one of --fit and --cost is needed")
-    lengths = _lengths(tokens)
+    lengths = lengths_of(tokens)
     policy = BatchPolicy(max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size)
     model, policy, instances, text = _cost(fit, cost, lengths, rows, policy, instances)
     calls = [Call(n) for n in lengths] if text else [Call(1, rows)]
@@ -116,7 +116,8 @@ def _cost(
     return model, policy, instances, model.source.get("items") != "rows"
 
 
-def _lengths(text: str) -> list[int]:
+def lengths_of(text: str) -> list[int]:
+    """Lengths from `20` or `5-256`; exits with a message for anything else."""
     low, _, high = text.partition("-")
     try:
         first, last = int(low), int(high or low)

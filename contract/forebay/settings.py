@@ -175,6 +175,12 @@ class ModelSettings(_Section):
     max_batch_size: int = Field(default=32, ge=1)
     max_batch_rows: int = Field(default=256, ge=1, description="for models on rows and tensors")
     max_queue_size: int = Field(default=4096, ge=1)
+    engine_nice: int = Field(
+        default=6,
+        ge=0,
+        le=19,
+        description="encoders' threads give way to those that take calls; 0 = they do not",
+    )
 
 
 class GenerationSettings(_Section):

@@ -96,6 +96,7 @@ class Server:
                 max_batch_size=s.models.max_batch_size,
                 max_batch_rows=s.models.max_batch_rows,
                 max_queue_size=s.models.max_queue_size,
+                engine_nice=s.models.engine_nice,
                 tensorrt_cache=str(s.home / "tensorrt"),
                 vllm_python=str(s.generation.vllm_python or ""),
                 vllm_cache_gb=s.generation.vllm_cache_gb,

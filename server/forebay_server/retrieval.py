@@ -26,8 +26,9 @@ from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.dense import gpus
 from forebay_server.indexes.engine import SearchEngine
 from forebay_server.indexes.qdrant import QdrantStore
-from forebay_server.knowledge.answering import Answerer
+from forebay_server.knowledge.answering import Answerer, Done, Event
 from forebay_server.knowledge.bases import KnowledgeBases
+from forebay_server.knowledge.citations import Unsupported
 from forebay_server.knowledge.evaluating import Evaluator
 from forebay_server.knowledge.evaluation_jobs import EvaluationJobs
 from forebay_server.knowledge.ingest import Ingest
@@ -108,7 +109,14 @@ class Retrieval:
         )
         writer = Writer(generation, settings.knowledge, part_ended)
         retriever = Retriever(self.bases, self.searches, embedder, writer)
-        self.answerer = Answerer(self.bases, retriever, embedder, writer)
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Done):
+                metrics.answers.labels(event.method).inc()
+            elif isinstance(event, Unsupported):
+                metrics.unsupported.labels(event.reason).inc()
+
+        self.answerer = Answerer(self.bases, retriever, embedder, writer, on_event)
         self.evaluations = EvaluationJobs(self.bases)
         self._snapshots = Snapshots(self.collections)
         self.services: list[Service] = [

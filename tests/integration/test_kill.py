@@ -72,7 +72,7 @@ class Process:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
         self.stub = collection_pb2_grpc.CollectionServiceStub(self.channel)
         check = health_pb2_grpc.HealthStub(self.channel).Check
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while True:
             try:
                 if check(health_pb2.HealthCheckRequest(), timeout=5).status == 1:

@@ -184,9 +184,8 @@ def test_events_pass_as_they_come_and_a_killed_server_ends_them_with_an_error(
     events: list[str] = []
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
         assert response.status_code == 200
-        for line in response.iter_lines():
-            if line:
-                events.append(line)
+        for line in filter(None, response.iter_lines()):
+            events.append(line)
             if len(events) == 5:
                 served = [r for r in replicas if calls_in_progress(r)]
                 assert len(served) == 1, "five events came while the call goes on"

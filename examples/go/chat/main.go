@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	pb "forebay.example/chat/gen/forebay/v1"
 )
@@ -49,6 +50,10 @@ func main() {
 				Role:    pb.ChatRole_CHAT_ROLE_USER,
 				Content: []*pb.ContentPart{{Text: os.Args[3]}},
 			}},
+			Sampling: &pb.Sampling{
+				Temperature: proto.Float32(0), // the likeliest answer, the same each time
+				MaxTokens:   proto.Int32(512),
+			},
 		},
 	})
 	if err != nil {

@@ -57,7 +57,7 @@ function status(d) {
 }
 
 function size(bytes) {
-  return bytes < 1 << 20 ? `${Math.ceil(bytes / 1024)} KiB` : `${(bytes / (1 << 20)).toFixed(1)} MiB`;
+  return bytes < 1 << 20 ? `${Math.ceil(bytes / 1024)}\u00a0KiB` : `${(bytes / (1 << 20)).toFixed(1)}\u00a0MiB`;
 }
 
 form.base.addEventListener("change", guarded(refresh));

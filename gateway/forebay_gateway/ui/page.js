@@ -102,16 +102,18 @@ export function say(text, kind = "bad") {
   notice.dataset.kind = kind;
 }
 
-/** A handler: what goes wrong is said in the page's status line, the pressed button waits meanwhile. */
+/** A handler: what goes wrong is said in the page's status line. The pressed button waits meanwhile; it
+ * is not disabled, which would take the keyboard's focus from it. */
 export function guarded(run) {
   return async (event) => {
     event?.preventDefault?.();
     say("");
     const pressed = event?.submitter ?? (event?.currentTarget instanceof HTMLButtonElement ? event.currentTarget : null);
-    if (pressed) pressed.disabled = true;
+    if (pressed?.ariaBusy) return;
+    if (pressed) pressed.ariaBusy = "true";
     try { await run(event); } catch (error) {
       if (error.name !== "AbortError") say(error.message);
-    } finally { if (pressed) pressed.disabled = false; }
+    } finally { if (pressed) pressed.ariaBusy = null; }
   };
 }
 

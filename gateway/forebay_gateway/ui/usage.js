@@ -1,6 +1,6 @@
 // What runs now, what keys used, and the keys themselves.
 
-import { $, again, api, badge, button, element, enc, guarded, headers, percent, row, rows, say } from "./page.js";
+import { $, again, api, button, element, enc, guarded, headers, percent, row, rows, say } from "./page.js";
 
 const EVERY_MS = 2000, KEPT = 60;
 let before = null;
@@ -91,8 +91,8 @@ async function keys() {
   const { keys: found } = await api("GET", "/api/v1/keys");
   rows($("#key-rows"), found.map((k) => row(
     k.id, k.name, k.scopes.map((s) => s.replace("KEY_SCOPE_", "").toLowerCase()).join(", "),
-    k.revoked_at ? badge("revoked", "bad") : badge("in force", "good"),
-    k.revoked_at ? "" : button("Revoke", async () => {
+    k.expires_at ? new Date(k.expires_at).toLocaleString() : "no end",
+    button("Revoke", async () => {
       if (!confirm(`Revoke the key ${k.name}? Calls with it fail from then on.`)) return;
       await api("POST", `/api/v1/keys/${enc(k.id)}:revoke`, {});
       await keys();

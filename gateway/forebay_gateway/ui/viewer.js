@@ -2,7 +2,7 @@
 
 import { $, api, element, enc } from "./page.js";
 
-/** Offsets count code points, as the server's do. `answer` is the part of the span that answers. */
+/** Offsets count code points, as the server's do. */
 export async function openDocument(base, document, span) {
   const path = `/api/v1/knowledge/${enc(base)}/documents/${enc(document)}?with_text=true`;
   const { document: facts, pages } = await api("GET", path);
@@ -19,10 +19,7 @@ export async function openDocument(base, document, span) {
     if (!span || span.end <= page.start || span.start >= end) {
       $("#viewer-text").append(letters.join(""));
     } else {
-      const mark = element("mark");
-      if (span.answer_end > span.answer_start) {
-        mark.append(cut(span.start, span.answer_start), element("strong", cut(span.answer_start, span.answer_end)), cut(span.answer_end, span.end));
-      } else mark.append(cut(span.start, span.end));
+      const mark = element("mark", cut(span.start, span.end));
       $("#viewer-text").append(cut(page.start, span.start), mark, cut(span.end, end));
       requestAnimationFrame(() => mark.scrollIntoView({ block: "center" }));
     }

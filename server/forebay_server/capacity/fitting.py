@@ -114,19 +114,24 @@ def _shapes(spec: EngineSpec, manifest: Manifest, lengths: Sequence[int]) -> lis
     return out
 
 
+def item_of(
+    spec: EngineSpec, manifest: Manifest, rng: np.random.Generator, rows: int, length: int
+) -> Item:
+    """An item like those of callers: a text of `length` tokens, or `rows` rows of tensors."""
+    if spec.kind == "tokens":
+        return Item(TokenInput(rng.integers(1000, 20_000, length, np.int64)), length)
+    tensors = {
+        t.name: _tensor(manifest, rng, t.name, t.datatype, t.shape, rows) for t in spec.inputs
+    }
+    return Item(tensors, rows=rows)
+
+
 def _batch(
     spec: EngineSpec, manifest: Manifest, rng: np.random.Generator, rows: int, length: int
 ) -> Batch:
     if spec.kind == "tokens":
-        items = [
-            Item(TokenInput(rng.integers(1000, 20_000, length, np.int64)), length)
-            for _ in range(rows)
-        ]
-        return Batch(items, length, rows)
-    tensors = {
-        t.name: _tensor(manifest, rng, t.name, t.datatype, t.shape, rows) for t in spec.inputs
-    }
-    return Batch([Item(tensors, rows=rows)], 1, rows)
+        return Batch([item_of(spec, manifest, rng, 1, length) for _ in range(rows)], length, rows)
+    return Batch([item_of(spec, manifest, rng, rows, 1)], 1, rows)
 
 
 def _tensor(

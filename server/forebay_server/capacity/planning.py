@@ -10,7 +10,7 @@ from forebay_server.capacity.simulation import Call, Outcome, Routing, Scenario,
 from forebay_server.core.interfaces import BatchPolicy
 
 #: Calls that one simulation goes through, at least: its p99 rests on a hundredth of them.
-CALLS = 30_000
+CALLS = 20_000
 #: Replicas that are simulated together; more behave as these, each with its share of the calls.
 TOGETHER = 16
 
@@ -70,8 +70,10 @@ def peak(
 
 def capacity(target: Target, cost: CostModel, policy: BatchPolicy) -> float:
     """Calls a second at which one replica alone just keeps the target; 0 when it never does."""
-    low, high = 0.0, 1.25 * peak(cost, policy, target.calls, target.slots, target.call_s)
-    for _ in range(11):
+    if max(cost.seconds(c.rows, c.length) for c in target.calls) > target.p99_s:
+        return 0.0  # not even alone
+    low, high = 0.0, 1.05 * peak(cost, policy, target.calls, target.slots, target.call_s)
+    for _ in range(9):
         rate = (low + high) / 2
         if _keeps(_run(target, cost, policy, rate, 1), target):
             low = rate

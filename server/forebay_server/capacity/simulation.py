@@ -249,15 +249,16 @@ class Simulation:
         while replica.free:
             for late in queue.expire(now):
                 late.fail(TimeoutError())
-            oldest = queue.oldest_enqueued()
-            if oldest is None:
-                return
-            due = oldest + s.policy.max_queue_delay_s
-            if due > now and not queue.full_batch_waits():
-                if replica.alarm is None or replica.alarm <= now:
-                    replica.alarm = due
-                    self._later(due, lambda: self._cut(at))
-                return
+            delay = s.policy.max_queue_delay_s
+            if delay > 0 and not queue.full_batch_waits():
+                oldest = queue.oldest_enqueued()
+                if oldest is None:
+                    return
+                if oldest + delay > now:
+                    if replica.alarm is None or replica.alarm <= now:
+                        replica.alarm = oldest + delay
+                        self._later(replica.alarm, lambda: self._cut(at))
+                    return
             cut = queue.cut(now)
             if cut is None:
                 return

@@ -41,7 +41,7 @@ class BatchingEngineClient:
         hop_s: see WORTH_A_HOP.
         here_s: a free engine whose batches take less is run by the thread that submits, if it is one
             that works through a batch of calls (`together`); 0 = never.
-        gives_way: engines' threads compute at a lower priority, see priority.py.
+        nice: how much lower the priority of engines' threads is, see priority.py.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BatchingEngineClient:
         wait: Callable[[float], object] | None = None,
         hop_s: float = WORTH_A_HOP,
         here_s: float = 0.0,
-        gives_way: bool = False,
+        nice: int = 0,
     ) -> None:
         self.spec: EngineSpec = engines[0].spec
         self.engines = list(engines)
@@ -79,7 +79,7 @@ class BatchingEngineClient:
                 wait=wait or self._intake.closing.wait,
                 observer=observer,
                 hop_s=hop_s,
-                gives_way=gives_way,
+                nice=nice,
             )
             for i, engine in enumerate(self.engines)
         ]

@@ -13,13 +13,10 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-#: How much nicer computing threads are than the rest: about a quarter of their share when both want
-#: a core, and all of it else.
-ENGINE_NICE = 6
 T = TypeVar("T")
 
 
-def lower(by: int = ENGINE_NICE) -> None:
+def lower(by: int) -> None:
     """Lower this thread's priority for good. Does nothing where threads have none of their own."""
     if not hasattr(os, "setpriority") or not os.path.isdir("/proc/self/task"):
         return
@@ -29,13 +26,13 @@ def lower(by: int = ENGINE_NICE) -> None:
         os.setpriority(os.PRIO_PROCESS, thread, min(19, now + by))
 
 
-def lowered(run: Callable[[], T]) -> T:
+def lowered(run: Callable[[], T], by: int) -> T:
     """Run on a thread of lower priority, which threads that it starts inherit; wait for it."""
     done: list[T] = []
     failed: list[BaseException] = []
 
     def body() -> None:
-        lower()
+        lower(by)
         try:
             done.append(run())
         except BaseException as e:

@@ -130,6 +130,10 @@ class RequestQueue:
         wait = self.waiting_tokens / tokens_per_second if tokens_per_second > 0 else 0.0
         if wait and deadline is not None:
             left = deadline - now
+            if self.waiting_tokens > self.policy.max_batch_tokens:
+                # What the oldest has waited tells of engines that became slower than they were.
+                oldest = self.oldest_enqueued()
+                wait = wait if oldest is None else max(wait, now - oldest)
             if 0 < MOST_WAIT * left < wait:
                 return QueueFull(
                     f"what waits takes {wait:.2f} s, too much of the {left:.2f} s that the deadline "

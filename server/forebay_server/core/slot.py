@@ -69,7 +69,7 @@ class Slot:
         revive: brings the engine back after it died; raises while it cannot.
         wait: sleeps the seconds given, or less when the client closes.
         hop_s: a stage is given to a second thread only when it takes longer than this.
-        gives_way: the slot's thread computes at a lower priority, see priority.py.
+        nice: how much lower the priority of the slot's thread is, see priority.py.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Slot:
         wait: Callable[[float], object],
         observer: Callable[[BatchReport], None] | None,
         hop_s: float,
-        gives_way: bool = False,
+        nice: int = 0,
     ) -> None:
         self.engine = engine
-        self._gives_way = gives_way
+        self._nice = nice
         self.thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._intake = intake
         self._revive = revive
@@ -132,8 +132,8 @@ class Slot:
     # The loop.
 
     def _run(self) -> None:
-        if self._gives_way:
-            lower()
+        if self._nice:
+            lower(self._nice)
         while True:
             cut: Cut | None = None
             try:

@@ -249,7 +249,7 @@ def _arguments(function: dict[str, Any]) -> Any:
 def build(spec: dict[str, Any]) -> OpenVinoStepper:
     """The engine. Raises Refused with the library's words."""
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)  # the pipeline's threads inherit it
+        os.nice(NICENESS)  # the pipeline's threads inherit it
     try:
         return OpenVinoStepper(spec)
     except Exception as e:

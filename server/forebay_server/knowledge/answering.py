@@ -5,7 +5,7 @@ extracted, that is the sentences that answer best, word by word.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 from forebay_server.core.call import Call
 from forebay_server.dataplane.embedding import TextEmbedder
 from forebay_server.knowledge.bases import Base, KnowledgeBases
-from forebay_server.knowledge.citations import AnswerCheck, Citation, Unsupported, cite
+from forebay_server.knowledge.citations import AnswerCheck, Citation, Source, Unsupported, cite
 from forebay_server.knowledge.extraction import best_sentences
 from forebay_server.knowledge.retrieval import (
     RetrievalSpec,
@@ -76,11 +76,13 @@ class Answerer:
         retriever: Retriever,
         embedder: TextEmbedder,
         writer: Writer,
+        on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._bases = bases
         self._retriever = retriever
         self._embedder = embedder
         self._writer = writer
+        self._on_event = on_event
 
     async def answer(
         self, call: Call, base: Base, question: Question
@@ -106,6 +108,7 @@ class Answerer:
         steps = self._written if model and found.chunks else self._extracted
         async with aclosing(steps(call, base, question, model, found, written)) as events:
             async for event in events:
+                self._on_event(event)
                 yield event
 
     async def _retrieved(
@@ -155,12 +158,14 @@ class Answerer:
             yield Token(NOTHING)
             yield Done("not_found", written)
             return
-        documents = await self._documents(base, [s.chunk for s in best])
         for number, s in enumerate(best, 1):
             text = " ".join(s.text.split())
             yield Token(f"{text} [{number}]" if number == 1 else f" {text} [{number}]")
+            documents = await self._documents(base, [s.chunk])
             answer = answer_span(question.text, s.text, base.config.language)
-            yield cite(number, s.chunk, s.start, s.end, documents[s.chunk.document], answer)
+            yield cite(
+                number, s.chunk, s.start, s.end, documents.get(s.chunk.document, Source()), answer
+            )
         yield Done("extracted", written)
 
     async def _written(
@@ -200,8 +205,13 @@ class Answerer:
             yield Token(event) if isinstance(event, str) else event
         yield Done("written", written)
 
-    async def _documents(self, base: Base, chunks: Sequence[RetrievedChunk]) -> dict[str, str]:
-        return {i: await self._bases.text(base, i) for i in {c.document: None for c in chunks}}
+    async def _documents(self, base: Base, chunks: Sequence[RetrievedChunk]) -> dict[str, Source]:
+        out: dict[str, Source] = {}
+        for document in {c.document: None for c in chunks}:
+            row = await self._bases.store.get(base.row.id, document)
+            if row is not None:
+                out[document] = Source(await self._bases.text(base, document), row.pages)
+        return out
 
 
 def _joined(question: Question) -> str:

@@ -4,6 +4,7 @@ written answers, checked while they come."""
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,10 +33,12 @@ _STOP = ".!?…。！？।؟"
 @dataclass(frozen=True, slots=True)
 class Citation:
     """A place that an answer rests on. All offsets are characters of the document's text; between
-    `answer_start` and `answer_end` stand the words that answer by themselves, as far as is known."""
+    `answer_start` and `answer_end` stand the words that answer by themselves, as far as is known.
+    `page` is where the quote begins, which need not be where its chunk begins."""
 
     number: int
     chunk: RetrievedChunk
+    page: int
     start: int
     end: int
     quote: str
@@ -52,6 +55,14 @@ class Citation:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A document that is cited: its text, and where its pages begin (none = it has no pages)."""
+
+    text: str = ""
+    pages: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Unsupported:
     """A piece of an answer, in its characters, that no source supports."""
 
@@ -65,15 +76,16 @@ def cite(
     chunk: RetrievedChunk,
     start: int,
     end: int,
-    document: str,
+    document: Source,
     answer: tuple[int, int] | None = None,
 ) -> Citation:
     """A citation of a span, checked against the document's text. `answer` is where, from `start` on,
     the words stand that answer by themselves."""
     quote = chunk.text[start - chunk.start : end - chunk.start]
-    verified = bool(quote) and document[start:end] == quote
+    verified = bool(quote) and document.text[start:end] == quote
+    page = bisect_right(document.pages, start) or chunk.page
     a, b = answer or (-start, -start)
-    return Citation(number, chunk, start, end, quote, verified, start + a, start + b)
+    return Citation(number, chunk, page, start, end, quote, verified, start + a, start + b)
 
 
 @dataclass(slots=True)
@@ -95,11 +107,11 @@ class AnswerCheck:
 
     Args:
         sources: the chunks that the model was given, as numbered from 1.
-        documents: texts of their documents.
+        documents: their documents.
     """
 
     def __init__(
-        self, sources: Sequence[RetrievedChunk], documents: Mapping[str, str], language: str
+        self, sources: Sequence[RetrievedChunk], documents: Mapping[str, Source], language: str
     ) -> None:
         self._sources = sources
         self._documents = documents
@@ -268,7 +280,7 @@ class AnswerCheck:
             return []
         self._cited.add((number, start, end))
         chunk = self._sources[number - 1]
-        return [cite(number, chunk, start, end, self._documents.get(chunk.document, ""))]
+        return [cite(number, chunk, start, end, self._documents.get(chunk.document, Source()))]
 
 
 def _quote_end(text: str) -> int:

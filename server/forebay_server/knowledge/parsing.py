@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,41 +79,34 @@ class DocumentParser:
     async def _ask(self, order: dict[str, Any]) -> list[bytes] | None:
         """The lines that came back; None when the process that forks is gone."""
         loop = asyncio.get_running_loop()
-        read, write = os.pipe()
-        reader = asyncio.StreamReader(limit=1 << 20)
-        transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb", 0)
-        )
-        pid = 0
-        try:
-            # One order is on its way at a time: orders have no bounds on a stream socket but these.
+        begun: asyncio.Future[int] = loop.create_future()
+
+        def tell(pid: int) -> None:
+            loop.call_soon_threadsafe(lambda: begun.done() or begun.set_result(pid))
+
+        # One order is on its way at a time: orders have no bounds on a stream socket but these.
+        async with self._lock:
+            orders = await self._started()
+            read, write = os.pipe()
             try:
-                async with self._lock:
-                    orders = await self._started()
-                    try:
-                        socket.send_fds(orders, [json.dumps(order).encode() + b"\n"], [write])
-                    except OSError:
-                        await self.close()
-                        return None
-                    finally:
-                        os.close(write)
-                        write = -1
-                    first = await reader.readline()
-            finally:
-                if write >= 0:
-                    os.close(write)
-            if not first.strip():
+                socket.send_fds(orders, [json.dumps(order).encode() + b"\n"], [write])
+            except OSError:
+                os.close(read)
+                await self.close()
                 return None
-            pid = int(first)
-            async with asyncio.timeout(self._limits.wall_s + GRACE_S):
-                return [line for line in (await reader.read()).split(b"\n") if line]
-        except TimeoutError:
-            return [str(-signal.SIGALRM).encode()]
-        finally:
-            if not reader.at_eof() and pid:  # late, or nobody waits for it any more
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            transport.close()
+            finally:
+                os.close(write)
+            seconds = self._limits.wall_s + GRACE_S
+            reading = loop.run_in_executor(None, _read_reply, read, seconds, tell)
+            pid = await begun
+            if not pid:
+                await self.close()
+                return None
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            _kill(pid)
+            raise
 
     async def _started(self) -> socket.socket:
         if self._orders is not None and self._process and self._process.returncode is None:
@@ -160,3 +156,36 @@ class DocumentParser:
             raise ParseError(reply["error"], reply["message"])
         reply["headings"] = [(a, b, c) for a, b, c in reply["headings"]]
         return Parsed(**reply)
+
+
+def _read_reply(pipe: int, seconds: float, tell: Callable[[int], None]) -> list[bytes]:
+    """All lines of a reply; closes the pipe. `tell` gets the child's pid, 0 when there is none. A
+    child that is not done in time is killed. (No pipe of the event loop's: uvloop closes those twice,
+    and the second time it may be another thread's new file.)"""
+    data = bytearray()
+    pid = 0
+    end = time.monotonic() + seconds
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    try:
+        while True:
+            if not poll.poll(max(0.0, end - time.monotonic()) * 1e3):
+                _kill(pid)
+                return [str(-signal.SIGALRM).encode()]
+            piece = os.read(pipe, 1 << 20)
+            if not piece:
+                return [line for line in bytes(data).split(b"\n") if line]
+            data += piece
+            first, ended, _ = data.partition(b"\n")
+            if not pid and ended and first:
+                pid = int(first)
+                tell(pid)
+    finally:
+        os.close(pipe)
+        tell(pid)
+
+
+def _kill(pid: int) -> None:
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

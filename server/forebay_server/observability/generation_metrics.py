@@ -50,7 +50,7 @@ class GenerationMetrics:
         )
         self._ended = Counter(
             "forebay_generation_ended",
-            "Generations by their end: done, aborted, or the error's reason",
+            "Generations by their end: done, cached, aborted, or the error's reason",
             ["model", "reason"],
             registry=registry,
         )
@@ -100,7 +100,9 @@ class _Loaded(Collector):
             "forebay_generation_running", "Answers that are being generated", labels=labels
         )
         waiting = GaugeMetricFamily(
-            "forebay_generation_waiting", "Requests in the fair queue", labels=labels
+            "forebay_generation_waiting",
+            "Requests in the fair queue, without those of batches",
+            labels=labels,
         )
         use = GaugeMetricFamily(
             "forebay_generation_kv_use_ratio", "Share of the key-value cache in use", labels=labels

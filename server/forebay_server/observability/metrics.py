@@ -47,7 +47,7 @@ class Metrics:
         self.tokens = Counter("forebay_tokens", "Tokens of answered calls", ["model"], registry=r)
         self.cache = Counter(
             "forebay_cache_lookups",
-            "Look-ups in the response cache",
+            "Look-ups in the response cache, by item; by call for language models",
             ["model", "result"],
             registry=r,
         )
@@ -81,9 +81,21 @@ class Metrics:
             ["status"],
             registry=r,
         )
+        self.answers = Counter(
+            "forebay_knowledge_answers",
+            "Answers from knowledge bases, by how they came to be",
+            ["method"],
+            registry=r,
+        )
+        self.unsupported = Counter(
+            "forebay_knowledge_unsupported",
+            "Pieces of written answers that no source supports",
+            ["reason"],
+            registry=r,
+        )
         self.batch_items = Counter(
             "forebay_batch_items",
-            "Items of batches that have ended",
+            "Items of batches that have ended: `completed` or `failed`",
             ["result"],
             registry=r,
         )

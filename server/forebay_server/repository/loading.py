@@ -54,6 +54,7 @@ class Defaults:
     tensorrt_cache: str = ""
     vllm_python: str = ""
     vllm_cache_gb: int = 0
+    engine_nice: int = 0
     trtllm_python: str = ""
 
 
@@ -102,16 +103,16 @@ def load(
             name, version, folder, config, manifest, tokenizer, defaults
         )
         return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
-    tokenizer = _tokenizer(folder, manifest)
+    tokenizer = tokenizer_of(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
     engines: list[Engine] = []
-    gives_way = spec.kind == "tokens" and spec.isolation == "thread"
+    nice = defaults.engine_nice if spec.kind == "tokens" and spec.isolation == "thread" else 0
     try:
         for _ in range(config.execution.instances):
             engine = create(spec)
             engines.append(engine)
-            if gives_way:  # the engine's own threads inherit the priority of the one that loads
-                lowered(engine.load)
+            if nice:  # the engine's own threads inherit the priority of the one that loads
+                lowered(engine.load, nice)
             else:
                 engine.load()
             _prove(engine, manifest)
@@ -123,7 +124,7 @@ def load(
         raise rejected(f"the model fails on a first run: {e}") from e
     trim()
     client = BatchingEngineClient(
-        engines, observer=observer(name, version), here_s=QUICK_S, gives_way=gives_way
+        engines, observer=observer(name, version), here_s=QUICK_S, nice=nice
     )
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
 
@@ -134,7 +135,8 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Any:
+def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
+    """A text model's tokenizer; None for others. Raises FailedPrecondition (MODEL_REJECTED)."""
     if manifest.task not in TEXT_TASKS or manifest.tokenizer_file is None:
         return None
     from tokenizers import Tokenizer

@@ -25,7 +25,7 @@ METHODS = {
     "complete": methods()["/forebay.v1.GenerationService/Complete"],
     "embed": methods()[EMBED],
 }
-MAX_NAME = 512
+MAX_NAME, MAX_NOTE = 512, 1000
 
 
 class BatchExecution:
@@ -141,6 +141,7 @@ class Intake:
         """The row of one more item."""
         number, self.total = self.total, self.total + 1
         name = item.custom_id[:MAX_NAME].replace("\0", "\ufffd")  # for PostgreSQL
+        item.note = item.note[:MAX_NOTE]
         error = self._fault(item)
         self._names.add(name)
         row = ItemRow(self._batch, number, name, item.SerializeToString(), "waiting")
@@ -158,7 +159,13 @@ class Intake:
     def _fault(self, item: pb.BatchItem) -> pb.BatchError | None:
         kind = item.WhichOneof("request")
         if kind == "invalid":
-            return item.invalid
+            said = item.invalid
+            return pb.BatchError(
+                code=said.code[:32] or "INVALID_ARGUMENT",
+                reason=said.reason[:64],
+                message=said.message[:4000],
+                field=said.field[:256],
+            )
         try:
             if not item.custom_id:
                 raise InvalidArgument.at("custom_id", "is required")

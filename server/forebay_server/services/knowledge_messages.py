@@ -179,7 +179,7 @@ def citation_message(c: Citation) -> pb.Citation:
         chunk=c.chunk.id,
         document=c.chunk.document,
         name=c.chunk.name,
-        page=c.chunk.page,
+        page=c.page,
         start=c.start,
         end=c.end,
         quote=c.quote,

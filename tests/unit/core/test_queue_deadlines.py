@@ -30,14 +30,14 @@ def queue() -> RequestQueue:
 
 def test_who_would_wait_too_long_is_told_when_to_come_again(queue: RequestQueue) -> None:
     with pytest.raises(QueueFull) as refused:
-        queue.push(completion(1, deadline=5.0), RATE, 4.0)
+        queue.push(completion(1, deadline=1.2), RATE, 0.2)
     assert refused.value.retry_after_s == pytest.approx(1.0 - MOST_WAIT)
     assert queue.waiting_tokens == 1000, "what is refused is not counted"
 
 
 def test_who_has_time_waits(queue: RequestQueue) -> None:
-    queue.push(completion(1, deadline=6.0), RATE, 4.0)
-    queue.push(completion(1), RATE, 4.0)
+    queue.push(completion(1, deadline=2.2), RATE, 0.2)
+    queue.push(completion(1), RATE, 0.2)
     assert queue.waiting_rows == 12
 
 
@@ -58,9 +58,19 @@ def test_nothing_waits_so_nobody_is_refused() -> None:
     assert queue.waiting_rows == 1
 
 
+def test_an_engine_that_became_slow_shows_in_what_the_oldest_has_waited(
+    queue: RequestQueue,
+) -> None:
+    with pytest.raises(QueueFull):
+        queue.push(completion(1, deadline=9.0), 1000 * RATE, 8.0)
+    while queue.waiting_tokens > 500:
+        queue.cut()
+    queue.push(completion(1, deadline=9.0), 1000 * RATE, 8.0)  # the next batch takes all that waits
+
+
 def test_work_that_left_makes_room(queue: RequestQueue) -> None:
     assert queue.cut(0.0) is not None  # half a second's worth
-    queue.push(completion(1, deadline=5.0), RATE, 4.0)
+    queue.push(completion(1, deadline=1.2), RATE, 0.2)
     assert queue.waiting_tokens == 501
 
 

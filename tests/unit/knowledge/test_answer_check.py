@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forebay_server.knowledge.citations import AnswerCheck, Citation, Unsupported
+from forebay_server.knowledge.citations import AnswerCheck, Citation, Source, Unsupported
 from forebay_server.knowledge.retrieval import RetrievedChunk
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ def chunk(document: str, text: str, start: int = 0) -> RetrievedChunk:
 def check(answer: str, sizes: tuple[int, ...] = (3,)) -> tuple[str, list[object]]:
     """The text that came out, and all else in order; fed in pieces of the sizes in turn."""
     sources = [chunk("a", DOCUMENT[9:], 9), chunk("b", OTHER)]
-    checked = AnswerCheck(sources, {"a": DOCUMENT, "b": OTHER}, "en")
+    checked = AnswerCheck(sources, {"a": Source(DOCUMENT), "b": Source(OTHER)}, "en")
     events = []
     at = i = 0
     while at < len(answer):
@@ -72,11 +72,19 @@ def test_what_is_not_in_the_sources_is_marked() -> None:
 
 def test_a_quote_is_judged_before_its_text_is_shown() -> None:
     sources = [chunk("b", OTHER)]
-    checked = AnswerCheck(sources, {"b": OTHER}, "en")
+    checked = AnswerCheck(sources, {"b": Source(OTHER)}, "en")
     shown = "".join(str(e) for e in checked.feed('Cats "rule the wor'))
     assert shown == "Cats "
     events = checked.feed('ld" [1]')
     assert isinstance(events[0], Unsupported) and events[1] == '"rule the world"'
+
+
+def test_a_citation_is_on_the_page_where_its_quote_begins() -> None:
+    sources = [chunk("a", DOCUMENT)]
+    place = DOCUMENT.index("A hotel")
+    checked = AnswerCheck(sources, {"a": Source(DOCUMENT, [0, place])}, "en")
+    events = checked.feed("A hotel may cost 140 euros [1]. ") + checked.end()
+    assert [e.page for e in events if isinstance(e, Citation)] == [2]
 
 
 def test_numbers_and_abbreviations_end_no_sentence() -> None:

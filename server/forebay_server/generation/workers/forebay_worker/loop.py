@@ -198,7 +198,8 @@ def yield_to_front() -> None:
         pid = queue.pop()
         with contextlib.suppress(OSError, ValueError):
             for task in os.listdir(f"/proc/{pid}/task"):
-                os.setpriority(os.PRIO_PROCESS, int(task), NICENESS)
+                own = os.getpriority(os.PRIO_PROCESS, int(task))
+                os.setpriority(os.PRIO_PROCESS, int(task), own + NICENESS)
                 with open(f"/proc/{pid}/task/{task}/children") as file:
                     queue += [int(c) for c in file.read().split()]
 

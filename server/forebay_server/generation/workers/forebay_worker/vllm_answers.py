@@ -41,6 +41,8 @@ class Answer:
             finish = "tool_calls"
         stop = out.stop_reason if isinstance(out.stop_reason, str) else ""
         logprobs = self._logprobs(out) if out.logprobs else []
+        if finish in ("stop", "tool_calls") and not stop:
+            del logprobs[-1:]  # the token that ended the answer is no part of its text
         return trimmed(
             [
                 self._id,

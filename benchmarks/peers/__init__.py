@@ -1,0 +1,1 @@
+"""Forebay and its peers side by side: `forebay bench peers`."""
