@@ -113,6 +113,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         parts += sizes(points, results[points])
     if "peers" in results:
         parts += peers(results["peers"])
+    parts += [f"\n{note}\n" for note in results.get("notes", [])]
     (folder / "vector_search.md").write_text("\n".join(parts))
     _plot(results, counts, folder / "vector_search.png")
 

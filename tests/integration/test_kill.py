@@ -323,7 +323,10 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, started: Callable[[]
         server = started()
         if hurt is not None:
             damaged += 1
-            said = server.log.read_bytes()[before:].decode()
+            said = ""
+            until = time.monotonic() + 10  # another thread writes the log
+            while "is built anew" not in said and time.monotonic() < until:
+                said = server.log.read_bytes()[before:].decode()
             assert "is built anew" in said, f"damage to {hurt} was not noticed: {said}"
         for name in KINDS:
             check(server.stub, name, expected[name])

@@ -24,7 +24,7 @@ from forebay_server.indexes.keyword import KeywordIndex
 
 log = logging.getLogger("forebay.indexes")
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, DENSE = "manifest.json", "dense.built"
 
 
@@ -35,6 +35,10 @@ class DamagedIndex(Exception):
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _digest_of(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).hexdigest().encode()
 
 
 def _config_digest(config: CollectionConfig) -> str:
@@ -72,7 +76,8 @@ def save(index: CollectionIndex, folder: Path) -> None:
             files[path.name] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
             _sync(path)
     manifest = {"format": FORMAT, "config": _config_digest(index.config), "files": files}
-    (fresh / MANIFEST).write_bytes(orjson.dumps(manifest))
+    body = orjson.dumps(manifest)
+    (fresh / MANIFEST).write_bytes(_digest_of(body) + b"\n" + body)
     _sync(fresh / MANIFEST)
     _sync(fresh)
     old = folder.with_name(folder.name + ".old")
@@ -120,7 +125,10 @@ def load(
     if not folder.exists() and old.exists():  # a crash between the two renames of `save`
         old.rename(folder)
     try:
-        manifest = orjson.loads((folder / MANIFEST).read_bytes())
+        digest, _, body = (folder / MANIFEST).read_bytes().partition(b"\n")
+        if digest != _digest_of(body):
+            raise DamagedIndex(f"{MANIFEST} has another checksum than when it was written")
+        manifest = orjson.loads(body)
         if manifest["format"] != FORMAT or manifest["config"] != _config_digest(config):
             raise DamagedIndex("it was written for another configuration")
         for name, facts in manifest["files"].items():
