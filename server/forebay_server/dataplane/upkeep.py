@@ -52,6 +52,7 @@ class OpenCollection:
     maintenance: asyncio.Task[None] | None = None
     deleted: bool = False
     written: float = 0.0
+    failed: float = -1e9
     waiting_for_idle: bool = False
 
     @property
@@ -157,7 +158,7 @@ class Upkeep:
 
     def look_after(self, c: OpenCollection, idle: bool = False) -> None:
         """Start what is due."""
-        if self._closing or c.deleted:
+        if self._closing or c.deleted or time.monotonic() < c.failed + 0.9 * RETRY_S:
             return
         running = c.maintenance is not None and not c.maintenance.done()
         if not running and self._due(c.index, idle):
@@ -197,6 +198,7 @@ class Upkeep:
                 log.info("collection %s: %s took %.1f s", c.name, due, took)
         except Exception:
             log.exception("upkeep of collection %s failed; it is tried again", c.name)
+            c.failed = time.monotonic()
             asyncio.get_running_loop().call_later(RETRY_S, self.look_after, c)
         else:
             if not idle:  # the next look, once this task has ended

@@ -141,7 +141,13 @@ class DenseIndex:
         v = self._view
         if idle and v.built is not None and len(v.tail) > IDLE_TAIL:
             return True
-        return len(v.tail) >= max(BUILD_AT, min(ABSORB_SHARE * v.start, MAX_TAIL))
+        least = max(BUILD_AT, min(ABSORB_SHARE * v.start, MAX_TAIL))
+        return len(v.tail) >= max(least, self._trainable)
+
+    @property
+    def _trainable(self) -> int:
+        """Vectors without which nothing can be built: IVF-PQ learns 256 codes."""
+        return 256 if self.config.kind == "ivf_pq" and self._view.built is None else 1
 
     @property
     def outgrown(self) -> bool:
@@ -160,7 +166,7 @@ class DenseIndex:
         """
         before = self._view
         rows = before.tail.view()
-        if not len(rows):
+        if len(rows) < self._trainable:
             return
         if before.built is None:
             built = self._new(rows, max(expected, len(rows)))

@@ -198,3 +198,17 @@ def test_saves_take_the_built_part_over(tmp_path: Path) -> None:
     # A crash between the two renames of a save leaves the old one aside.
     (tmp_path / "index").rename(tmp_path / "index.old")
     assert len(files.load(index.config, tmp_path / "index")) == 599
+
+
+def test_few_vectors_are_not_trained_on(monkeypatch) -> None:
+    """What is left of a large IVF-PQ collection after deletions is compared one by one."""
+    monkeypatch.setattr("forebay_server.indexes.dense.BUILD_AT", 100)
+    mine = DenseIndex(DenseConfig(8, kind="ivf_pq", code_bytes=2))
+    mine.append(np.eye(8, dtype=np.float32).repeat(30, axis=0))
+    assert not mine.should_absorb()
+    mine.absorb(fresh=True)
+    assert mine.view().built is None and len(mine) == 240
+    mine.append(np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32))
+    assert mine.should_absorb()
+    mine.absorb()
+    assert mine.view().start == 300 and not mine.should_absorb()
