@@ -38,6 +38,9 @@ KEYWORDS = frozenset(
 )
 #: Longer expressions take longer to compile than the answer takes to say.
 MAX_LENGTH = 30_000
+#: How outlines-core writes a number, and the same without those that no double holds (1e+999).
+ANY_NUMBER = r"((-)?(0|[1-9][0-9]*))(\.[0-9]+)?([eE][+-][0-9]+)?"
+NUMBER = r"((-)?(0|[1-9][0-9]{0,19}))(\.[0-9]{1,19})?([eE][+-][0-9]{1,2})?"
 #: Ranges of whole numbers with so many members become lists.
 MAX_RANGE = 1000
 
@@ -56,7 +59,7 @@ def regex_of(schema: Any) -> str | None:
     except (ValueError, TypeError, RuntimeError):
         return None
     # The grammar engine reads bytes: what is above 127 in a class would be cut, and warned of.
-    regex = regex.replace(r"\x7F-\x9F", r"\x7F")
+    regex = regex.replace(r"\x7F-\x9F", r"\x7F").replace(ANY_NUMBER, NUMBER)
     return regex if len(regex) <= MAX_LENGTH else None
 
 

@@ -217,3 +217,13 @@ def test_a_circuit_opens_after_failures_and_lets_one_call_try() -> None:
     assert breaker.wait_s() > 0, "one at a time"
     breaker.end(True)
     assert breaker.wait_s() == 0
+
+
+def test_numbers_that_no_double_holds_are_not_allowed() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}
+    regex = regex_of(schema)
+    assert regex is not None
+    for good in ("0", "-12.5", "1e+10", "9.25E-99"):
+        assert re.fullmatch(regex, f'{{"x":{good}}}'), good
+    for bad in ("1e+999", "9" * 400, "01"):
+        assert not re.fullmatch(regex, f'{{"x":{bad}}}'), bad
