@@ -34,7 +34,7 @@ EMBED = "forebay.v1.EmbeddingService/Embed"
 class FifoQueue(RequestQueue):
     """The naive batcher: the first items in line, padded to the longest, up to the batch's rows."""
 
-    def push(self, completion: RequestCompletion, rows_per_second: float = 0.0) -> None:
+    def push(self, completion: RequestCompletion, *_: Any) -> None:
         completion.waiting_rows = len(completion.request.items)
         self.waiting_rows += completion.waiting_rows
         line: list[Entry] = self.__dict__.setdefault("line", [])
