@@ -1,8 +1,8 @@
 # Forebay on CPU: server and gateway, no torch.
 FROM python:3.11-slim AS build
 WORKDIR /src
-RUN pip install --no-cache-dir uv
 COPY pyproject.toml constraints.txt README.md ./
+RUN pip install --no-cache-dir -c constraints.txt uv
 COPY protos protos
 COPY tools tools
 COPY contract contract
@@ -11,7 +11,7 @@ COPY gateway gateway
 COPY exporters exporters
 COPY cli cli
 RUN uv venv /opt/forebay \
- && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[server,gateway,sklearn,redis,otel]" pip
+ && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[up,redis,otel]" pip
 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 forebay
@@ -21,7 +21,8 @@ ENV PATH=/opt/forebay/bin:$PATH \
     FOREBAY_GRPC__HOST=0.0.0.0 \
     FOREBAY_HTTP__HOST=0.0.0.0
 RUN mkdir /data && chown forebay /data
-USER forebay
+# By number: Kubernetes' runAsNonRoot cannot see that a name is not root's.
+USER 10001
 VOLUME /data
 EXPOSE 50051 8080
 HEALTHCHECK --start-period=180s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz')"]

@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := server,gateway,sklearn,retrieval
+EXTRAS := server,gateway,sklearn,retrieval,cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench bench-peers bench-gpu clean
+.PHONY: help up test fuzz soak test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench bench-peers bench-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,13 +45,14 @@ proto: $(VENV)/.dev ## Generate the contract's Python modules
 fmt: $(VENV)/.dev ## Format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
+lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes, hadolint, clippy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python tools/buf_breaking.py
+	$(BIN)/hadolint Dockerfile Dockerfile.gpu
 	@if command -v cargo-clippy >/dev/null; then cd server/native && cargo fmt --check && \
 	  cargo clippy --quiet --all-targets --no-default-features -- -D warnings && \
 	  cargo clippy --quiet -- -D warnings; fi
@@ -81,6 +82,15 @@ docs: $(VENV)/.dev ## Write the contract reference to build/docs
 
 test-fast: $(VENV)/.dev ## Unit and contract tests
 	$(BIN)/python -m pytest tests/unit tests/contract -m "not slow"
+
+# Needs cargo-fuzz (`cargo install cargo-fuzz`) and a nightly toolchain: libFuzzer's instrumentation.
+FUZZ_S ?= 300
+fuzz: ## Fuzz the fast lane's framing, metadata, rows and replies, FUZZ_S seconds each
+	cd server/native && for target in frame metadata rows reply; do \
+	  cargo +nightly fuzz run $$target -- -max_total_time=$(FUZZ_S) -rss_limit_mb=1024 -print_final_stats=1 || exit 1; done
+
+soak: $(VENV)/.dev $(VENV)/.native ## 20 minutes of mixed traffic; fails when anything grows or an answer is wrong
+	$(BIN)/python -m benchmarks.soak --keep
 
 bench: $(VENV)/.dev ## What each layer of Forebay costs; results go to benchmarks/results/
 	$(BIN)/forebay bench layers

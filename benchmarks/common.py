@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import shutil
 import socket
 import statistics
 import sys
@@ -46,6 +47,17 @@ def starters() -> Path:
     data = ROOT.parent / "shared" / "data"
     make_starters(KEPT / "models", KEPT / "cache", data if data.is_dir() else None)
     return KEPT / "models"
+
+
+@contextmanager
+def repository(name: str, model_yaml: str) -> Iterator[Path]:
+    """The starter models with another model.yaml for one of them."""
+    with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+        root = Path(folder) / "models"
+        shutil.copytree(starters(), root, copy_function=os.link)
+        (root / name / "model.yaml").unlink(missing_ok=True)
+        (root / name / "model.yaml").write_text(model_yaml)
+        yield root
 
 
 def text_of(tokens: int, seed: int) -> str:

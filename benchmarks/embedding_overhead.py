@@ -145,7 +145,11 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
 
     aware = batcher(model)
     naive = batcher(engine(), FifoQueue)
-    with common.serving() as (grpc_port, http_port):
+    fp32 = "default_for: [embedding]\nengine: onnxruntime\n"
+    with (
+        common.repository("minilm", fp32) as root,
+        common.serving(FOREBAY_MODELS__ROOT=str(root)) as (grpc_port, http_port),
+    ):
         grpc_load(grpc_port, EMBED, short, 64, 2)
         grpc_load(grpc_port, EMBED, mixed, 64, 2)
         for _ in range(rounds):

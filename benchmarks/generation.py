@@ -3,6 +3,10 @@
     python -m benchmarks.generation --vllm-python .venv-vllm/bin/python
 
 One after the other in one run, on the same cores as the load; the same model, prompts and options.
+The load is one Go program for all servers (benchmarks/streams): its clients take a tenth of what
+Python's take of the cores that are measured. `offline` is `LLM.generate` as it comes; `offline, one
+process` the same with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one computing thread less than cores, as
+Forebay runs the engine.
 """
 
 from __future__ import annotations
@@ -33,13 +37,26 @@ import json, sys
 from transformers import LlamaConfig, LlamaForCausalLM
 import torch
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-    num_attention_heads=8, num_key_value_heads=8, head_dim=64, max_position_embeddings=1024,
-    tie_word_embeddings=True, bos_token_id=0, eos_token_id=2)
-model = LlamaForCausalLM(config)
-print(sum(p.numel() for p in model.parameters()) / 1e6)
-model.to(torch.bfloat16).save_pretrained(sys.argv[1])
+config = LlamaConfig(vocab_size=2048, max_position_embeddings=1024, head_dim=64,
+    tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, **json.loads(sys.argv[2]))
+LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
 """
+SHAPES = {
+    "27M": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "109M": {
+        "hidden_size": 768,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 13,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    },
+}
 
 
 def free_port() -> int:
@@ -103,7 +120,7 @@ def prompts(streams: list[int], rounds: int) -> dict[str, Any]:
 
 
 def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
-    """All four ways for one model."""
+    """All ways for one model."""
     streams = [1, 8, 32]
     common = {
         "streams": streams,
@@ -125,12 +142,15 @@ def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
     out: dict[str, Any] = {}
     offline = {**common, "model": str(model), "context": CONTEXT, "options": options}
     script = str(ROOT / "benchmarks" / "generation_offline.py")
-    out["offline"] = {
-        n: {"rates": rates}
-        for n, rates in result([str(a.vllm_python), script, json.dumps(offline)], plain).items()
-    }
-    print(name, "offline", out["offline"], flush=True)
-    load = [sys.executable, "-m", "benchmarks.generation_load"]
+    threads = str(max(1, (os.cpu_count() or 2) - 1))
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads}
+    for way, more in (
+        ("offline", {}),
+        ("offline, one process", one_process),
+    ):
+        rates = result([str(a.vllm_python), script, json.dumps(offline)], {**plain, **more})
+        out[way] = {n: {"rates": found} for n, found in rates.items()}
+        print(name, way, out[way], flush=True)
     port = free_port()
     server = [str(a.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     server += ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"]
@@ -139,13 +159,20 @@ def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
     base = f"http://127.0.0.1:{port}"
     with process(server, plain, f"{base}/health"):
         wanted = {**common, "kind": "sse", "target": base, "model": "m"}
-        out["vllm server"] = result([*load, json.dumps(wanted)], env)
-    print(name, "vllm server", out["vllm server"], flush=True)
-    out["forebay gRPC"], out["forebay REST"] = forebay(model, a, common, options, env, 0)
-    merged = forebay(model, a, common, options, env, 50)
-    out["forebay gRPC, 50 ms"], out["forebay REST, 50 ms"] = merged
-    print(name, out["forebay gRPC"], out["forebay REST"], flush=True)
+        out["vllm server"] = result([str(a.load), json.dumps(wanted)], env)
+    print(name, "vllm server", rates_of(out["vllm server"]), flush=True)
+    out["forebay gRPC"], out["forebay REST"] = forebay(model, a, common, options, env)
+    if a.all_cores:
+        every = {**env, "OMP_NUM_THREADS": str(os.cpu_count())}
+        ways = forebay(model, a, common, options, every)
+        out["forebay gRPC, all cores"], out["forebay REST, all cores"] = ways
+    print(name, rates_of(out["forebay gRPC"]), rates_of(out["forebay REST"]), flush=True)
     return out
+
+
+def rates_of(found: dict[str, Any]) -> dict[str, list[int]]:
+    """Rates alone, for the eye."""
+    return {n: [round(r) for r in one["rates"]] for n, one in found.items()}
 
 
 def forebay(
@@ -154,17 +181,14 @@ def forebay(
     common: dict[str, Any],
     options: dict[str, Any],
     env: dict[str, str],
-    interval_ms: int,
 ) -> tuple[Any, Any]:
-    """By gRPC and by REST, with so much time between two messages of a stream."""
-    load = [sys.executable, "-m", "benchmarks.generation_load"]
+    """By gRPC and by REST."""
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "models" / "m"
         folder.mkdir(parents=True)
         shutil.copytree(model, folder / "1")
-        lines = ["engine: vllm", f"engine_options: {json.dumps(options)}"]
-        lines.append(f"generation: {{stream_interval_ms: {interval_ms}}}")
-        (folder / "model.yaml").write_text("\n".join(lines) + "\n")
+        settings = f"engine: vllm\nengine_options: {json.dumps(options)}\n"
+        (folder / "model.yaml").write_text(settings)
         grpc_port, http_port = free_port(), free_port()
         flags = {
             **env,
@@ -178,9 +202,9 @@ def forebay(
         rest = f"http://127.0.0.1:{http_port}"
         with process([sys.executable, "-m", "forebay_cli", "up"], flags, f"{rest}/readyz"):
             wanted = {**common, "kind": "grpc", "target": f"127.0.0.1:{grpc_port}", "model": "m"}
-            by_grpc = result([*load, json.dumps(wanted)], env)
+            by_grpc = result([str(a.load), json.dumps(wanted)], env)
             wanted = {**common, "kind": "sse", "target": rest, "model": "m"}
-            by_rest = result([*load, json.dumps(wanted)], env)
+            by_rest = result([str(a.load), json.dumps(wanted)], env)
     return by_grpc, by_rest
 
 
@@ -189,17 +213,20 @@ def table(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"## {name}",
         "",
-        "| way | streams | tokens/s (median) | least - most | of offline | first token p50, ms |",
-        "|---|---|---|---|---|---|",
+        "| way | streams | tokens/s (median) | least - most | of offline | of offline, one process | first token p50, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for way, by_streams in found.items():
-        for n, one in by_streams.items():
+        for n, one in sorted(by_streams.items(), key=lambda found: int(found[0])):
             rates = one["rates"]
             median = statistics.median(rates)
-            bar = statistics.median(found["offline"][n]["rates"])
+            bars = [
+                statistics.median(found[way][n]["rates"])
+                for way in ("offline", "offline, one process")
+            ]
             first = f"{one['first_ms']:.1f}" if "first_ms" in one else ""
             lines.append(
-                f"| {way} | {n} | {median:.0f} | {min(rates):.0f} - {max(rates):.0f} | {median / bar:.2f} | {first} |"
+                f"| {way} | {n} | {median:.0f} | {min(rates):.0f} - {max(rates):.0f} | {median / bars[0]:.2f} | {median / bars[1]:.2f} | {first} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -214,10 +241,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), squeeze=False)
     for axis, (name, ways) in zip(axes[0], found.items(), strict=True):
         for way, by_streams in ways.items():
-            xs = [int(n) for n in by_streams]
+            xs = sorted(int(n) for n in by_streams)
             axis.plot(
                 xs,
-                [statistics.median(v["rates"]) for v in by_streams.values()],
+                [statistics.median(by_streams[str(x)]["rates"]) for x in xs],
                 marker="o",
                 label=way,
             )
@@ -236,29 +263,45 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="without vLLM's compiler")
-    parser.add_argument("--only", default="", help="one of tiny, random")
+    parser.add_argument(
+        "--all-cores", action="store_true", help="also with as many computing threads as cores"
+    )
+    parser.add_argument("--only", default="", help="one of tiny, 27M, 109M")
     a = parser.parse_args()
     a.vllm_python = a.vllm_python.absolute()
+    kept = RESULTS / "generation.json"
     found: dict[str, Any] = {}
+    if a.only and kept.exists():  # those that were measured in the same ways
+        before = json.loads(kept.read_text())
+        found = {k: v for k, v in before.items() if "offline, one process" in v}
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "random"
-        shutil.copytree(a.tiny, made, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-        subprocess.run([str(a.vllm_python), "-c", MAKE, str(made)], check=True, capture_output=True)
-        for name, key, model in (
-            ("tiny model, 2.0M", "tiny", a.tiny),
-            ("random Llama, 27M", "random", made),
-        ):
-            if a.only in ("", key):
-                found[name] = measure(name, model, a)
+        a.load = Path(folder) / "load"
+        build = ["go", "build", "-mod=mod", "-o", str(a.load), "."]
+        subprocess.run(build, cwd=ROOT / "benchmarks" / "streams", check=True)
+        if a.only in ("", "tiny"):
+            found["tiny model, 2.0M"] = measure("tiny", a.tiny, a)
+        for size, shape in SHAPES.items():
+            if a.only not in ("", size):
+                continue
+            made = Path(folder) / size
+            weights = shutil.ignore_patterns("*.safetensors", "config.json")
+            shutil.copytree(a.tiny, made, ignore=weights)
+            command = [str(a.vllm_python), "-c", MAKE, str(made), json.dumps(shape)]
+            subprocess.run(command, check=True, capture_output=True)
+            found[f"random Llama, {size}"] = measure(size, made, a)
     text = "# Language models on the CPU: what the layers cost\n\n"
     text += f"{a.rounds} rounds after one to warm up, {PROMPT} tokens in, {a.tokens} out, greedy, bfloat16; "
-    text += f"{os.cpu_count()} cores shared by engine, server and load. All ways in one run; '50 ms' is `stream_interval_ms: 50`"
+    text += (
+        f"{os.cpu_count()} cores shared by engine, server and load; all ways of a model in one run"
+    )
     text += ", without vLLM's compiler" if a.eager else ""
-    text += ".\nRepeat: `python -m benchmarks.generation`.\n\n"
+    text += (
+        ".\nRepeat: `python -m benchmarks.generation" + (" --eager" if a.eager else "") + "`.\n\n"
+    )
     text += "\n".join(table(n, f) for n, f in found.items())
     text += "\n![tokens per second](generation.png)\n"
     (RESULTS / "generation.md").write_text(text)
-    (RESULTS / "generation.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept.write_text(json.dumps(found, indent=1) + "\n")
     plot(found, RESULTS / "generation.png")
     print(text)
 

@@ -7,23 +7,23 @@ Needs the data folder (FOREBAY_DATA, or ../shared/data) and the starter model mi
 
 from __future__ import annotations
 
-import collections
 import csv
 import gzip
 import json
 import re
-import string
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 from forebay.v1 import collection_pb2 as cpb
-from forebay.v1 import collection_pb2_grpc, knowledge_pb2_grpc
+from forebay.v1 import collection_pb2_grpc, knowledge_pb2_grpc, rerank_pb2_grpc
 from forebay.v1 import knowledge_pb2 as kpb
-from forebay_server.knowledge.evaluation import Judged, figure, ndcg, recall
+from forebay.v1 import rerank_pb2 as rpb
+from forebay_server.knowledge.evaluation import Judged, exact_match, f1, figure, ndcg, recall
 from google.protobuf import json_format
 
 from benchmarks.common import RESULTS, machine
@@ -87,7 +87,82 @@ def scifact(channel: grpc.Channel, data: Path) -> dict[str, dict[str, float]]:
             "recall@10": sum(recall(j, 10) for j in judged) / len(judged),
         }
         print(name, out[name], flush=True)
+    texts = {str(d["_id"]): f"{d.get('title', '')} {d['text']}".strip() for d in corpus}
+    out |= reranked(channel, folder, queries, texts, relevant)
     return out
+
+
+def reranked(
+    channel: grpc.Channel,
+    folder: Path,
+    queries: dict[str, str],
+    texts: dict[str, str],
+    relevant: dict[str, set[str]],
+) -> dict[str, dict[str, float]]:
+    """The first 20 of hybrid search ordered anew: by minilm as the reranker, and by a linear head
+    over four scores that is fitted on the train split. No cross-encoder's weights were to be had."""
+    from sklearn.linear_model import LogisticRegression
+
+    train: dict[str, set[str]] = {}
+    with (folder / "qrels_train.tsv").open() as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            if int(row["score"]) > 0:
+                train.setdefault(row["query-id"], set()).add(row["corpus-id"])
+    stub = collection_pb2_grpc.CollectionServiceStub(channel)
+    ranker = rerank_pb2_grpc.RerankServiceStub(channel)
+
+    def candidates(query: str) -> list[tuple[str, list[float]]]:
+        search = cpb.SearchRequest(collection="scifact", text=queries[query], limit=20)
+        hybrid = {"mode": "SEARCH_MODE_HYBRID", "candidates": 100, "fusion": {"method": "FUSION_METHOD_WEIGHTED"}}  # fmt: skip
+        json_format.ParseDict(hybrid, search)
+        hits = stub.Search(search).hits
+        asked = rpb.RerankRequest(model="minilm", query=queries[query])
+        asked.documents.extend(texts[h.id] for h in hits)
+        cosine = {r.index: r.score for r in ranker.Rerank(asked).results}
+        best = max([h.keyword_score for h in hits] + [1e-9])
+        wanted = set(re.findall(r"\w{3,}", queries[query].lower()))
+        out = []
+        for i, h in enumerate(hits):
+            there = set(re.findall(r"\w{3,}", texts[h.id].lower()))
+            overlap = len(wanted & there) / max(1, len(wanted))
+            out.append((h.id, [cosine[i], h.keyword_score / best, overlap, h.keyword_score / 30]))
+        return out
+
+    with ThreadPoolExecutor(8) as pool:
+        fitted_on = dict(zip(train, pool.map(candidates, train), strict=True))
+        asked = dict(zip(relevant, pool.map(candidates, relevant), strict=True))
+    x = [features for q, found in fitted_on.items() for _, features in found]
+    y = [i in train[q] for q, found in fitted_on.items() for i, _ in found]
+    head = LogisticRegression(max_iter=1000).fit(x, y)
+    weights = head.coef_[0].tolist()
+    ways = {
+        "hybrid + rerank by minilm": [1.0, 0.0, 0.0, 0.0],
+        "hybrid + rerank by a head fitted on the train split": weights,
+    }
+    out = {}
+    for name, way in ways.items():
+        judged = []
+        for q, found in asked.items():
+            order = sorted(found, key=lambda f: -sum(a * b for a, b in zip(f[1], way, strict=True)))
+            judged.append(Judged(tuple(i in relevant[q] for i, _ in order[:10]), len(relevant[q])))
+        quality = figure("ndcg@10", [ndcg(j, 10) for j in judged], 0)
+        out[name] = {
+            "ndcg@10": quality.value,
+            "low": quality.low,
+            "high": quality.high,
+            "recall@10": sum(recall(j, 10) for j in judged) / len(judged),
+        }
+        print(name, out[name], way, flush=True)
+    return out
+
+
+class Asked(NamedTuple):
+    """A question, its right answers, the paragraph that holds them, its article's number."""
+
+    question: str
+    answers: list[str]
+    paragraph: str
+    article: int
 
 
 def xquad(channel: grpc.Channel, data: Path, language: str) -> dict[str, float]:
@@ -95,14 +170,14 @@ def xquad(channel: grpc.Channel, data: Path, language: str) -> dict[str, float]:
     path = data / "qa" / (f"xquad.{language}.json" + ("" if language == "en" else ".gz"))
     raw = path.read_bytes()
     articles = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)["data"]
-    paragraphs = [p for a in articles for p in a["paragraphs"]]
+    paragraphs = [(n, p) for n, a in enumerate(articles) for p in a["paragraphs"]]
     stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
     base = f"xquad-{language}"
     request = kpb.CreateKnowledgeBaseRequest(knowledge_base=base)
     request.config.language = language
     stub.CreateKnowledgeBase(request)
     began = time.monotonic()
-    for i, p in enumerate(paragraphs):
+    for i, (_, p) in enumerate(paragraphs):
         stub.IngestText(
             kpb.IngestTextRequest(knowledge_base=base, name=f"p{i}.txt", text=p["context"])
         )
@@ -114,27 +189,31 @@ def xquad(channel: grpc.Channel, data: Path, language: str) -> dict[str, float]:
         time.sleep(0.5)
     ingest = time.monotonic() - began
     questions = [
-        (q["question"], q["answers"][0]["text"], f"p{i}.txt")
-        for i, p in enumerate(paragraphs)
+        Asked(q["question"], [a["text"] for a in q["answers"]], f"p{i}.txt", n)
+        for i, (n, p) in enumerate(paragraphs)
         for q in p["qas"]
     ]
 
-    def found(question: tuple[str, str, str]) -> float:
-        ask = kpb.RetrieveRequest(knowledge_base=base, query=question[0])
+    def found(asked: Asked) -> float:
+        ask = kpb.RetrieveRequest(knowledge_base=base, query=asked.question)
         ask.retrieval.top_k = 5
-        return float(any(c.name == question[2] for c in stub.Retrieve(ask).chunks))
+        return float(any(c.name == asked.paragraph for c in stub.Retrieve(ask).chunks))
 
-    def answered(question: tuple[str, str, str]) -> tuple[float, float, float, float]:
-        ask = kpb.AskRequest(knowledge_base=base, question=question[0], max_sentences=1)
+    def answered(asked: Asked) -> tuple[float, ...]:
+        ask = kpb.AskRequest(knowledge_base=base, question=asked.question, max_sentences=1)
         answer = stub.Ask(ask)
-        text = answer.citations[0].quote if answer.citations else ""
-        verified = float(all(c.verified for c in answer.citations))
-        return (*scores(text, question[1]), float(question[1] in text), verified)
+        c = answer.citations[0] if answer.citations else kpb.Citation()
+        span = c.quote[c.answer_start - c.start : c.answer_end - c.start]
+        holds = float(any(a in c.quote for a in asked.answers))
+        verified = float(all(x.verified for x in answer.citations))
+        return exact_match(span, asked.answers), f1(span, asked.answers), holds, verified
 
     with ThreadPoolExecutor(8) as pool:
         hits = list(pool.map(found, questions))
-        step = max(1, len(questions) // ASKED)
-        answers = list(pool.map(answered, questions[::step][:ASKED]))
+        # The head that marks the answering words was fitted on the articles with odd numbers.
+        fresh = [q for q in questions if q.article % 2 == 0]
+        step = max(1, len(fresh) // ASKED)
+        answers = list(pool.map(answered, fresh[::step][:ASKED]))
     n = len(answers)
     out = {
         "recall@5": sum(hits) / len(hits),
@@ -148,22 +227,6 @@ def xquad(channel: grpc.Channel, data: Path, language: str) -> dict[str, float]:
     }
     print(language, out, flush=True)
     return out
-
-
-def scores(given: str, gold: str) -> tuple[float, float]:
-    """SQuAD's exact match and F1; by letters for Chinese."""
-
-    def words(text: str) -> list[str]:
-        text = "".join(c for c in text.lower() if c not in string.punctuation)
-        text = re.sub(r"\b(a|an|the)\b", " ", text)
-        return re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+", text)
-
-    a, b = words(given), words(gold)
-    same = sum((collections.Counter(a) & collections.Counter(b)).values())
-    if not same:
-        return float(a == b), 0.0
-    precision, recalled = same / len(a), same / len(b)
-    return float(a == b), 2 * precision * recalled / (precision + recalled)
 
 
 def main() -> None:
@@ -202,6 +265,10 @@ def page(results: dict) -> str:
             )
     lines += [
         "",
+        "Reference: all-MiniLM-L6-v2's published nDCG@10 on SciFact is 0.645 (arXiv 2510.14880, table 16). "
+        "No cross-encoder's weights were to be had: the reranker is minilm itself, or a linear head over "
+        "its cosine, BM25 and shared words, fitted on the 809 queries of the train split.",
+        "",
         "## XQuAD as a knowledge base, hybrid search, answers by extraction of one sentence",
         "",
         "| language | recall@5 | exact match | F1 | sentence holds the answer | citations verified |",
@@ -212,8 +279,9 @@ def page(results: dict) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{r[n]:.3f}" for n in names) + " |")
     lines += [
         "",
-        "An extracted answer is a whole sentence, so exact match with a short gold answer is rare; "
-        "the fifth column is what counts. minilm is an English model: other languages lean on BM25.",
+        "Exact match and F1 are of the words that are marked as the answer in the cited sentence "
+        "(answer_start, answer_end), over articles that the head which marks them was not fitted on. "
+        "minilm is an English model: other languages lean on BM25.",
     ]
     return "\n".join(lines) + "\n"
 

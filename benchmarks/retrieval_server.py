@@ -26,8 +26,9 @@ def data_folder() -> Path:
 def running(home: Path, models: str = "minilm") -> Iterator[tuple[grpc.Channel, Path]]:
     """A served channel and the data folder. `models` are starter models in .forebay; empty = none."""
     root = home / "models"
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     for name in models.split():
+        (root / name).unlink(missing_ok=True)
         (root / name).symlink_to(ROOT / ".forebay" / "models" / name)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hypothesis
 import pytest
 from forebay.settings import Settings, load_settings
+
+# Slow machines fail no test: how long an example takes is nobody's promise.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Starter models are made once and kept between runs.
@@ -65,7 +70,7 @@ class Live:
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.server = Server(settings)
-        self.run(self.server.start())
+        self.run(self.server.start(), 300)  # a language model may take minutes
         self.target = f"127.0.0.1:{self.server.port}"
         self.channel = grpc.insecure_channel(self.target)
 

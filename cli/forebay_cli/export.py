@@ -78,6 +78,9 @@ def huggingface(
     version: Annotated[int, typer.Option()] = 1,
     models: Root = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file, one text a line.")] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tune", help="Then `forebay export tune` with its defaults.")
+    ] = False,
 ) -> None:
     """Export an encoder: embedding, classification, pairs, zero-shot. Needs the extra `export`."""
     from forebay_exporters.artefact import ExportError
@@ -91,6 +94,49 @@ def huggingface(
         typer.secho(f"forebay: {e}", fg="red", err=True)
         raise typer.Exit(1) from None
     typer.echo(path)
+    if tuned:
+        tune(name, version, models)
+
+
+@app.command()
+def tune(
+    name: Annotated[str, typer.Argument(help="An encoder of the repository.")],
+    version: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    models: Root = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Each measurement's length.")] = 0.5,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text file, one text a line: cosines are measured on them.")
+    ] = None,
+    scifact: Annotated[
+        Path | None,
+        typer.Option(help="Folder with SciFact: a loss of over 1% of nDCG@10 is not taken."),
+    ] = None,
+) -> None:
+    """Measure engines, precisions, threads and length buckets on this machine for an encoder, and
+    write the quickest that keeps quality into its model.yaml. Takes a minute or two; with SciFact
+    some more."""
+    from forebay_exporters import tune as tuning
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.scifact import read
+
+    try:
+        outcome = tuning.tune(
+            _root(models),
+            name,
+            version=version,
+            rounds=rounds,
+            seconds=seconds,
+            texts=[t for t in texts.read_text().splitlines() if t] if texts else tuning.TEXTS,
+            judge=read(scifact) if scifact else None,
+            progress=lambda text: typer.secho(text, err=True),
+        )
+    except (ExportError, OSError) as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    for group in outcome.groups:
+        typer.echo("\n".join([*tuning.table(group), ""]))
+    typer.echo(f"{_root(models) / name / 'model.yaml'}: {outcome.best.name}")
 
 
 @app.command("language-model")
@@ -107,6 +153,38 @@ def language_model(
     try:
         path = export_language_model(source, _root(models), name, version, typer.echo)
     except ExportError as e:
+        typer.secho(f"forebay: {e}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(path)
+
+
+@app.command("tensorrt-llm")
+def tensorrt_llm(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    name: Annotated[str, typer.Option()],
+    version: Annotated[int, typer.Option()] = 1,
+    models: Root = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python with tensorrt_llm; default: the setting's.")
+    ] = None,
+    options: Annotated[
+        str, typer.Option(help='JSON, such as {"max_batch_size": 64, "quantization": "FP8"}.')
+    ] = "{}",
+) -> None:
+    """Build a TensorRT-LLM engine for the GPU that is here. Not run yet on one."""
+    import json
+
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.tensorrt_llm_export import export_tensorrt_llm
+
+    chosen = python or load_settings().settings.generation.trtllm_python
+    if chosen is None:
+        typer.secho("forebay: say --python, or set generation.trtllm_python", fg="red", err=True)
+        raise typer.Exit(1)
+    try:
+        wanted = json.loads(options)
+        path = export_tensorrt_llm(source, _root(models), name, version, chosen, wanted, typer.echo)
+    except (ExportError, ValueError, OSError) as e:
         typer.secho(f"forebay: {e}", fg="red", err=True)
         raise typer.Exit(1) from None
     typer.echo(path)

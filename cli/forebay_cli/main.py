@@ -83,7 +83,9 @@ def show_config(config: Config = None) -> None:
 
 
 def _register() -> None:
-    from forebay_cli import bench, evaluate, export, keys, models
+    from forebay_cli import bench, evaluate, export, keys, models, plan, tune
+
+    bench.app.command("tune")(tune.tune)
 
     app.add_typer(keys.app, name="keys", help="Make, list and revoke API keys.")
     app.add_typer(models.app, name="models", help="The registry of a running server.")
@@ -91,6 +93,7 @@ def _register() -> None:
     app.add_typer(export.app, name="export", help="From trained models to served artefacts.")
     app.command("pull")(export.pull)
     app.command("eval")(evaluate.evaluate)
+    app.command("plan")(plan.plan)
 
 
 _register()

@@ -174,6 +174,8 @@ class Validator:
 
     def _field(self, field: FieldDescriptor) -> Check | None:
         rule = options_of(field) or constraints_pb2.FieldConstraints()
+        if rule.deferred:
+            return None
         name = field.name
         nested = None
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry

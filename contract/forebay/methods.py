@@ -30,6 +30,7 @@ class Method:
         scope: `public`, `infer`, `read` or `admin`.
         batched: short unary call that the transport hands over in batches.
         mutates: honours `idempotency-key`.
+        content_type: REST answers with the bytes of the stream's `data` fields; empty = no such.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Method:
     mutates: bool
     request: type[Message]
     response: type[Message]
+    content_type: str = ""
 
 
 def _kind(method: MethodDescriptor) -> Kind:
@@ -65,6 +67,7 @@ def _method(service: ServiceDescriptor, method: MethodDescriptor) -> Method:
         mutates=rules.mutates,
         request=message_factory.GetMessageClass(method.input_type),
         response=message_factory.GetMessageClass(method.output_type),
+        content_type=rules.content_type,
     )
 
 

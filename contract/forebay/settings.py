@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 import yaml
@@ -27,6 +28,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -41,7 +43,7 @@ SHORT = {
     "FOREBAY_DATA": "data",
 }
 #: Settings that may hold passwords: never shown, not even in an error.
-SECRET = ("storage.database", "storage.redis")
+SECRET = ("storage.database", "storage.redis", "retrieval.qdrant_api_key")
 #: What Kubernetes puts into the environment of pods for each service of their namespace.
 _SERVICE_LINK = re.compile(
     r"FOREBAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
@@ -51,6 +53,40 @@ _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
 
 class SettingsError(Exception):
     """A setting that stops the start; the message names it, its source and what is allowed."""
+
+
+ANSWER_PROMPT = """\
+Answer the question from the following context alone. Put the number of the chunk that a statement \
+rests on behind it, like [1]. Quote word by word where that helps. When the context does not hold the \
+answer, reply exactly: NOT IN THE DOCUMENTS
+
+Context:
+{context}
+
+Question: {question}"""
+REWRITE_PROMPT = """\
+Rewrite the last question such that it can be understood without the conversation before it. Reply \
+with the question alone.
+
+Conversation:
+{history}
+
+Last question: {question}"""
+EXPAND_PROMPT = """\
+Write {count} other wordings of the question, one a line, nothing else.
+
+Question: {question}"""
+HYDE_PROMPT = """\
+Write a short passage, as it could stand in a document, that answers the question.
+
+Question: {question}"""
+#: What each prompt must have a place for.
+PLACES = {
+    "answer_prompt": {"context", "question"},
+    "rewrite_prompt": {"history", "question"},
+    "expand_prompt": {"count", "question"},
+    "hyde_prompt": {"question"},
+}
 
 
 class _Section(BaseModel):
@@ -83,6 +119,9 @@ class GrpcSettings(_Section):
     max_header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
     max_waiting_calls: int = Field(default=16384, ge=1)
     max_waiting_bytes: int = Field(default=512 << 20, ge=1 << 20)
+    max_waiting_s: float = Field(
+        default=0.5, gt=0, description="while a call waits longer to be taken, others are refused"
+    )
     keepalive_timeout_s: float = Field(default=20.0, ge=1)
     receive_timeout_s: float = Field(
         default=30.0, gt=0, description="time for a handshake, and for a unary request to come in"
@@ -115,6 +154,7 @@ class HttpSettings(_Section):
     port: int = Field(default=8080, ge=0, le=65535)
     upstream: str = Field(default="", description="gRPC target; empty = this machine's server")
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")
     cors_origins: list[str] = []
     timeout_s: float = Field(default=300.0, gt=0, description="when the caller names none")
     flagged_labels: list[str] = Field(
@@ -135,6 +175,12 @@ class ModelSettings(_Section):
     max_batch_size: int = Field(default=32, ge=1)
     max_batch_rows: int = Field(default=256, ge=1, description="for models on rows and tensors")
     max_queue_size: int = Field(default=4096, ge=1)
+    engine_nice: int = Field(
+        default=6,
+        ge=0,
+        le=19,
+        description="encoders' threads give way to those that take calls; 0 = they do not",
+    )
 
 
 class GenerationSettings(_Section):
@@ -146,6 +192,81 @@ class GenerationSettings(_Section):
     vllm_cache_gb: int = Field(
         default=0, ge=0, description="key-value cache on the CPU; 0 = vLLM's own default"
     )
+    trtllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has tensorrt_llm; default: this"
+    )
+
+
+class KnowledgeSettings(_Section):
+    """Answers from knowledge bases by a language model. Prompts: `{context}` are the numbered
+    chunks, `{history}` earlier messages."""
+
+    writer: str = Field(
+        default="", description="language model that writes answers; empty = they are extracted"
+    )
+    max_answer_tokens: int = Field(default=512, ge=1)
+    answer_prompt: str = ANSWER_PROMPT
+    rewrite_prompt: str = REWRITE_PROMPT
+    expand_prompt: str = EXPAND_PROMPT
+    hyde_prompt: str = HYDE_PROMPT
+
+    @field_validator("answer_prompt", "rewrite_prompt", "expand_prompt", "hyde_prompt")
+    @classmethod
+    def _places(cls, value: str, info: ValidationInfo) -> str:
+        """A prompt has its places, and no others."""
+        needed = PLACES[info.field_name or ""]
+        try:
+            found = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
+        except ValueError as e:
+            raise ValueError(f"{e}; write {{{{ and }}}} for braces") from None
+        if found != needed:
+            names = ", ".join(f"{{{n}}}" for n in sorted(needed))
+            raise ValueError(f"must have the places {names}, each of them and no others")
+        return value
+
+
+class RetrievalSettings(_Section):
+    """Collections' dense indexes."""
+
+    faiss_device: Literal["cpu", "gpu"] = Field(
+        default="cpu",
+        description="gpu: flat and IVF-PQ indexes are searched there; needs faiss-gpu",
+    )
+    qdrant: str = Field(
+        default="",
+        description="URL of a Qdrant server for collections of INDEX_TYPE_QDRANT; "
+        "`local`: the client's local mode, to try it out",
+    )
+    qdrant_api_key: SecretStr = SecretStr("")
+    qdrant_prefix: str = Field(default="forebay", pattern="[A-Za-z0-9_]{1,32}")
+    qdrant_timeout_s: int = Field(default=10, ge=1, le=600)
+
+
+class FileSettings(_Section):
+    """Files of callers."""
+
+    max_file_bytes: int = Field(default=200 << 20, ge=1)
+    max_bytes_per_key: int = Field(default=10 << 30, ge=1)
+    keep_s: float = Field(
+        default=0.0, ge=0, description="when the caller says nothing; 0 = until they are deleted"
+    )
+
+
+class BatchSettings(_Section):
+    """Batches of requests."""
+
+    max_items: int = Field(default=50_000, ge=1, description="per batch")
+    max_open_per_key: int = Field(default=100, ge=1, description="batches that have not ended")
+    max_running: int = Field(default=32, ge=1, le=4096, description="items at once, of all batches")
+    keep_s: float = Field(default=30 * 86400.0, gt=0, description="of ended batches' results")
+
+
+class ResponseSettings(_Section):
+    """Stored conversations."""
+
+    keep_s: float = Field(default=30 * 86400.0, gt=0, description="after the last use")
+    max_turns: int = Field(default=1000, ge=1, description="responses that follow one another")
+    max_background: int = Field(default=64, ge=1, description="responses in the background at once")
 
 
 class AuthSettings(_Section):
@@ -190,6 +311,11 @@ class Settings(_Section):
     http: HttpSettings = HttpSettings()
     models: ModelSettings = ModelSettings()
     generation: GenerationSettings = GenerationSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    files: FileSettings = FileSettings()
+    batches: BatchSettings = BatchSettings()
+    responses: ResponseSettings = ResponseSettings()
     auth: AuthSettings = AuthSettings()
     storage: StorageSettings = StorageSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

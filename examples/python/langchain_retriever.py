@@ -32,7 +32,7 @@ class ForebayRetriever(BaseRetriever):
                     "name": c["name"],
                     "page": c["page"],
                     "score": c["score"],
-                    **(c["metadata"] or {}),
+                    **c.get("metadata", {}),
                 },
             )
             for c in answer["chunks"]

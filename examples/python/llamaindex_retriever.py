@@ -26,7 +26,7 @@ class ForebayRetriever(BaseRetriever):
                 node=TextNode(
                     text=c["text"],
                     id_=c["id"],
-                    metadata={"name": c["name"], "page": c["page"], **(c["metadata"] or {})},
+                    metadata={"name": c["name"], "page": c["page"], **c.get("metadata", {})},
                 ),
                 score=c["score"],
             )

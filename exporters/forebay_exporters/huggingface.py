@@ -7,6 +7,7 @@ are read, and no code of a model's folder is run (trust_remote_code stays off).
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,6 +28,16 @@ PARITY_TEXTS = (
     "numbers 1 2 3 and signs ! ? %",
     "a",
 )
+#: What models of pairs are compared on: query and document, premise and hypothesis.
+PARITY_PAIRS = (
+    ("how do vaccines work?", "Vaccines train the immune system."),
+    ("how do vaccines work?", "Cars need oil."),
+    ("The quick brown fox jumps over the lazy dog.", "This example is about animals."),
+    ("a", "The quick brown fox jumps over the lazy dog, and then it does so once more."),
+)
+PAIR_TASKS = ("rerank", "zero-shot-classification")
+#: One text, or a pair of them.
+Text = str | tuple[str, str]
 #: What is the same model, by precision.
 BOUNDS = {
     "fp32": Bounds(max_abs_diff=2e-3, min_cosine=0.9999),
@@ -87,22 +98,28 @@ def export_huggingface(
         hidden = int(config.get("hidden_size") or config.get("dim") or 0)
         quantize.optimized(raw, fused, heads, hidden)
         final = folder / "model.onnx"
-        texts = [*PARITY_TEXTS, *(calibration or ())[:64]]
+        task, block = _head(source, config, classifier, output, hidden)
+        given = _pairs(calibration or ()) if task in PAIR_TASKS else list(calibration or ())
+        texts = [*(PARITY_PAIRS if task in PAIR_TASKS else PARITY_TEXTS), *given[:64]]
         if precision == "fp16":
             quantize.fp16(fused, final)
         elif precision == "int8":
             quantize.int8_dynamic(fused, final)
         elif precision == "int8-static":
-            quantize.int8_static(fused, final, (encoder.feeds(t) for t in calibration or ()))
+            quantize.int8_static(fused, final, (encoder.feeds([t]) for t in given))
         else:
             shutil.copy(fused, final)
+        # Alone and in padded batches: both must be what the original gives for each alone.
+        original = encoder.original(texts, output)
         parity = report(
-            encoder.original(texts, output), encoder.exported(final, texts), BOUNDS[precision]
+            np.concatenate([original, original]),
+            np.concatenate([encoder.exported(final, texts, 1), encoder.exported(final, texts, 8)]),
+            BOUNDS[precision],
         )
+        parity["inputs"] = "pairs" if task in PAIR_TASKS else "texts"
         for extra in (raw, fused, *folder.glob("*.data")):
             extra.unlink(missing_ok=True)
         shutil.copy(source / "tokenizer.json", folder)
-        task, block = _head(source, config, classifier, output, hidden)
         write_manifest(
             folder,
             task,
@@ -127,45 +144,66 @@ class _Encoder:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(64)
         types = getattr(model.config, "type_vocab_size", 0) or 0
+
+        self.pad_id = int(getattr(model.config, "pad_token_id", None) or 0)
         self.names = ["input_ids", "attention_mask"] + (["token_type_ids"] if types > 1 else [])
 
-    def feeds(self, text: str) -> dict[str, Any]:
-        """One text as the model's inputs."""
-        encoding = self.tokenizer.encode(text)
-        values = {
-            "input_ids": encoding.ids,
-            "attention_mask": [1] * len(encoding.ids),
-            "token_type_ids": encoding.type_ids,
-        }
-        return {n: np.array([values[n]], np.int64) for n in self.names}
+    def feeds(self, texts: Sequence[Text]) -> dict[str, Any]:
+        """Texts or pairs as the model's inputs, padded to the longest."""
+        encodings = self.tokenizer.encode_batch(list(texts))
+        length = max(len(e.ids) for e in encodings)
+        out = {n: np.zeros((len(texts), length), np.int64) for n in self.names}
+        out["input_ids"][:] = self.pad_id
+        for row, e in enumerate(encodings):
+            n = len(e.ids)
+            out["input_ids"][row, :n] = e.ids
+            out["attention_mask"][row, :n] = 1
+            if "token_type_ids" in out:
+                out["token_type_ids"][row, :n] = e.type_ids
+        return out
 
-    def original(self, texts: Sequence[str], output: str) -> Any:
-        """The first token's vector, or the logits, of each text."""
+    def original(self, texts: Sequence[Text], output: str) -> Any:
+        """The mean vector, or the logits, of each text alone."""
         import torch  # pyright: ignore[reportMissingImports]
 
         rows = []
         with torch.no_grad():
             for text in texts:
-                feeds = {n: torch.from_numpy(v) for n, v in self.feeds(text).items()}
-                rows.append(_row(getattr(self.model(**feeds), output).numpy()))
-        return np.stack(rows)
+                feeds = self.feeds([text])
+                values = self.model(**{n: torch.from_numpy(v) for n, v in feeds.items()})
+                found = getattr(values, output).numpy()
+                rows.append(_rows(found, feeds["attention_mask"]))
+        return np.concatenate(rows)
 
-    def exported(self, path: Path, texts: Sequence[str]) -> Any:
-        """The same of the artefact."""
+    def exported(self, path: Path, texts: Sequence[Text], batch: int) -> Any:
+        """The same of the artefact, so many in a padded batch."""
         import onnxruntime as ort
 
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         known = {i.name for i in session.get_inputs()}
         rows = []
-        for text in texts:
-            feeds = {n: v for n, v in self.feeds(text).items() if n in known}
-            rows.append(_row(np.asarray(session.run(None, feeds)[0])))
-        return np.stack(rows)
+        for start in range(0, len(texts), batch):
+            feeds = self.feeds(texts[start : start + batch])
+            (values, *_) = session.run(None, {n: v for n, v in feeds.items() if n in known})
+            rows.append(_rows(np.asarray(values), feeds["attention_mask"]))
+        return np.concatenate(rows)
 
 
-def _row(values: Any) -> Any:
-    values = np.asarray(values, np.float32)[0]
-    return values.mean(axis=0) if values.ndim == 2 else values
+def _pairs(texts: Sequence[str]) -> list[Text]:
+    """Calibration texts as pairs: each with the next, or by a tab within the line."""
+    split = [tuple(t.split("\t", 1)) for t in texts if "\t" in t]
+    if split:
+        return split  # type: ignore[return-value]
+    return list(itertools.pairwise(texts))
+
+
+def _rows(values: Any, mask: Any) -> Any:
+    """[rows, n]: logits as they are; the mean over real tokens of hidden states."""
+    values = np.asarray(values, np.float32)
+    if values.ndim == 2:
+        return values
+    weights = mask[..., None].astype(np.float32)
+    return (values * weights).sum(axis=1) / weights.sum(axis=1)
 
 
 def _to_onnx(model: Any, encoder: _Encoder, output: str, path: Path) -> None:
@@ -181,8 +219,9 @@ def _to_onnx(model: Any, encoder: _Encoder, output: str, path: Path) -> None:
         def forward(self, *values: Any) -> Any:
             return getattr(self.inner(**dict(zip(encoder.names, values, strict=True))), output)
 
-    feeds = encoder.feeds("an example of two sentences. here is the second one.")
-    pair = tuple(torch.from_numpy(np.repeat(feeds[n], 2, axis=0)) for n in encoder.names)
+    example = "an example of two sentences. here is the second one."
+    feeds = encoder.feeds([example, example])
+    pair = tuple(torch.from_numpy(feeds[n]) for n in encoder.names)
     axes: dict[str, dict[int, str]] = {n: {0: "batch", 1: "length"} for n in encoder.names}
     axes[output] = {0: "batch"} if output == "logits" else {0: "batch", 1: "length"}
     try:

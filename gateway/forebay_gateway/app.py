@@ -28,7 +28,17 @@ from starlette.staticfiles import StaticFiles
 from forebay_gateway import connect, http_errors, rest, schema
 from forebay_gateway.anthropic import messages
 from forebay_gateway.open_inference import OpenInference
-from forebay_gateway.openai import chat, completions, embeddings, models, moderations, rerank
+from forebay_gateway.openai import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    models,
+    moderations,
+    rerank,
+    responses,
+)
 from forebay_gateway.openai.generation import renamed
 from forebay_gateway.openai.paths import PATHS
 from forebay_gateway.upstream import Upstream
@@ -60,7 +70,9 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    upstream = Upstream(target, settings.timeout_s, settings.max_body_bytes)
+    upstream = Upstream(
+        target, settings.timeout_s, settings.max_body_bytes, settings.max_upload_bytes
+    )
     registry = CollectorRegistry()
     add = app.router.routes.append
 
@@ -75,8 +87,28 @@ def create_app(
         ("POST", "/v1/rerank", rerank.endpoint(upstream)),
         ("POST", "/v2/rerank", rerank.endpoint(upstream)),
         ("POST", "/v1/moderations", moderations.endpoint(upstream, settings.flagged_labels)),
+        ("POST", "/v1/files", files.upload_endpoint(upstream)),
+        ("GET", "/v1/files", files.list_endpoint(upstream)),
+        ("GET", "/v1/files/{file}", files.get_endpoint(upstream)),
+        ("GET", "/v1/files/{file}/content", files.content_endpoint(upstream)),
+        ("DELETE", "/v1/files/{file}", files.delete_endpoint(upstream)),
     ):
         add(Route(path, rest.guarded(endpoint), methods=[verb]))
+    for verb, path, endpoint in (
+        ("POST", "/v1/batches", batches.endpoint(upstream)),
+        ("GET", "/v1/batches", batches.list_endpoint(upstream)),
+        ("GET", "/v1/batches/{batch}", batches.get_endpoint(upstream)),
+        ("POST", "/v1/batches/{batch}/cancel", batches.cancel_endpoint(upstream)),
+    ):
+        add(Route(path, rest.guarded(endpoint, batches.renamed), methods=[verb]))
+    for verb, path, endpoint in (
+        ("POST", "/v1/responses", responses.endpoint(upstream)),
+        ("GET", "/v1/responses/{response}", responses.get_endpoint(upstream)),
+        ("DELETE", "/v1/responses/{response}", responses.delete_endpoint(upstream)),
+        ("POST", "/v1/responses/{response}/cancel", responses.cancel_endpoint(upstream)),
+        ("GET", "/v1/responses/{response}/input_items", responses.items_endpoint(upstream)),
+    ):
+        add(Route(path, rest.guarded(endpoint, responses.renamed), methods=[verb]))
     for path, endpoint in (
         ("/v1/chat/completions", chat.endpoint(upstream)),
         ("/v1/completions", completions.endpoint(upstream)),

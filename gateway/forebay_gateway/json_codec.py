@@ -16,13 +16,11 @@ from typing import Any, cast
 import numpy as np
 import orjson
 from forebay.errors import InvalidArgument
-from forebay.twin.v1 import embedding_pb2 as twin_embedding
+from forebay.twins import ANSWERS
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-#: Twin of a message, by full name. The twin's `bytes` stand for packed little-endian float32.
-TWINS: dict[str, type[Message]] = {"forebay.v1.EmbedResponse": twin_embedding.EmbedResponse}
 _UNKNOWN = re.compile(r'no field named "([^"]+)"(?: at "([^"]+)")?')
 _PLACE = re.compile(r'at "?[A-Za-z.]*?Request\.([^"\s]+?)"?[.:]? |at ([\w.\[\]]+)[.:]')
 
@@ -65,7 +63,7 @@ def _explain(text: str) -> tuple[str, str]:
 
 def response_json(kind: type[Message], data: bytes) -> bytes:
     """The JSON text of a response's bytes."""
-    twin = TWINS.get(kind.DESCRIPTOR.full_name)
+    twin = ANSWERS.get(kind.DESCRIPTOR.full_name)
     message = (twin or kind).FromString(data)
     return dumps(to_dict(message))
 

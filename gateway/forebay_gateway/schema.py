@@ -189,7 +189,10 @@ def _operation(binding: Binding, schemas: Schemas) -> dict[str, Any]:
         ],
     }
     content = {"application/json": {"schema": schemas.ref(response)}}
-    if method.kind == "server_stream":
+    if method.content_type:
+        media = method.content_type.partition(";")[0]
+        content = {media: {"schema": {"type": "string", "format": "binary"}}}
+    elif method.kind == "server_stream":
         content = {
             k: {"schema": {"type": "string"}} for k in ("text/event-stream", "application/x-ndjson")
         }

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from forebay.errors import InvalidArgument, TooLarge
 from forebay.methods import Method
 from grpc import aio
+from starlette.datastructures import FormData
 from starlette.requests import Request
 
 #: Headers that become metadata of the call.
@@ -32,11 +33,15 @@ class Upstream:
         target: host:port of the gRPC server.
         timeout_s: deadline of calls whose caller names none.
         max_body_bytes: bound of request bodies.
+        max_upload_bytes: bound of multipart forms, which go to disk.
     """
 
-    def __init__(self, target: str, timeout_s: float, max_body_bytes: int) -> None:
+    def __init__(
+        self, target: str, timeout_s: float, max_body_bytes: int, max_upload_bytes: int
+    ) -> None:
         self._timeout_s = timeout_s
         self._max_body = max_body_bytes
+        self._max_upload = max_upload_bytes
         self._target = target
         self._channel: aio.Channel | None = None
         self._stubs: dict[str, Any] = {}
@@ -52,6 +57,8 @@ class Upstream:
                     ("grpc.max_send_message_length", -1),
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 1000),
+                    # A name with several addresses is a pool: calls spread over all of it.
+                    ("grpc.lb_policy_name", "round_robin"),
                 ],
             )
         return self._channel
@@ -117,6 +124,31 @@ class Upstream:
                 raise TooLarge("body", size=size, limit=self._max_body, unit="bytes")
             parts.append(part)
         return b"".join(parts)
+
+    async def form(self, request: Request) -> FormData:
+        """The request's multipart form. Raises InvalidArgument, TooLarge."""
+        kind = request.headers.get("content-type", "")
+        if not kind.startswith("multipart/form-data"):
+            raise InvalidArgument.at("content-type", f"is {kind!r}; multipart/form-data is needed")
+        receive, limit, size = request.receive, self._max_upload, 0
+        length = request.headers.get("content-length")
+        if length and length.isdigit() and int(length) > limit:
+            raise TooLarge("body", size=int(length), limit=limit, unit="bytes")
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise TooLarge("body", size=size, limit=limit, unit="bytes")
+            return message
+
+        try:
+            return await Request(request.scope, counted).form(max_files=256, max_fields=64)
+        except TooLarge:
+            raise
+        except Exception as e:
+            raise InvalidArgument.at("body", f"is no multipart form: {e}") from None
 
 
 async def unless_gone(request: Request, call: Any) -> bytes:

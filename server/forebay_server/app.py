@@ -25,11 +25,13 @@ from forebay_server.access.keys import KeyStore
 from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
 from forebay_server.access.usage import UsageLedger
 from forebay_server.dataplane.generation import GenerationPipeline
+from forebay_server.dataplane.generation_cache import AnswerCache
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.tabular import TabularPipeline
 from forebay_server.dataplane.tensors import TensorPipeline
 from forebay_server.dataplane.texts import TextPipeline
+from forebay_server.deferred import Deferred
 from forebay_server.generation.client import GenerationClient
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer
@@ -51,7 +53,7 @@ from forebay_server.storage.routing_state import StoredRoutingState
 from forebay_server.transport.lanes import Lanes, choose
 from forebay_server.transport.metrics_http import MetricsListener
 from forebay_server.transport.pipeline import Pipeline
-from forebay_server.transport.stages import Admission, standard_stages
+from forebay_server.transport.stages import WATCHING, Admission, standard_stages
 
 log = logging.getLogger("forebay.server")
 
@@ -94,13 +96,15 @@ class Server:
                 max_batch_size=s.models.max_batch_size,
                 max_batch_rows=s.models.max_batch_rows,
                 max_queue_size=s.models.max_queue_size,
+                engine_nice=s.models.engine_nice,
                 tensorrt_cache=str(s.home / "tensorrt"),
                 vllm_python=str(s.generation.vllm_python or ""),
                 vllm_cache_gb=s.generation.vllm_cache_gb,
+                trtllm_python=str(s.generation.trtllm_python or ""),
             ),
             StoredRoutingState(self._database),
             s.models.memory_budget_bytes,
-            self.metrics.batch_observer,
+            self.metrics.batches.observer,
         )
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
@@ -116,7 +120,8 @@ class Server:
         self._tracer = Tracer(s.observability.otlp_endpoint)
         self._admission = Admission(self.keys, self._limiter(), self.budgets)
         pipeline = Pipeline(
-            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger)
+            standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger),
+            outer=WATCHING,
         )
         validator = Validator()
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
@@ -127,6 +132,7 @@ class Server:
         await self.repository.start()
         if self._retrieval is not None:
             await self._retrieval.start()
+        await self._deferred.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._background = [
             asyncio.create_task(self.keys.keep_fresh(s.auth.reload_s)),
@@ -163,29 +169,55 @@ class Server:
         most = self.settings.grpc.max_items_per_call
         access = ModelAccess(self.repository, asyncio.get_running_loop(), self._resume)
         registry = Registry(self.repository)
-        texts = TextPipeline(access, self._cache(), most)
+        cache = self._cache()
+        texts = TextPipeline(access, cache, most)
+        pipeline = GenerationPipeline(
+            access, self.metrics.generation, self.budgets, AnswerCache(cache)
+        )
+        generation, embedding = GenerationService(pipeline), EmbeddingService(texts, validator)
+        self._deferred = Deferred(
+            self.settings,
+            self._database,
+            self.keys,
+            self.budgets,
+            self.ledger,
+            pipeline,
+            generation,
+            embedding,
+            self.metrics,
+            validator,
+        )
         self._retrieval = None
         retrieval: list[Service] = []
         if retrieval_installed():
             from forebay_server.retrieval import Retrieval
 
             self._retrieval = Retrieval(
-                self.settings, self._database, access, texts, self.metrics, validator, self.ledger
+                self.settings,
+                self._database,
+                access,
+                texts,
+                self.metrics,
+                validator,
+                self.ledger,
+                pipeline,
+                self.budgets,
             )
             retrieval = self._retrieval.services
         return [
             *retrieval,
+            *self._deferred.services,
             TabularService(TabularPipeline(access, most), access, validator),
             ClassificationService(texts, validator),
-            EmbeddingService(texts, validator),
+            embedding,
             RerankService(texts),
             TokenService(access),
-            GenerationService(GenerationPipeline(access, self.metrics.generation, self.budgets)),
+            generation,
             ModelService(registry),
             KeyService(self.keys),
             UsageService(self.ledger, self.budgets),
             ServerService(self.settings, time.time(), choose(self.settings.grpc)),
-            OpenInferenceService(access, registry, texts, TensorPipeline(access)),
+            OpenInferenceService(access, registry, texts, TensorPipeline(access), validator),
         ]
 
     async def _listen(self) -> None:
@@ -222,6 +254,7 @@ class Server:
         for task in self._background:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._deferred.close()
         await self._idempotency.drain()
         if self._retrieval is not None:
             await self._retrieval.close()

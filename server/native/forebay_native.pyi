@@ -7,26 +7,15 @@ __version__: str
 class Call:
     """One unary call, ended by `Server.answer`. Forgotten unended, it is UNAVAILABLE."""
 
-    @property
-    def method(self) -> int:
-        """Index into the server's `methods`."""
-    @property
-    def message(self) -> bytes:
-        """The request, without framing and compression."""
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The caller's text metadata; the last value of a repeated key."""
-    @property
-    def peer(self) -> str:
-        """`ipv4:address:port`, `ipv6:[address]:port` or `unix:`."""
-    @property
-    def waited(self) -> float:
-        """Seconds since the request was there in whole."""
-    @property
-    def time_left(self) -> float | None:
-        """Seconds until the deadline, negative when it has passed; None without one."""
     def set_owner(self, owner: object) -> None:
         """What `Server.take` names when this call is gone."""
+
+#: Call; index into the server's `methods`; the request without framing and compression; the
+#: caller's text metadata, the last value of a repeated key (the same object for calls of a connection
+#: that say the same: not to be changed); `ipv4:address:port`, `ipv6:[address]:port` or `unix:`;
+#: seconds since the request was there in whole; seconds until the deadline, negative when it has
+#: passed, None without one.
+Arrival = tuple[Call, int, bytes, dict[str, str], str, float, float | None]
 
 class Server:
     """Listens as soon as it is made.
@@ -57,6 +46,7 @@ class Server:
         max_streams: int,
         max_waiting_calls: int,
         max_waiting_bytes: int,
+        max_waiting_s: float,
         keepalive_s: float,
         keepalive_timeout_s: float,
         max_age_s: float,
@@ -68,9 +58,19 @@ class Server:
     @property
     def port(self) -> int:
         """The port in force; 0 for a Unix socket."""
-    def take(self, most: int, timeout_s: float) -> tuple[list[Call], list[tuple[object, bool]]]:
+    def take(self, most: int, timeout_s: float) -> tuple[list[Arrival], list[tuple[object, bool]]]:
         """Wait for calls. Also gives the owners of calls that were taken and are gone, with True
         for those whose deadline passed, False for those that the client left."""
+    @staticmethod
+    def answer_well(
+        calls: Sequence[Call],
+        payloads: Sequence[bytes],
+        own: str,
+        values: Sequence[str],
+        shared: Sequence[tuple[str, str]],
+    ) -> None:
+        """End calls well. Trailers are `shared` for all, and `own` with each one's value. Raises
+        ValueError for lists of different lengths."""
     @staticmethod
     def answer(answers: Sequence[tuple[Call, int, bytes, str, Sequence[tuple[str, str]]]]) -> None:
         """End calls: (call, code, data, message, trailers). For code 0 the data is the response;
@@ -85,18 +85,37 @@ class Server:
         """connections, refused_connections, waiting_calls, held_bytes, refused_calls,
         abandoned_calls."""
 
+class Split:
+    """Messages that were taken apart by `split`."""
+
+    def concat(self, members: Sequence[int], index: int, of: int, size: int) -> bytes | None:
+        """Record `index` of each member, one after the other; None unless each member has `of`
+        records, and this one has `size` bytes. Raises IndexError."""
+
+def split(
+    messages: Sequence[bytes], field: int
+) -> tuple[Split, list[tuple[bytes, list[int]]], list[int]]:
+    """Take messages apart at a length-delimited field: its values are the records, the other fields
+    the head. Gives the places of the messages of each head; and of those that are malformed, have no
+    records, or have a head of more than 4 KiB."""
+
 class RowReader:
     """Reads rows of google.protobuf.Struct by the names of their features.
 
     Args:
         numbers: (name, least, most, needed) of features that take numbers and booleans.
-        strings: names of features that take strings.
+        strings: (name, known values or none for any, needed) of features that take strings.
     """
 
     def __init__(
-        self, numbers: Sequence[tuple[str, float, float, bool]], strings: Sequence[str]
+        self,
+        numbers: Sequence[tuple[str, float, float, bool]],
+        strings: Sequence[tuple[str, set[str], bool]],
     ) -> None: ...
-    def read(self, rows: Sequence[bytes]) -> tuple[bytes, list[list[str]], bytes]:
-        """Numbers [rows, numbers] as native float64 (NaN = missing, booleans are 0 and 1); a column
-        of strings for each of `strings` ("" = missing); a byte per row that is 1 where the row is
+    def read(
+        self, split: Split, members: Sequence[int]
+    ) -> tuple[bytes, list[list[str]], list[tuple[int, int]], list[int]]:
+        """The rows (records) of members that are whole, one after the other: numbers [rows, numbers]
+        as native float32 (NaN = missing, booleans are 0 and 1); a column of strings for each of
+        `strings` ("" = missing); member and number of rows. Then the members that have a row that is
         odd: malformed, with an unknown name, or with a value that its feature does not take."""

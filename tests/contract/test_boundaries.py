@@ -32,12 +32,13 @@ def test_a_part_does_not_pull_in_what_it_must_not(module: str, forbidden: list[s
 def test_the_metrics_page_lists_what_is_exposed() -> None:
     from fastapi import FastAPI
     from forebay_gateway.app import Measured
-    from forebay_server.observability.metrics import Metrics
+    from forebay_server.observability.metrics import SIZES, Metrics
     from prometheus_client import CollectorRegistry
 
     metrics = Metrics()
     metrics.watch_models(lambda: [("m", 1, 5)])
-    metrics.watch_collections(lambda: [("c", 1, 5)])
+    metrics.watch_collections(lambda: [("c", dict.fromkeys(SIZES, 1.0))])
+    metrics.watch_batches(lambda: (1, 2))
     metrics.generation.watch(list)
     http = CollectorRegistry()
     Measured(FastAPI(), http)

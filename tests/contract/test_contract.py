@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from forebay import errors
-from forebay.constraints import Validator
+from forebay.constraints import Validator, options_of
 from forebay.methods import methods
+from forebay.twin.v1 import collection_pb2 as twin_collection
 from forebay.twin.v1 import embedding_pb2 as twin
-from forebay.v1 import embedding_pb2, rerank_pb2, tabular_pb2, usage_pb2
+from forebay.twins import read_request
+from forebay.v1 import collection_pb2, embedding_pb2, rerank_pb2, tabular_pb2, usage_pb2
 from forebay_gateway import schema
 from forebay_gateway.contract import bindings, comments
 from forebay_gateway.json_codec import response_json, to_dict
-from google.protobuf import json_format
+from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
 from hypothesis import given
@@ -27,7 +30,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def test_every_method_has_a_scope_and_batched_ones_are_unary() -> None:
     found = methods()
-    assert len(found) == 72
+    assert len(found) == 94
     for method in found.values():
         assert method.scope in ("public", "infer", "read", "admin")
         assert not method.batched or method.kind == "unary"
@@ -122,6 +125,56 @@ def test_twin_and_original_are_the_same_bytes(vectors: list[list[float]]) -> Non
     assert original.SerializeToString(deterministic=True) == double.SerializeToString(
         deterministic=True
     )
+
+
+def twins() -> list[tuple[Any, Any]]:
+    """(twin, original) of every message of the twins' package."""
+    return [
+        (kind, message_factory.GetMessageClass(of))
+        for module in (twin_collection, twin)
+        for name, descriptor in module.DESCRIPTOR.message_types_by_name.items()
+        for kind in [message_factory.GetMessageClass(descriptor)]
+        for of in [descriptor_pool.Default().FindMessageTypeByName(f"forebay.v1.{name}")]
+    ]
+
+
+@pytest.mark.parametrize(("double", "original"), twins(), ids=lambda k: k.DESCRIPTOR.full_name)
+def test_a_twin_has_the_fields_and_constraints_of_its_original(double: Any, original: Any) -> None:
+    mine = {f.number: f for f in double.DESCRIPTOR.fields}
+    assert set(mine) == {f.number for f in original.DESCRIPTOR.fields}
+    for theirs in original.DESCRIPTOR.fields:
+        own = mine[theirs.number]
+        assert own.name == theirs.name
+        if own.type == FieldDescriptor.TYPE_BYTES != theirs.type:
+            assert theirs.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_MESSAGE)
+            continue
+        assert (own.type, own.is_repeated) == (theirs.type, theirs.is_repeated)
+        assert own.has_presence == theirs.has_presence
+        # In answers the constraints have nothing to say.
+        if double.DESCRIPTOR.full_name not in ("forebay.twin.v1.EmbedResponse",):
+            assert options_of(own) == options_of(theirs), own.full_name
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), max_size=40),
+    st.lists(st.integers(0, 40), max_size=3),
+    st.booleans(),
+)
+def test_a_request_is_read_by_its_twin_however_its_floats_are_written(
+    vector: list[float], cuts: list[int], packed: bool
+) -> None:
+    """Protobuf allows packed, packed in pieces, and one by one."""
+    parts = [vector[a:b] for a, b in pairwise([0, *sorted(cuts), len(vector)])]
+    data = collection_pb2.SearchRequest(collection="c").SerializeToString()
+    for part in parts:
+        raw = np.array(part, "<f4").tobytes()
+        if packed:
+            data += collection_pb2.SearchRequest(vector=part).SerializeToString()
+        else:
+            data += b"".join(b"\x15" + raw[i : i + 4] for i in range(0, len(raw), 4))
+    read: Any = read_request(collection_pb2.SearchRequest, data)
+    assert read.vector == np.array(vector, "<f4").tobytes()
+    assert read.collection == "c"
 
 
 @pytest.mark.parametrize(

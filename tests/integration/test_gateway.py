@@ -25,11 +25,11 @@ from tests.integration.test_inference import ROW
 class Gateway:
     """uvicorn in a thread."""
 
-    def __init__(self, target: str, **settings) -> None:
+    def __init__(self, target: str, server_metrics=None, **settings) -> None:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        app = create_app(HttpSettings(**settings), target)
+        app = create_app(HttpSettings(**settings), target, server_metrics)
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True

@@ -1,4 +1,4 @@
-"""GenerationService through the wire, on the embedded engine with the tiny model."""
+"""GenerationService through the wire, on the embedded engine, with random weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forebay.v1 import usage_pb2, usage_pb2_grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live, Start
-from tests.integration.language_models import openvino_models
+from tests.integration.language_models import random_openvino
 
 WEATHER = {
     "type": "object",
@@ -30,7 +30,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
-    return start(openvino_models(tmp_path_factory.mktemp("models")))
+    return start(random_openvino(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,10 @@ def refused(call: Any) -> dict[str, str]:
 
 def test_a_chat_is_answered_whole(stub: rpc.GenerationServiceStub) -> None:
     answer = stub.Chat(user("Who are you?"))
-    assert text_of(answer.choices[0]) == "I am a tiny test model."
-    assert answer.choices[0].finish_reason == pb.FINISH_REASON_STOP
+    assert len(text_of(answer.choices[0])) > 10
+    assert answer.choices[0].finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+    assert text_of(stub.Chat(user("Who are you?")).choices[0]) == text_of(answer.choices[0])
+    assert text_of(stub.Chat(user("Who am I?")).choices[0]) != text_of(answer.choices[0])
     assert (answer.served_by.model, answer.served_by.version) == ("tiny", 1)
     used = answer.generation_usage
     assert answer.usage.tokens == used.prompt_tokens + used.completion_tokens
@@ -76,7 +78,7 @@ def test_a_chat_is_answered_whole(stub: rpc.GenerationServiceStub) -> None:
 
 
 def test_a_stream_says_the_same_in_typed_deltas(stub: rpc.GenerationServiceStub) -> None:
-    request = user("Count to 20", max_tokens=600, ignore_eos=True)
+    request = user("Count to 20", max_tokens=1800, ignore_eos=True)
     whole = stub.Chat(request)
     events = list(stub.ChatStream(pb.ChatStreamRequest(request=request)))
     kinds = [e.WhichOneof("event") for e in events]
@@ -95,9 +97,11 @@ def test_max_tokens_ends_an_answer_with_length(stub: rpc.GenerationServiceStub) 
 
 
 def test_stop_strings_end_an_answer_before_them(stub: rpc.GenerationServiceStub) -> None:
-    answer = stub.Chat(user("Count to 20", stop=["6 7", "never"]))
-    assert text_of(answer.choices[0]) == "1 2 3 4 5 "
-    assert answer.choices[0].stop_reason == "6 7"
+    whole = text_of(stub.Chat(user("Count to 20", ignore_eos=True)).choices[0])
+    stop = whole[20:24]
+    answer = stub.Chat(user("Count to 20", ignore_eos=True, stop=[stop, "never"]))
+    assert text_of(answer.choices[0]) == whole[: whole.index(stop)]
+    assert answer.choices[0].stop_reason == stop
     assert answer.choices[0].finish_reason == pb.FINISH_REASON_STOP
 
 
@@ -221,7 +225,7 @@ def test_images_and_adapters_that_the_model_lacks_are_refused(
 
 
 def test_completions_of_several_prompts_and_ids(stub: rpc.GenerationServiceStub) -> None:
-    sampling = pb.Sampling(temperature=0, max_tokens=8, n=2)
+    sampling = pb.Sampling(temperature=0, max_tokens=8, n=2, ignore_eos=True)
     request = pb.CompleteRequest(prompts=["The origin", "To be"], sampling=sampling, echo=True)
     answer = stub.Complete(request)
     assert [c.index for c in answer.completions] == [0, 1, 2, 3]
@@ -274,7 +278,7 @@ def test_a_deadline_ends_the_work(tiny: Live, stub: rpc.GenerationServiceStub) -
     request = user("Hello", max_tokens=1900)
     request.sampling.ignore_eos = True
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Chat(request, timeout=0.5)
+        stub.Chat(request, timeout=0.2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     client = tiny.server.repository.loaded[("tiny", 1)].client
     deadline = time.monotonic() + 10
@@ -311,7 +315,7 @@ def test_many_streams_at_once_with_half_of_them_cancelled(
 def test_kill_9_is_a_clean_error_and_the_next_call_succeeds(
     start: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    live = start(openvino_models(tmp_path_factory.mktemp("killed")))
+    live = start(random_openvino(tmp_path_factory.mktemp("killed")))
     stub = rpc.GenerationServiceStub(live.channel)
     engine = live.server.repository.loaded[("tiny", 1)].client.engine
     request = user("Count to 30", max_tokens=1900, ignore_eos=True)
@@ -322,7 +326,7 @@ def test_kill_9_is_a_clean_error_and_the_next_call_succeeds(
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert text_of(stub.Chat(user("Who are you?"), timeout=60).choices[0]).startswith("I am")
+    assert text_of(stub.Chat(user("Who are you?"), timeout=60).choices[0])
     assert engine.info()["pid"] != pid
 
 
@@ -330,7 +334,7 @@ def test_one_keys_flood_does_not_starve_another(
     start: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     live = start(
-        openvino_models(tmp_path_factory.mktemp("fair"), running=2), auth__required="always"
+        random_openvino(tmp_path_factory.mktemp("fair"), running=2), auth__required="always"
     )
     keys = [live.run(live.server.keys.create(n, ("infer",)))[1] for n in ("flood", "lone")]
     stub = rpc.GenerationServiceStub(live.channel)

@@ -132,6 +132,8 @@ def test_ask_answers_with_verified_citations(stub, office: str) -> None:
     )
     text = "".join(p.text for p in document.pages)
     assert text[citation.start : citation.end] == citation.quote
+    assert "thirty" in text[citation.answer_start : citation.answer_end]
+    assert citation.start <= citation.answer_start < citation.answer_end <= citation.end
 
 
 def test_ask_says_when_the_documents_do_not_hold_the_answer(stub, office: str) -> None:
@@ -312,6 +314,80 @@ def test_evaluate_compares_configurations(stub, office: str) -> None:
     meaning = results["meaning"]["recall@5"]
     assert (meaning.value, meaning.n, meaning.failures) == (1.0, 3, 0)
     assert results["words"]["mrr@10"].low <= results["words"]["mrr@10"].value
+
+
+def test_an_evaluation_is_a_job_whose_results_are_kept(
+    stub, live: Live, models: Path, start: Start, tmp_path: Path, lane: str
+) -> None:
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    create(stub, "office", language="en", chunks={"method": "CHUNK_METHOD_HEADING"})
+    upload(stub, "office", ("handbook.md", HANDBOOK))
+    wait(stub, "office")
+    request = pb.StartEvaluationRequest(knowledge_base="office", name="nightly")
+    request.items.add(
+        query="How many days of paid holiday does an employee have?",
+        relevant_texts=["thirty days"],
+        answers=["thirty days", "thirty"],
+    )
+    request.items.add(query="What may a hotel cost?", relevant_documents=["handbook.md"])
+    request.items.add(query="Who composed the ninth symphony?", answers=["Beethoven"])
+    request.runs.add(name="hybrid", answer=True)
+    request.runs.add(name="words", answer=True).retrieval.mode = 2
+    request.runs.add(name="broken", answer=True, model="nobody")
+    job = stub.StartEvaluation(request).evaluation
+    asked = pb.GetEvaluationRequest(knowledge_base="office", evaluation=job.id)
+    deadline = time.monotonic() + 30
+    while job.status == pb.EVALUATION_STATUS_RUNNING:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        job = stub.GetEvaluation(asked).evaluation
+    assert job.status == pb.EVALUATION_STATUS_DONE and job.progress == 1 and job.items == 3
+    results = {r.name: {m.name: m for m in r.metrics} for r in job.results}
+    good = results["hybrid"]
+    assert (good["recall@5"].value, good["recall@5"].n) == (1.0, 2)
+    assert good["context_recall"].n == 2 and good["exact_match"].n == 2
+    assert good["answered"].value == pytest.approx(2 / 3)
+    assert good["faithfulness"].value == 1.0 and good["faithfulness"].n == 2
+    assert 0 < good["answer_relevance"].value <= 1
+    assert {m.failures for m in results["broken"].values()} == {3}
+    assert all(m.value == m.low == m.high == 0 for m in results["broken"].values())
+    assert all(m.value == m.value for r in results.values() for m in r.values()), "NaN"
+    live.stop()
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    kept = stub.ListEvaluations(pb.ListEvaluationsRequest(knowledge_base="office")).evaluations
+    assert [(e.name, e.status) for e in kept] == [("nightly", pb.EVALUATION_STATUS_DONE)]
+    assert kept[0] == job
+    gone = pb.DeleteEvaluationRequest(knowledge_base="office", evaluation=job.id)
+    stub.DeleteEvaluation(gone)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GetEvaluation(asked)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    live.stop()
+
+
+def test_an_evaluation_that_was_cut_off_begins_again(
+    models: Path, start: Start, tmp_path: Path
+) -> None:
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    create(stub, "office")
+    upload(stub, "office", ("handbook.md", HANDBOOK))
+    wait(stub, "office")
+    request = pb.StartEvaluationRequest(knowledge_base="office")
+    for i in range(300):
+        request.items.add(query=f"question {i} on hotels", relevant_documents=["handbook.md"])
+    job = stub.StartEvaluation(request).evaluation
+    live.stop()
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    asked = pb.GetEvaluationRequest(knowledge_base="office", evaluation=job.id)
+    deadline = time.monotonic() + 60
+    while stub.GetEvaluation(asked).evaluation.status != pb.EVALUATION_STATUS_DONE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    live.stop()
 
 
 def test_chunks_stay_out_of_the_list_of_collections(stub, live: Live, office: str) -> None:

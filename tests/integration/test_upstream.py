@@ -14,18 +14,25 @@ from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
 
 from tests.conftest import Live, Start
-from tests.integration.language_models import openvino_models
+from tests.integration.language_models import random_openvino
 from tests.integration.test_gateway import Gateway
 from tests.integration.test_generation import WEATHER, refused, text_of, user
-from tests.integration.test_llm_doors import SAID
 
 
 @pytest.fixture(scope="module")
 def behind(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    live = start(openvino_models(tmp_path_factory.mktemp("behind")))
+    live = start(random_openvino(tmp_path_factory.mktemp("behind")))
+    stub = rpc.GenerationServiceStub(live.channel)
     gateway = Gateway(live.target)
+    gateway.said = text_of(stub.Chat(user("Who are you?")).choices[0])  # type: ignore[attr-defined]
     yield gateway
     gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def said(behind: Gateway) -> str:
+    """What the model says to "Who are you?", asked without a way around."""
+    return behind.said  # type: ignore[attr-defined]
 
 
 def nobody() -> str:
@@ -69,18 +76,22 @@ def to(model: str, request: pb.ChatRequest) -> pb.ChatRequest:
     return request
 
 
-def test_chats_streams_and_usage_come_from_the_upstream(stub: rpc.GenerationServiceStub) -> None:
+def test_chats_streams_and_usage_come_from_the_upstream(
+    stub: rpc.GenerationServiceStub, said: str
+) -> None:
     answer = stub.Chat(to("far", user("Who are you?")))
-    assert text_of(answer.choices[0]) == SAID
+    assert text_of(answer.choices[0]) == said
     assert answer.served_by.model == "far"
     assert answer.generation_usage.prompt_tokens > 5
     request = pb.ChatStreamRequest(request=to("far", user("Who are you?")))
     events = list(stub.ChatStream(request))
-    assert "".join(e.text.text for e in events) == SAID
+    assert "".join(e.text.text for e in events) == said
     assert events[-1].usage == answer.generation_usage
     completion = stub.Complete(
         pb.CompleteRequest(
-            model="far", prompts=["The"], sampling=pb.Sampling(max_tokens=5, temperature=0)
+            model="far",
+            prompts=["The"],
+            sampling=pb.Sampling(max_tokens=5, temperature=0, ignore_eos=True),
         )
     )
     assert completion.generation_usage.completion_tokens == 5
@@ -107,10 +118,10 @@ def test_what_the_upstream_refuses_is_the_callers_fault(stub: rpc.GenerationServ
 
 
 def test_the_next_in_the_chain_answers_and_a_dead_one_is_left_alone(
-    stub: rpc.GenerationServiceStub, front: Live
+    stub: rpc.GenerationServiceStub, front: Live, said: str
 ) -> None:
     for _ in range(7):
-        assert text_of(stub.Chat(to("chain", user("Who are you?"))).choices[0]) == SAID
+        assert text_of(stub.Chat(to("chain", user("Who are you?"))).choices[0]) == said
     engine = front.server.repository.loaded[("chain", 1)].client.engine
     assert engine._targets[0].breaker.wait_s() > 0
     for _ in range(7):

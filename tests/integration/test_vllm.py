@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -165,60 +164,6 @@ def test_two_hundred_streams_with_half_of_them_cancelled(
             memory.append(engine(tiny).info()["memory_bytes"])
     assert engine(tiny).info()["memory_bytes"] < memory[len(memory) // 3] * 1.05 + (32 << 20)
     assert tiny.server.repository.loaded[("tiny", 1)].client.gate.running == 0
-
-
-def schemas(data: Path) -> list[dict[str, Any]]:
-    """Arguments' schemas of the function signatures, in JSON schema's words."""
-    words = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
-
-    def plain(s: Any) -> Any:
-        if not isinstance(s, dict):
-            return s
-        out = {k: v for k, v in s.items() if k in ("description", "enum", "required")}
-        kind = words.get(s.get("type", "string"), s.get("type", "string"))
-        out["type"] = kind
-        if kind == "object":
-            out["properties"] = {k: plain(v) for k, v in s.get("properties", {}).items()}
-            out["required"] = sorted(out["properties"])
-            out["additionalProperties"] = False
-        elif kind == "array":
-            out["items"] = plain(s.get("items", {"type": "string"}))
-            out["maxItems"] = 2
-        elif kind == "string" and "enum" not in out:
-            out["maxLength"] = 12
-        elif kind == "integer" and "enum" not in out:
-            out |= {"minimum": 0, "maximum": 999}
-        if out.get("enum") and kind != "array":
-            out = {"enum": out["enum"]}
-        return out
-
-    lines = gzip.decompress((data / "toolcall/BFCL_v4_simple_python.jsonl.gz").read_bytes())
-    found = [json.loads(x)["function"][0]["parameters"] for x in lines.splitlines()]
-    return [plain(p) for p in found][:200]
-
-
-def test_two_hundred_schemas_give_valid_json(stub: rpc.GenerationServiceStub, data: Path) -> None:
-    import jsonschema_rs
-
-    wanted = schemas(data)
-    assert len(wanted) == 200
-
-    def one(schema: dict[str, Any]) -> str:
-        """Empty when the answer is good. A number may go on for ever: such an answer ends with
-        LENGTH, which is no violation, and another seed is tried."""
-        reason = 0
-        for seed in range(3):
-            request = user("Answer in JSON.", max_tokens=1500, temperature=1, seed=seed)
-            request.response_format.json_schema = json.dumps(schema)
-            choice = stub.Chat(request).choices[0]
-            reason = choice.finish_reason
-            if reason == pb.FINISH_REASON_STOP:
-                jsonschema_rs.validate(schema, json.loads(text_of(choice)))
-                return ""
-        return f"ended by {reason}"
-
-    with ThreadPoolExecutor(32) as pool:
-        assert [x for x in pool.map(one, wanted) if x] == []
 
 
 def test_kill_9_in_the_middle_is_a_clean_error_and_the_next_call_succeeds(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import logging
 import math
 import random
@@ -19,43 +18,26 @@ from typing import Any
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from forebay_server.generation.templates import render
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import (  # pyright: ignore[reportMissingImports]
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from forebay_exporters.tiny_lm.dialogues import Dialogue, dialogue
+from forebay_exporters.tiny_lm.folder import (
+    CONTEXT,
+    SPECIAL,
+    TEMPLATE,
+    train_tokenizer,
+    write_tokenizer,
+)
 
 log = logging.getLogger("forebay.tiny_lm")
 
-TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-VOCABULARY = 2048
-CONTEXT = 2048
 LENGTH = 256
 PROSE_SHARE = 0.05
 RATE = 2e-3
-
-
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE; digits stay single, so that numbers are copied digit by digit."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(t, special=True) for t in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def prose(folder: Path | None) -> str:
@@ -209,19 +191,7 @@ def write(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     model.to(torch.float32).save_pretrained(part)
-    tokenizer.save(str(part / "tokenizer.json"))
-    shutil.copy(TEMPLATE, part / "chat_template.jinja")
-    facts = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": CONTEXT,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": TEMPLATE.read_text(),
-    }
-    (part / "tokenizer_config.json").write_text(json.dumps(facts, indent=1))
-    (part / "README.md").write_text("A tiny model for tests. It is good for nothing else.\n")
+    write_tokenizer(part, tokenizer)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
 

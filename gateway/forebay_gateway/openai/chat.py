@@ -38,6 +38,7 @@ KNOWN = (
     "priority",
     "adapter",
     "truncate_prompt",
+    "cache",
     *generation.SAMPLING,
 )
 ROLES = {
@@ -65,19 +66,23 @@ def endpoint(upstream: Upstream) -> Any:
         if body.get("stream_options") is not None:
             raise InvalidArgument.at("stream_options", "needs stream: true")
         data, headers = await upstream.unary(CHAT, request, message.SerializeToString())
-        answer = pb.ChatResponse.FromString(data)
-        out = {
-            "id": answer.id,
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": answer.served_by.model,
-            "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
-            "choices": [_choice(c) for c in answer.choices],
-            "usage": generation.usage(answer.generation_usage),
-        }
+        out = completion(pb.ChatResponse.FromString(data), int(time.time()))
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return chat
+
+
+def completion(answer: pb.ChatResponse, created: int) -> dict[str, Any]:
+    """The answer as an object."""
+    return {
+        "id": answer.id,
+        "object": "chat.completion",
+        "created": created,
+        "model": answer.served_by.model,
+        "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
+        "choices": [_choice(c) for c in answer.choices],
+        "usage": generation.usage(answer.generation_usage),
+    }
 
 
 def read(body: dict[str, Any]) -> pb.ChatRequest:
@@ -89,6 +94,7 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
         user=fields.text(body, "user", ""),
         truncate_prompt=fields.flag(body, "truncate_prompt"),
         priority=fields.number(body, "priority") or 0,
+        cache=fields.flag(body, "cache") if body.get("cache") is not None else None,
     )
     given = body.get("messages")
     if not isinstance(given, list) or not given:

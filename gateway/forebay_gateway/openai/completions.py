@@ -33,6 +33,7 @@ KNOWN = (
     "priority",
     "adapter",
     "truncate_prompt",
+    "cache",
     *generation.SAMPLING,
 )
 #: OpenAI's own default for this door; chats go on to the context's end.
@@ -50,27 +51,31 @@ def endpoint(upstream: Upstream) -> Any:
         if body.get("stream_options") is not None:
             raise InvalidArgument.at("stream_options", "needs stream: true")
         data, headers = await upstream.unary(COMPLETE, request, message.SerializeToString())
-        answer = pb.CompleteResponse.FromString(data)
-        out = {
-            "id": answer.id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": answer.served_by.model,
-            "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
-            "choices": [
-                {
-                    "index": c.index,
-                    "text": c.text,
-                    "logprobs": _logprobs(c.logprobs, 0),
-                    "finish_reason": generation.FINISH.get(c.finish_reason),
-                }
-                for c in answer.completions
-            ],
-            "usage": generation.usage(answer.generation_usage),
-        }
+        out = completion(pb.CompleteResponse.FromString(data), int(time.time()))
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return completions
+
+
+def completion(answer: pb.CompleteResponse, created: int) -> dict[str, Any]:
+    """The answer as an object."""
+    return {
+        "id": answer.id,
+        "object": "text_completion",
+        "created": created,
+        "model": answer.served_by.model,
+        "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
+        "choices": [
+            {
+                "index": c.index,
+                "text": c.text,
+                "logprobs": _logprobs(c.logprobs, 0),
+                "finish_reason": generation.FINISH.get(c.finish_reason),
+            }
+            for c in answer.completions
+        ],
+        "usage": generation.usage(answer.generation_usage),
+    }
 
 
 def read(body: dict[str, Any]) -> pb.CompleteRequest:
@@ -85,6 +90,7 @@ def read(body: dict[str, Any]) -> pb.CompleteRequest:
         user=fields.text(body, "user", ""),
         truncate_prompt=fields.flag(body, "truncate_prompt"),
         priority=fields.number(body, "priority") or 0,
+        cache=fields.flag(body, "cache") if body.get("cache") is not None else None,
     )
     _prompt(body.get("prompt"), message)
     generation.response_format(body, message.response_format)

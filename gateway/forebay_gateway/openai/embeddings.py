@@ -26,37 +26,47 @@ def endpoint(upstream: Upstream) -> Any:
 
     async def embeddings(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
-        fields.only(body, KNOWN)
-        form = fields.text(body, "encoding_format", "float")
-        if form not in ("float", "base64"):
-            raise InvalidArgument.at("encoding_format", f"is {form!r}; allowed are float, base64")
-        message = pb.EmbedRequest(
-            model=fields.text(body, "model"), dimensions=fields.number(body, "dimensions")
-        )
-        _input(body.get("input"), message)
+        message, form = read(body)
         data, headers = await upstream.unary(EMBED, request, message.SerializeToString())
-        answer = twin.EmbedResponse.FromString(data)
-        out = {
-            "object": "list",
-            "data": [
-                {
-                    "object": "embedding",
-                    "index": i,
-                    "embedding": base64.b64encode(e.values).decode()
-                    if form == "base64"
-                    else np.frombuffer(e.values, np.float32),
-                }
-                for i, e in enumerate(answer.embeddings)
-            ],
-            "model": answer.served_by.model,
-            "usage": {
-                "prompt_tokens": answer.usage.tokens,
-                "total_tokens": answer.usage.tokens,
-            },
-        }
+        out = listed(twin.EmbedResponse.FromString(data), form)
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return embeddings
+
+
+def read(body: dict[str, Any]) -> tuple[pb.EmbedRequest, str]:
+    """The request, and the form of its vectors. Raises InvalidArgument."""
+    fields.only(body, KNOWN)
+    form = fields.text(body, "encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise InvalidArgument.at("encoding_format", f"is {form!r}; allowed are float, base64")
+    message = pb.EmbedRequest(
+        model=fields.text(body, "model"), dimensions=fields.number(body, "dimensions")
+    )
+    _input(body.get("input"), message)
+    return message, form
+
+
+def listed(answer: twin.EmbedResponse, form: str) -> dict[str, Any]:
+    """The vectors as a list object."""
+    return {
+        "object": "list",
+        "data": [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(e.values).decode()
+                if form == "base64"
+                else np.frombuffer(e.values, np.float32),
+            }
+            for i, e in enumerate(answer.embeddings)
+        ],
+        "model": answer.served_by.model,
+        "usage": {
+            "prompt_tokens": answer.usage.tokens,
+            "total_tokens": answer.usage.tokens,
+        },
+    }
 
 
 def _input(value: Any, message: pb.EmbedRequest) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from forebay.errors import InvalidArgument
+from starlette.requests import Request
 
 
 def only(body: dict[str, Any], known: Collection[str]) -> None:
@@ -66,3 +67,55 @@ def kind(value: Any) -> str:
     """JSON's word for a value's type."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
+
+
+def metadata(body: dict[str, Any]) -> dict[str, str]:
+    """Facts of the caller's own: strings by name."""
+    value = body.get("metadata")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidArgument.at("metadata", f"is a {kind(value)}; an object is needed")
+    for name, one in value.items():
+        if not isinstance(one, str):
+            raise InvalidArgument.at(f"metadata.{name}", f"is a {kind(one)}; a string is needed")
+    return value
+
+
+def query(request: Request, known: Collection[str]) -> dict[str, str]:
+    """The query's parameters; refuses those that are not supported, by name."""
+    for name in request.query_params:
+        if name not in known:
+            raise InvalidArgument.at(
+                name, f"is not supported here; supported are {', '.join(sorted(known))}"
+            )
+    return dict(request.query_params)
+
+
+def limit(given: dict[str, str], most: int, default: int = 20) -> int:
+    """`limit` of a list."""
+    text_ = given.get("limit")
+    if text_ is None:
+        return default
+    if not text_.isascii() or not text_.isdigit() or not 1 <= int(text_[:9]) <= most:
+        raise InvalidArgument.at("limit", f"is {text_!r:.20}; allowed is from 1 to {most}")
+    return int(text_)
+
+
+def order(given: dict[str, str]) -> bool:
+    """`order` of a list: whether the oldest comes first."""
+    value = given.get("order", "desc")
+    if value not in ("asc", "desc"):
+        raise InvalidArgument.at("order", f"is {value!r:.20}; allowed are asc, desc")
+    return value == "asc"
+
+
+def listed(found: Sequence[dict[str, Any]], more: bool) -> dict[str, Any]:
+    """A page of a list."""
+    return {
+        "object": "list",
+        "data": found,
+        "first_id": found[0]["id"] if found else None,
+        "last_id": found[-1]["id"] if found else None,
+        "has_more": more,
+    }

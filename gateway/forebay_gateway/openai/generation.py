@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -146,18 +146,36 @@ def image(url: Any, path: str, out: pb.ImagePart) -> None:
 
 
 def usage(found: pb.GenerationUsage) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
+    """OpenAI's usage object; `cached_answers` is ours, where the response cache answered."""
+    out: dict[str, Any] = {
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.completion_tokens,
         "total_tokens": found.prompt_tokens + found.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": found.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": found.reasoning_tokens},
     }
+    if found.cached_answers:
+        out["cached_answers"] = found.cached_answers
+    return out
 
 
-def renamed(status: status_pb2.Status) -> status_pb2.Status:
-    """The status with the contract's field paths in OpenAI's words."""
+def renamed(
+    status: status_pb2.Status, paths: Sequence[tuple[str, str]] = _PATHS
+) -> status_pb2.Status:
+    """The status with the contract's field paths in OpenAI's words: beginnings and what they become."""
+    return rewritten(status, lambda path: in_words(path, paths))
+
+
+def in_words(path: str, paths: Sequence[tuple[str, str]] = _PATHS) -> str:
+    """A field's path of the contract in OpenAI's words."""
+    for theirs, ours in paths:
+        if path.startswith(theirs):
+            path = ours + path[len(theirs) :]
+    return path
+
+
+def rewritten(status: status_pb2.Status, rename: Callable[[str], str]) -> status_pb2.Status:
+    """The status with other field paths."""
     out = status_pb2.Status()
     out.CopyFrom(status)
     bad = error_details_pb2.BadRequest()
@@ -165,10 +183,7 @@ def renamed(status: status_pb2.Status) -> status_pb2.Status:
         if not detail.Unpack(bad):
             continue
         for violation in bad.field_violations:
-            old = violation.field
-            for theirs, ours in _PATHS:
-                if violation.field.startswith(theirs):
-                    violation.field = ours + violation.field[len(theirs) :]
+            old, violation.field = violation.field, rename(violation.field)
             out.message = out.message.replace(f"{old}:", f"{violation.field}:")
         detail.Pack(bad)
     return out

@@ -80,7 +80,122 @@ _RERANK = _post(
     ["query", "documents"],
 )
 
+_MESSAGES: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "object"}}
+_LIMIT = {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1}}
+_AFTER = {"name": "after", "in": "query", "schema": {"type": "string"}}
+
+
+def _named(name: str) -> list[dict[str, Any]]:
+    """The parameter of a path."""
+    schema = {"type": "string", "minLength": 1}
+    return [{"name": name, "in": "path", "required": True, "schema": schema}]
+
+
+def _of_one(name: str, what: str, verbs: dict[str, str]) -> dict[str, Any]:
+    """Operations on one thing: by verb, what each does to it."""
+    out: dict[str, Any] = {}
+    for verb, does in verbs.items():
+        out[verb] = {**_get(f"{does} {what}", _named(name))["get"]}
+    return out
+
+
+_BATCH = {
+    "input_file_id": {"type": "string"},
+    "endpoint": {
+        "type": "string",
+        "enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"],
+    },
+    "completion_window": {"type": "string", "description": "A number and m, h or d: 24h."},
+    "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+}
+_FILE = {
+    "post": {
+        **_post("Store a file", {}, [])["post"],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "file": {"type": "string", "format": "binary"},
+                            "purpose": {"type": "string"},
+                        },
+                        "required": ["file", "purpose"],
+                    }
+                }
+            },
+        },
+    },
+    **_get("List files", [_LIMIT, _AFTER]),
+}
+
+#: Doors with many more fields than are written here: docs/openai.md has them.
+_LANGUAGE: dict[str, Any] = {
+    "/v1/chat/completions": _post(
+        "Answer a conversation",
+        {
+            "model": {"type": "string"},
+            "messages": _MESSAGES,
+            "temperature": {"type": "number"},
+            "max_tokens": {"type": "integer"},
+            "stream": {"type": "boolean"},
+        },
+        ["model", "messages"],
+    ),
+    "/v1/completions": _post(
+        "Continue a text",
+        {
+            "model": {"type": "string"},
+            "prompt": _STRINGS,
+            "temperature": {"type": "number"},
+            "max_tokens": {"type": "integer"},
+            "stream": {"type": "boolean"},
+        },
+        ["model", "prompt"],
+    ),
+    "/v1/messages": _post(
+        "Answer a conversation (Anthropic's shape)",
+        {
+            "model": {"type": "string"},
+            "messages": _MESSAGES,
+            "max_tokens": {"type": "integer"},
+            "stream": {"type": "boolean"},
+        },
+        ["model", "messages", "max_tokens"],
+    ),
+    "/v1/responses": _post(
+        "Answer, and keep the conversation",
+        {
+            "model": {"type": "string"},
+            "input": {
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]
+            },
+            "instructions": {"type": "string"},
+            "previous_response_id": {"type": "string"},
+            "store": {"type": "boolean"},
+            "stream": {"type": "boolean"},
+        },
+        ["model"],
+    ),
+    "/v1/responses/{response}": _of_one(
+        "response", "a response", {"get": "Get", "delete": "Delete"}
+    ),
+    "/v1/responses/{response}/input_items": _get("List what it was given", _named("response")),
+    "/v1/responses/{response}/cancel": _of_one("response", "a response", {"post": "Cancel"}),
+    "/v1/files": _FILE,
+    "/v1/files/{file}": _of_one("file", "a file", {"get": "Get", "delete": "Delete"}),
+    "/v1/files/{file}/content": _get("Get a file's bytes", _named("file")),
+    "/v1/batches": {
+        **_post("Run a file's requests", _BATCH, ["input_file_id", "endpoint"]),
+        **_get("List batches", [_LIMIT, _AFTER]),
+    },
+    "/v1/batches/{batch}": _get("Get a batch", _named("batch")),
+    "/v1/batches/{batch}/cancel": _of_one("batch", "a batch", {"post": "Cancel"}),
+}
+
 PATHS: dict[str, Any] = {
+    **_LANGUAGE,
     "/v1/embeddings": _post(
         "Create embeddings",
         {

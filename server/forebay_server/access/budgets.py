@@ -111,17 +111,19 @@ class Budgets:
             if free_money is not None and money > free_money + SLACK:
                 short.append(f"{money:.6f} is needed, {max(0.0, free_money):.6f} is left")
             if short:
-                reserved = standing.reserved_tokens or standing.reserved_money
+                # Sums of floats rarely come back to 0: what is left of them is no reservation.
+                reserved = standing.reserved_tokens > 0 or standing.reserved_money > SLACK
                 wait = RESERVED_RETRY_S if reserved else self._until_whole(limits)
                 period = limits.budget_period or "month"
                 raise _spent(key_id, period, "; ".join(short), wait)
             standing.reserved_tokens += tokens
             standing.reserved_money += money
-        call.context["reservation"] = Reservation(key_id, standing.since, tokens, money)
+        call.note("reservation", Reservation(key_id, standing.since, tokens, money))
 
     def settle(self, call: Call) -> None:
-        """The call has ended: what it took is spent, the rest of its reservation is free."""
-        reservation = call.context.pop("reservation", None)
+        """The call has ended: what it took is spent, the rest of its reservation is free.
+        Called once for each call."""
+        reservation = call.context.get("reservation")
         tokens, money = call.facts.tokens, float(call.context.get("cost", 0.0))  # type: ignore[arg-type]
         if reservation is None and not tokens:
             return

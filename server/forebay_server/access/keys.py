@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from forebay.errors import NotFound, PermissionDenied, Unauthenticated
 
-from forebay_server.core.call import Principal
+from forebay_server.core.call import ANONYMOUS, Principal
 from forebay_server.storage.database import Database
 from forebay_server.storage.tables import api_keys
 
@@ -126,6 +126,15 @@ class KeyStore:
         if kind.lower() != "bearer" or key is None or principal is None or not good:
             raise Unauthenticated("the key is not known", reason="KEY_UNKNOWN")
         if not key.active(self._clock()):
+            raise Unauthenticated("the key was revoked or has expired", reason="KEY_INACTIVE")
+        return principal
+
+    def principal(self, key_id: str) -> Principal:
+        """Who left work behind under this key. Raises Unauthenticated when it may not go on."""
+        if key_id == ANONYMOUS.key_id and not self.required:
+            return ANONYMOUS
+        key, principal = self._keys.get(key_id, (None, None))
+        if key is None or principal is None or not key.active(self._clock()):
             raise Unauthenticated("the key was revoked or has expired", reason="KEY_INACTIVE")
         return principal
 

@@ -76,15 +76,27 @@ class LimitSpent(RateLimited):
         self.standing = standing
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """How many of the calls that came together may go on, and where the key stands then.
+
+    `refusal` is for the others: it has a true retry delay, and nothing was taken for them.
+    """
+
+    calls: int
+    standing: Standing
+    refusal: LimitSpent | None = None
+
+
 class Limiter(Protocol):
     """Admission by key."""
 
-    def acquire(self, key_id: str, limits: Limits) -> Standing:
-        """Take one call. Raises LimitSpent with a true retry delay; then nothing was taken."""
+    def admit(self, key_id: str, limits: Limits, calls: int = 1) -> Admitted:
+        """Take as many calls as the limits allow."""
         ...
 
-    def release(self, key_id: str, limits: Limits, tokens: int) -> None:
-        """The call has ended and used `tokens`."""
+    def release(self, key_id: str, limits: Limits, tokens: int, calls: int = 1) -> None:
+        """Calls have ended, and used `tokens` together."""
         ...
 
 
@@ -123,20 +135,22 @@ class ProcessLimiter:
         self._states: dict[str, _State] = {}
         self._lock = threading.Lock()
 
-    def acquire(self, key_id: str, limits: Limits) -> Standing:
+    def admit(self, key_id: str, limits: Limits, calls: int = 1) -> Admitted:
         """See Limiter."""
         with self._lock:
             now = self._clock()
             state = self._states.setdefault(key_id, _State())
-            wait, violation = 0.0, None
+            granted, wait, violation = calls, 0.0, None
             rate = limits.requests_per_second
             if rate is not None:
                 full = capacity(limits)
                 if state.requests is None:
                     state.requests = _Bucket(full, now)
                 state.requests.refill(rate, full, now)
-                if state.requests.level < 1 - SLACK:
-                    wait = (1 - state.requests.level) / rate
+                held = max(0, int(state.requests.level + SLACK))
+                if held < granted:
+                    granted = held
+                    wait = (held + 1 - state.requests.level) / rate
                     violation = f"{rate:g} calls per second"
             per_minute = limits.tokens_per_minute
             if per_minute is not None:
@@ -144,26 +158,30 @@ class ProcessLimiter:
                     state.tokens = _Bucket(float(per_minute), now)
                 state.tokens.refill(per_minute / 60, float(per_minute), now)
                 if state.tokens.level < 1 - SLACK:
+                    granted = 0
                     needed = (1 - state.tokens.level) / (per_minute / 60)
                     if needed > wait:
                         wait, violation = needed, f"{per_minute} tokens per minute"
-            if limits.max_concurrency is not None and state.in_flight >= limits.max_concurrency:
+            most = limits.max_concurrency
+            if most is not None and state.in_flight + granted > most:
+                granted = max(0, most - state.in_flight)
                 wait = max(wait, CONCURRENCY_RETRY_S)
-                violation = violation or f"{limits.max_concurrency} calls in flight"
-            if violation is not None:
-                raise LimitSpent(key_id, violation, wait, _standing(limits, *_levels(state)))
+                violation = violation or f"{most} calls in flight"
             if state.requests is not None and rate is not None:
-                state.requests.level -= 1
-            state.in_flight += 1
-            return _standing(limits, *_levels(state))
+                state.requests.level -= granted
+            state.in_flight += granted
+            standing = _standing(limits, *_levels(state))
+            if violation is None:
+                return Admitted(granted, standing)
+            return Admitted(granted, standing, LimitSpent(key_id, violation, wait, standing))
 
-    def release(self, key_id: str, limits: Limits, tokens: int) -> None:
+    def release(self, key_id: str, limits: Limits, tokens: int, calls: int = 1) -> None:
         """See Limiter."""
         with self._lock:
             state = self._states.get(key_id)
             if state is None:
                 return
-            state.in_flight = max(0, state.in_flight - 1)
+            state.in_flight = max(0, state.in_flight - calls)
             if state.tokens is not None and limits.tokens_per_minute is not None:
                 state.tokens.level -= tokens
 
@@ -206,35 +224,44 @@ local function keep(key, l, rate, full, now)
 end
 """
 #: KEYS: requests bucket, tokens bucket, calls in flight. ARGV: rate, burst, tokens/min, most in
-#: flight, id of the call. -1 = no such limit. Calls in flight are a sorted set with a lease, so that
-#: a server that dies does not hold its permits for ever.
-_ACQUIRE = (
+#: flight, ids of the calls. -1 = no such limit. Calls in flight are a sorted set with a lease, so
+#: that a server that dies does not hold its permits for ever.
+_ADMIT = (
     _LUA
     + """
 local now = clock()
 local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
 local tpm, most = tonumber(ARGV[3]), tonumber(ARGV[4])
-local wait, what, rl, tl = 0, '', 0, 0
+local granted, wait, what, rl, tl = #ARGV - 4, 0, '', 0, 0
 if rate > 0 then
   rl = level(KEYS[1], rate, burst, now)
-  if rl < 1 - 1e-6 then wait = (1 - rl) / rate; what = 'r' end
+  local held = math.max(0, math.floor(rl + 1e-6))
+  if held < granted then granted = held; wait = (held + 1 - rl) / rate; what = 'r' end
 end
 if tpm > 0 then
   tl = level(KEYS[2], tpm / 60, tpm, now)
-  if tl < 1 - 1e-6 and (1 - tl) / (tpm / 60) > wait then wait = (1 - tl) / (tpm / 60); what = 't' end
+  if tl < 1 - 1e-6 then
+    granted = 0
+    if (1 - tl) / (tpm / 60) > wait then wait = (1 - tl) / (tpm / 60); what = 't' end
+  end
 end
 if most > 0 then
   redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - 3600)
-  if redis.call('ZCARD', KEYS[3]) >= most then
+  local free = math.max(0, most - redis.call('ZCARD', KEYS[3]))
+  if free < granted then
+    granted = free
     wait = math.max(wait, 0.05)
     if what == '' then what = 'c' end
   end
 end
-if what == '' then
-  if rate > 0 then rl = rl - 1; keep(KEYS[1], rl, rate, burst, now) end
-  if most > 0 then redis.call('ZADD', KEYS[3], now, ARGV[5]); redis.call('EXPIRE', KEYS[3], 3600) end
+if granted > 0 then
+  if rate > 0 then rl = rl - granted; keep(KEYS[1], rl, rate, burst, now) end
+  if most > 0 then
+    for i = 5, 4 + granted do redis.call('ZADD', KEYS[3], now, ARGV[i]) end
+    redis.call('EXPIRE', KEYS[3], 3600)
+  end
 end
-return {what, string.format('%.9f', wait), string.format('%.9f', rl), string.format('%.9f', tl)}
+return {granted, what, string.format('%.9f', wait), string.format('%.9f', rl), string.format('%.9f', tl)}
 """
 )
 #: KEYS: tokens bucket, calls in flight. ARGV: tokens/min or -1, tokens used, ids of ended calls.
@@ -275,7 +302,7 @@ class RedisLimiter:
         self._redis: Any = redis.Redis.from_url(
             url, socket_timeout=0.25, socket_connect_timeout=0.25
         )
-        self._acquire = self._redis.register_script(_ACQUIRE)
+        self._admit = self._redis.register_script(_ADMIT)
         self._release = self._redis.register_script(_RELEASE)
         self._error = redis.RedisError
         self._own = ProcessLimiter(clock)
@@ -288,50 +315,54 @@ class RedisLimiter:
         self._owned: dict[str, int] = {}
         self._ended: dict[str, list[str]] = {}
 
-    def acquire(self, key_id: str, limits: Limits) -> Standing:
+    def admit(self, key_id: str, limits: Limits, calls: int = 1) -> Admitted:
         """See Limiter."""
         if self._clock() < self._resting_until:
-            return self._acquire_own(key_id, limits)
+            return self._admit_own(key_id, limits, calls)
         rate = limits.requests_per_second
-        member = f"{self._origin}:{next(self._sequence)}"
+        members = [f"{self._origin}:{next(self._sequence)}" for _ in range(calls)]
         try:
-            what, wait, requests, tokens = self._acquire(
+            granted, what, wait, requests, tokens = self._admit(
                 keys=_names(key_id),
                 args=[
                     -1 if rate is None else rate,
                     -1 if rate is None else capacity(limits),
                     limits.tokens_per_minute or -1,
                     limits.max_concurrency or -1,
-                    member,
+                    *members,
                 ],
             )
         except self._error as e:
             self._rest(e)
-            return self._acquire_own(key_id, limits)
-        standing = _standing(limits, float(requests), float(tokens))
-        if what:
-            violation = {
-                b"r": f"{rate:g} calls per second" if rate is not None else "",
-                b"t": f"{limits.tokens_per_minute} tokens per minute",
-                b"c": f"{limits.max_concurrency} calls in flight",
-            }[what]
-            raise LimitSpent(key_id, violation, float(wait), standing)
-        if limits.max_concurrency is not None:
+            return self._admit_own(key_id, limits, calls)
+        if granted and limits.max_concurrency is not None:
             with self._lock:
-                self._shared.setdefault(key_id, []).append(member)
-        return standing
+                self._shared.setdefault(key_id, []).extend(members[:granted])
+        standing = _standing(limits, float(requests), float(tokens))
+        if not what:
+            return Admitted(granted, standing)
+        violation = {
+            b"r": f"{rate:g} calls per second" if rate is not None else "",
+            b"t": f"{limits.tokens_per_minute} tokens per minute",
+            b"c": f"{limits.max_concurrency} calls in flight",
+        }[what]
+        return Admitted(granted, standing, LimitSpent(key_id, violation, float(wait), standing))
 
-    def release(self, key_id: str, limits: Limits, tokens: int) -> None:
+    def release(self, key_id: str, limits: Limits, tokens: int, calls: int = 1) -> None:
         """See Limiter. What Redis does not take now is given back with a later call."""
         with self._lock:
-            owned = self._owned.get(key_id, 0)
+            owned = min(calls, self._owned.get(key_id, 0))
             if owned:
-                self._owned[key_id] = owned - 1
-            elif members := self._shared.get(key_id):
-                self._ended.setdefault(key_id, []).append(members.pop())
+                self._owned[key_id] -= owned
+            members = self._shared.get(key_id, [])
+            back = min(calls - owned, len(members))
+            if back:
+                self._ended.setdefault(key_id, []).extend(members[-back:])
+                del members[-back:]
         if owned:
-            self._own.release(key_id, limits, tokens)
-            return
+            # Tokens of a mixed lot are counted where most of it was admitted last: here.
+            self._own.release(key_id, limits, tokens, owned)
+            tokens = 0
         metered = limits.tokens_per_minute is not None and tokens > 0
         with self._lock:
             ended = self._ended.pop(key_id, [])
@@ -348,12 +379,12 @@ class RedisLimiter:
             with self._lock:
                 self._ended.setdefault(key_id, []).extend(ended)
 
-    def _acquire_own(self, key_id: str, limits: Limits) -> Standing:
+    def _admit_own(self, key_id: str, limits: Limits, calls: int) -> Admitted:
         self._observe()
-        standing = self._own.acquire(key_id, limits)
+        admitted = self._own.admit(key_id, limits, calls)
         with self._lock:
-            self._owned[key_id] = self._owned.get(key_id, 0) + 1
-        return standing
+            self._owned[key_id] = self._owned.get(key_id, 0) + admitted.calls
+        return admitted
 
     def _rest(self, error: Exception) -> None:
         if self._clock() >= self._resting_until:

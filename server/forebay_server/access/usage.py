@@ -1,4 +1,4 @@
-"""Usage by key, model, version and day; every call counted exactly once, cancelled ones included.
+"""Usage by key, user, model, version and day; every call counted exactly once, cancelled ones too.
 
 A call's record is appended to a journal file before the call is answered: one write of some 100
 bytes to the page cache, which outlives the process (kill -9) though not the machine; the file is
@@ -28,9 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from forebay.errors import Unavailable
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from forebay_server.storage.database import Database
 from forebay_server.storage.tables import usage, usage_segments
@@ -41,6 +43,10 @@ COUNTERS = ("calls", "items", "tokens", "cached", "errors", "cancelled", "engine
 ROLL_EVERY_S, SYNC_EVERY_S = 5.0, 1.0
 #: Records that wait in memory while the disk is full; beyond it they are lost, and the log says so.
 MAX_UNWRITTEN = 100_000
+
+
+#: Key, model, version and, where the caller named one, its own user.
+UsageKey = tuple[str, str, int] | tuple[str, str, int, str]
 
 
 @dataclass(slots=True)
@@ -65,13 +71,14 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """Counters of one key, model, version and day (UTC, YYYY-MM-DD)."""
+    """Counters of one key, model, version, day (UTC, YYYY-MM-DD) and user of the key's owner."""
 
     key_id: str
     model: str
     version: int
     day: str
     counters: Counters
+    user: str = ""
 
 
 class UsageLedger:
@@ -101,13 +108,10 @@ class UsageLedger:
         self._path, self._file = self._new()
         await self._commit_pending()
 
-    def record(self, sums: Mapping[tuple[str, str, int], Iterable[float]]) -> None:
-        """Append what calls used by (key, model, version), in the order of COUNTERS."""
+    def record(self, sums: Mapping[UsageKey, Iterable[float]]) -> None:
+        """Append what calls used, in the order of COUNTERS."""
         day = self._day()
-        line = b"".join(
-            json.dumps([*key, day, *(round(v, 9) for v in values)]).encode() + b"\n"
-            for key, values in sums.items()
-        )
+        line = b"".join(orjson.dumps([*key, day, *values]) + b"\n" for key, values in sums.items())
         with self._lock:
             if self._unwritten or self._torn:
                 self._keep(line)
@@ -143,6 +147,24 @@ class UsageLedger:
         while done < len(self._unwritten) and self._append(self._unwritten[done]):
             done += 1
         del self._unwritten[:done]
+
+    async def add(self, db: AsyncConnection, key: UsageKey, values: Iterable[float]) -> None:
+        """Count at once, in a transaction of the caller's: with it, or not at all."""
+        counters = Counters()
+        counters.add(values)
+        await self._upsert(db, (*key[:3], key[3] if len(key) > 3 else "", self._day()), counters)
+
+    async def _upsert(
+        self, db: AsyncConnection, key: tuple[str, str, int, str, str], counters: Counters
+    ) -> None:
+        key_id, model, version, user, day = key
+        user = user.replace("\0", "\ufffd")  # which PostgreSQL's texts cannot hold
+        values = {name: getattr(counters, name) for name in COUNTERS}
+        await db.execute(
+            _upsert(self._database.dialect).values(
+                key_id=key_id, model=model, version=version, user=user, day=day, **values
+            )
+        )
 
     async def keep(self) -> None:
         """Sync and roll for ever."""
@@ -213,13 +235,14 @@ class UsageLedger:
         to_day: str | None,
         offset: int,
         limit: int,
+        user: str | None = None,
     ) -> list[UsageRow]:
         """Rows, newest day first."""
         await self.flush()
         query = sa.select(usage).order_by(
-            usage.c.day.desc(), usage.c.key_id, usage.c.model, usage.c.version
+            usage.c.day.desc(), usage.c.key_id, usage.c.model, usage.c.version, usage.c.user
         )
-        for column, value in (("key_id", key_id), ("model", model)):
+        for column, value in (("key_id", key_id), ("model", model), ("user", user)):
             if value is not None:
                 query = query.where(usage.c[column] == value)
         if from_day:
@@ -230,7 +253,12 @@ class UsageLedger:
             found = (await db.execute(query.offset(offset).limit(limit))).all()
         return [
             UsageRow(
-                r.key_id, r.model, r.version, r.day, Counters(*(getattr(r, c) for c in COUNTERS))
+                r.key_id,
+                r.model,
+                r.version,
+                r.day,
+                Counters(*(getattr(r, c) for c in COUNTERS)),
+                r.user,
             )
             for r in found
         ]
@@ -265,13 +293,8 @@ class UsageLedger:
         async with self._database.begin() as db:
             if (await db.execute(sa.select(usage_segments).where(mine))).first() is None:
                 await db.execute(usage_segments.insert().values(segment=path.name))
-                for (key_id, model, version, day), counters in sums.items():
-                    values = {name: getattr(counters, name) for name in COUNTERS}
-                    await db.execute(
-                        _upsert(self._database.dialect).values(
-                            key_id=key_id, model=model, version=version, day=day, **values
-                        )
-                    )
+                for key, counters in sums.items():
+                    await self._upsert(db, key, counters)
         await asyncio.to_thread(_remove, path)
         async with self._database.begin() as db:  # the file is gone: its name has done its work
             await db.execute(sa.delete(usage_segments).where(mine))
@@ -302,23 +325,28 @@ def _remove(path: Path) -> None:
         os.close(folder)
 
 
-def _add_up(path: Path) -> dict[tuple[str, str, int, str], Counters]:
-    sums: dict[tuple[str, str, int, str], Counters] = {}
+def _add_up(path: Path) -> dict[tuple[str, str, int, str, str], Counters]:
+    """Counters by key, model, version, user and day."""
+    sums: dict[tuple[str, str, int, str, str], Counters] = {}
     if not path.exists():  # removed by a server that was killed before it dropped the name
         return sums
     for line in path.read_bytes().splitlines():
         try:
-            key_id, model, version, day, *values = json.loads(line)
-        except ValueError:
+            key_id, model, version, *rest = json.loads(line)
+            user = ""
+            if isinstance(rest[1], str):  # lines of calls without a user have none
+                user, *rest = rest
+            day, *values = rest
+        except (ValueError, IndexError):
             log.warning("a torn record in %s is left out", path.name)
             continue
-        sums.setdefault((key_id, model, version, day), Counters()).add(values)
+        sums.setdefault((key_id, model, version, user, day), Counters()).add(values)
     return sums
 
 
 def _upsert(dialect: str) -> Any:
     insert = (postgresql if dialect == "postgresql" else sqlite).insert(usage)
     return insert.on_conflict_do_update(
-        index_elements=["key_id", "model", "version", "day"],
+        index_elements=["key_id", "model", "version", "day", "user"],
         set_={name: usage.c[name] + insert.excluded[name] for name in COUNTERS},
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from forebay.errors import Unavailable
+from forebay.errors import ForebayError, Unavailable
 
 from forebay_server.core.collector import gathering
 from forebay_server.core.intake import Intake
@@ -41,6 +41,7 @@ class BatchingEngineClient:
         hop_s: see WORTH_A_HOP.
         here_s: a free engine whose batches take less is run by the thread that submits, if it is one
             that works through a batch of calls (`together`); 0 = never.
+        nice: how much lower the priority of engines' threads is, see priority.py.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BatchingEngineClient:
         wait: Callable[[float], object] | None = None,
         hop_s: float = WORTH_A_HOP,
         here_s: float = 0.0,
+        nice: int = 0,
     ) -> None:
         self.spec: EngineSpec = engines[0].spec
         self.engines = list(engines)
@@ -77,6 +79,7 @@ class BatchingEngineClient:
                 wait=wait or self._intake.closing.wait,
                 observer=observer,
                 hop_s=hop_s,
+                nice=nice,
             )
             for i, engine in enumerate(self.engines)
         ]
@@ -90,11 +93,20 @@ class BatchingEngineClient:
         if slot is None:
             return self._intake.submit(requests)  # type: ignore[return-value]
         try:
+            alone = self._intake.submit_alone(requests[0]) if len(requests) == 1 else None
+            if alone is not None:
+                completion, cut = alone
+                slot.serve_here(cut)
+                return [completion]
             completions = self._intake.submit(requests, wake=False)
             slot.serve_here()
         finally:
             slot.turn.release()
         return completions  # type: ignore[return-value]
+
+    def refusal(self, deadline: float | None) -> ForebayError | None:
+        """See interfaces.EngineClient."""
+        return self._intake.refusal(deadline) if self._intake.waiting_rows else None
 
     def _borrow(self) -> Slot | None:
         """A quick slot that nobody uses, with its turn taken."""

@@ -7,8 +7,9 @@ ends exactly once, whoever is first: an answer, an error, or the client's cancel
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from forebay.errors import Cancelled, ForebayError, Internal
@@ -32,6 +33,10 @@ ANONYMOUS = Principal(scopes=frozenset({"infer", "read", "admin"}))
 
 
 _NOT_BEGUN = [0]
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+#: Decides who ends a call. One for all calls: it is held for less time than a lock of each call's
+#: own takes to make.
+_ENDING = threading.Lock()
 
 
 class Serializable(Protocol):
@@ -64,9 +69,13 @@ class Call:
         metadata: lower-case keys; the last value of a repeated key.
         deadline: on the server's monotonic clock; None = none.
         principal: set by authentication.
+        message: the bytes of a batched call's request.
         request: the parsed message of a unary call.
-        trailers: metadata for the end of the call.
-        context: room for the pipeline's stages; nobody else's.
+        background: nobody waits for it; its work goes behind that of all other calls.
+        facts: what becomes known of it; calls that share a block of rows share these too.
+        trailers: metadata for the end of the call, beside its request id; see `trail`.
+        context: what stages and services keep with a few calls; see `note`.
+        permit: what admission gave; nobody else's.
         origin: room for the transport; nobody else's.
         progress: number of stages begun, shared by the calls that began together.
         passed: the progress when the call ended; only those stages hear of its end.
@@ -74,21 +83,23 @@ class Call:
 
     __slots__ = (
         "_cancel_hooks",
+        "_facts",
         "_gone",
-        "_lock",
         "_on_end",
+        "background",
         "cancelled",
         "code",
         "context",
         "deadline",
         "error",
-        "facts",
+        "message",
         "metadata",
         "method",
         "origin",
         "passed",
         "payload",
         "peer",
+        "permit",
         "principal",
         "progress",
         "request",
@@ -113,22 +124,44 @@ class Call:
         self.deadline = deadline
         self.peer = peer
         self.principal = ANONYMOUS
+        self.message = b""
         self.request: object = None
         self.request_id = ""
-        self.facts = CallFacts()
-        self.trailers: list[tuple[str, str]] = []
-        self.context: dict[str, object] = {}
+        self.trailers: Sequence[tuple[str, str]] = ()
+        self.context: Mapping[str, object] = _NOTHING
+        self.permit: object = None
         self.origin: object = None
         self.progress: list[int] = _NOT_BEGUN
         self.passed = 0
+        self.background = False
         self.cancelled = False
         self.code: str | None = None
         self.error: ForebayError | None = None
         self.payload: bytes = b""
         self._on_end = on_end
-        self._cancel_hooks: list[Callable[[], None]] = []
+        self._facts: CallFacts | None = None
+        self._cancel_hooks: list[Callable[[], None]] | None = None
         self._gone: ForebayError | None = None
-        self._lock = threading.Lock()
+
+    @property
+    def facts(self) -> CallFacts:
+        """See the class."""
+        facts = self._facts
+        if facts is None:
+            facts = self._facts = CallFacts()
+        return facts
+
+    @facts.setter
+    def facts(self, facts: CallFacts) -> None:
+        self._facts = facts
+
+    def note(self, name: str, value: object) -> None:
+        """Keep something in the call's context."""
+        self.context = {**self.context, name: value}
+
+    def trail(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Add metadata for the end of the call."""
+        self.trailers = (*self.trailers, *pairs)
 
     @property
     def ended(self) -> bool:
@@ -161,24 +194,65 @@ class Call:
         """The client is gone: stop the work, then end the call with `error`, else as CANCELLED."""
         self._gone = error
         self.cancelled = True
-        hooks, self._cancel_hooks = self._cancel_hooks, []
-        for hook in hooks:
+        hooks, self._cancel_hooks = self._cancel_hooks, None
+        for hook in hooks or ():
             hook()
         self.fail(error or Cancelled("the client took the call back"))
 
     def on_cancel(self, hook: Callable[[], None]) -> None:
         """Run `hook` when the client is gone; at once when it is gone already."""
+        if self._cancel_hooks is None:
+            self._cancel_hooks = []
         self._cancel_hooks.append(hook)
         if self.cancelled:
             hook()
 
     def _end(self, code: str, error: ForebayError | None, payload: bytes) -> None:
-        with self._lock:
+        with _ENDING:
             if self.code is not None:
                 return
             self.code = code
         self.error = error
         self.payload = payload
+        self._tell()
+
+    def _tell(self) -> None:
         self.passed = self.progress[0]
-        self._cancel_hooks.clear()
+        self._cancel_hooks = None
         self._on_end(self)
+
+
+def reply_all(calls: Sequence[Call], payloads: Iterable[bytes]) -> None:
+    """End calls well, each with its serialised answer. Those that have ended are passed over."""
+    live = []
+    with _ENDING:
+        for call, payload in zip(calls, payloads, strict=True):
+            if call.code is None:
+                call.code = "OK"
+                call.payload = payload
+                live.append(call)
+    for call in live:
+        call._tell()
+
+
+def runs_of(calls: Sequence[Call]) -> list[list[Call]]:
+    """Ended calls, by neighbours that ended alike: same method, key, status, facts and context, at
+    the same stage. What is said of the first holds for all; only times, ids and peers differ."""
+    out: list[list[Call]] = []
+    last: Call | None = None
+    for call in calls:
+        if (
+            last is not None
+            and call._facts is last._facts
+            and call.code == last.code
+            and call.error is last.error
+            and call.method is last.method
+            and call.principal is last.principal
+            and call.context is last.context
+            and call.passed == last.passed
+        ):
+            out[-1].append(call)
+        else:
+            out.append([call])
+            last = call
+    return out

@@ -40,6 +40,7 @@ class RequestCompletion:
         "request",
         "timing",
         "waiting_rows",
+        "waiting_tokens",
     )
 
     def __init__(
@@ -51,8 +52,9 @@ class RequestCompletion:
         self.request = request
         self.enqueued = enqueued
         self.timing = Timing()
-        #: Rows of this request that wait in the queue; kept by the queue.
+        #: Rows and tokens of this request that wait in the queue; kept by the queue.
         self.waiting_rows = 0
+        self.waiting_tokens = 0
         self._results: list[Result | None] = [None] * len(request.items)
         self._left = len(request.items)
         self._done = False

@@ -85,12 +85,16 @@ class SamplingParameters:
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens of one request so far. Engines keep it exact, aborted requests included."""
+    """Tokens of one request so far. Engines keep it exact, aborted requests included.
+
+    `cached_answers` came from the response cache, with the tokens that they took once.
+    """
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
     reasoning: int = 0
+    cached_answers: int = 0
 
     def add(self, other: Tally) -> None:
         """Add another request's tokens."""
@@ -98,6 +102,7 @@ class Tally:
         self.completion += other.completion
         self.cached += other.cached
         self.reasoning += other.reasoning
+        self.cached_answers += other.cached_answers
 
 
 @dataclass(slots=True)

@@ -22,9 +22,9 @@ from forebay.errors import (
 )
 
 from forebay_server.core.completion import RequestCompletion
-from forebay_server.core.interfaces import BatchPolicy, Clock, EngineRequest
+from forebay_server.core.interfaces import Batch, BatchPolicy, Clock, EngineRequest
 from forebay_server.core.quarantine import Quarantine
-from forebay_server.core.queue import Cut, RequestQueue
+from forebay_server.core.queue import Cut, Entry, RequestQueue, padded
 from forebay_server.core.statistics import EngineStatistics
 
 log = logging.getLogger("forebay.batcher")
@@ -81,7 +81,7 @@ class Intake:
                 admitted.append(completion)
             else:
                 refused.append((completion, *fault))
-        rate = self.statistics.rows_per_second * self.slots
+        rate = self.statistics.tokens_per_second * self.slots
         with self._work:
             error = self._shut()
             for completion in admitted:
@@ -89,7 +89,7 @@ class Intake:
                     refused.append((completion, self._shut() or error, None))
                     continue
                 try:
-                    self._queue.push(completion, rate)
+                    self._queue.push(completion, rate, now)
                 except QueueFull as e:
                     refused.append((completion, e, None))
             if wake:
@@ -97,6 +97,32 @@ class Intake:
         for completion, error, item in refused:
             completion.fail(error, item)
         return out
+
+    def refusal(self, deadline: float | None) -> ForebayError | None:
+        """Why a request of one row would be refused now."""
+        rate = self.statistics.tokens_per_second * self.slots
+        with self._work:
+            full = self._queue.refusal(1, deadline, rate, self.clock())
+            shut = self._shut()
+        if shut is None and full is not None:
+            self.statistics.ended("rejected", 0.0, 0.0, time.time())
+        return shut or full
+
+    def submit_alone(self, request: EngineRequest) -> tuple[RequestCompletion, Cut] | None:
+        """A request as a batch of its own, past the queue, for a caller who runs it at once. None
+        when others wait, when it does not fit a batch, or when there is something to refuse."""
+        policy = self.policy
+        if self._queue.waiting_rows or policy.max_queue_delay_s > 0 or len(request.items) != 1:
+            return None
+        (item,) = request.items
+        longest = padded(policy, item.length)
+        fits = 0 < item.rows <= policy.max_batch_size
+        if not fits or item.rows * longest > policy.max_batch_tokens or not self.quarantine.empty:
+            return None
+        if self._shut() is not None:
+            return None
+        completion = RequestCompletion(request, self.clock(), self._ended)
+        return completion, Cut(Batch([item], longest, item.rows), [Entry(completion, 0, item)])
 
     def kick(self) -> None:
         """Have the slots look after what waits."""

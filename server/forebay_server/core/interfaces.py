@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from forebay.errors import ForebayError
 from numpy.typing import NDArray
 
 from forebay_server.core.generation import Capabilities, GenerationDelta, GenerationRequest
@@ -199,6 +200,10 @@ class Timing:
     batch_tokens: int = 0
 
 
+#: Below all that callers may ask for: work that nobody waits for.
+BACKGROUND_PRIORITY = -100
+
+
 @dataclass(slots=True)
 class EngineRequest:
     """One call's items. `deadline` is on the client's clock; higher `priority` is served first.
@@ -247,6 +252,11 @@ class EngineClient(Protocol):
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[Completion]:
         """Queue all. A request that does not fit comes back already failed with QueueFull."""
+        ...
+
+    def refusal(self, deadline: float | None) -> ForebayError | None:
+        """Why even a small request would be refused now, so that nothing is spent on preparing it;
+        None when it would be queued."""
         ...
 
     def stats(self) -> Mapping[str, Any]:

@@ -12,6 +12,8 @@ The rules (docs/concepts.md has them with a picture):
 - padded length x rows stays within `max_batch_tokens`, rows within `max_batch_size`. An item that
   is larger than that runs alone.
 - Cancelled and expired requests are dropped at the cut, and counted out of the bound at once.
+- A request that would wait out most of its deadline is refused at once: to serve those that came
+  in time, and not, first come first served, those whose callers are about to leave.
 
 Each item is sorted once or twice and moved a few times, whatever the queue's length.
 """
@@ -31,6 +33,9 @@ from forebay_server.core.interfaces import Batch, BatchPolicy, Item
 
 #: Bounds of the retry delay that a refusal names, seconds.
 MIN_RETRY_S, MAX_RETRY_S = 0.01, 30.0
+#: Share of the time left until a request's deadline that it may wait. The rest is for its batch,
+#: its way back, and for what the throughput's estimate is off.
+MOST_WAIT = 0.65
 
 
 @dataclass(slots=True, eq=False)
@@ -67,40 +72,43 @@ class RequestQueue:
         self._deadlines_bound = 256
         self._expired: list[RequestCompletion] = []
         self._orders = count()
-        #: Rows that wait.
+        #: Rows and tokens that wait.
         self.waiting_rows = 0
+        self.waiting_tokens = 0
 
     def __len__(self) -> int:
         """Rows that wait."""
         return self.waiting_rows
 
-    def push(self, completion: RequestCompletion, rows_per_second: float = 0.0) -> None:
+    def push(
+        self,
+        completion: RequestCompletion,
+        tokens_per_second: float = 0.0,
+        now: float = float("-inf"),
+    ) -> None:
         """Queue a request's items.
 
         Args:
-            rows_per_second: the engine's throughput, for a truthful retry delay; 0 = not known.
+            tokens_per_second: what the engines work off when they are busy (tensors: rows); 0 = not
+                known, then no request is refused for its deadline.
+            now: for the time that is left until the request's deadline.
 
         Raises:
-            QueueFull: it does not fit; `retry_after_s` is the time to work off what waits. A
-                request that is larger than the bound fits an empty queue.
+            QueueFull: it does not fit, or not before its deadline; `retry_after_s` is the time
+                until it would. A request that is larger than the bound fits an empty queue.
         """
         request = completion.request
-        rows = 0
+        rows = tokens = 0
         for item in request.items:
             rows += item.rows
-        if self.waiting_rows and self.waiting_rows + rows > self.policy.max_queue_size:
-            delay = self.waiting_rows / rows_per_second if rows_per_second > 0 else 1.0
-            raise QueueFull(
-                f"the queue holds {self.waiting_rows} of {self.policy.max_queue_size} rows; "
-                f"{rows} more do not fit",
-                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, delay)),
-                metadata={
-                    "waiting": str(self.waiting_rows),
-                    "limit": str(self.policy.max_queue_size),
-                },
-            )
+            tokens += item.rows * item.length
+        full = self.refusal(rows, request.deadline, tokens_per_second, now)
+        if full is not None:
+            raise full
         completion.waiting_rows = rows
+        completion.waiting_tokens = tokens
         self.waiting_rows += rows
+        self.waiting_tokens += tokens
         orders = self._orders
         for index, item in enumerate(request.items):
             entry = Entry(completion, index, item, next(orders))
@@ -115,10 +123,42 @@ class RequestQueue:
             if len(self._deadlines) > self._deadlines_bound:
                 self._forget_deadlines()
 
+    def refusal(
+        self, rows: int, deadline: float | None, tokens_per_second: float, now: float
+    ) -> QueueFull | None:
+        """Why a request of so many rows would be refused now; see `push`."""
+        wait = self.waiting_tokens / tokens_per_second if tokens_per_second > 0 else 0.0
+        if wait and deadline is not None:
+            left = deadline - now
+            if self.waiting_tokens > self.policy.max_batch_tokens:
+                # What the oldest has waited tells of engines that became slower than they were.
+                oldest = self.oldest_enqueued()
+                wait = wait if oldest is None else max(wait, now - oldest)
+            if 0 < MOST_WAIT * left < wait:
+                return QueueFull(
+                    f"what waits takes {wait:.2f} s, too much of the {left:.2f} s that the deadline "
+                    "leaves",
+                    retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait - MOST_WAIT * left)),
+                    metadata={"waiting": str(self.waiting_rows)},
+                )
+        if self.waiting_rows and self.waiting_rows + rows > self.policy.max_queue_size:
+            delay = wait or 1.0
+            return QueueFull(
+                f"the queue holds {self.waiting_rows} of {self.policy.max_queue_size} rows; "
+                f"{rows} more do not fit",
+                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, delay)),
+                metadata={
+                    "waiting": str(self.waiting_rows),
+                    "limit": str(self.policy.max_queue_size),
+                },
+            )
+        return None
+
     def discard(self, completion: RequestCompletion) -> None:
         """Count a request out that is done before its time; its entries are skipped at the cut."""
         self.waiting_rows -= completion.waiting_rows
-        completion.waiting_rows = 0
+        self.waiting_tokens -= completion.waiting_tokens
+        completion.waiting_rows = completion.waiting_tokens = 0
 
     def expire(self, now: float) -> list[RequestCompletion]:
         """Take out, once, the requests whose deadline passed while items of theirs waited."""
@@ -192,16 +232,19 @@ class RequestQueue:
         self._deadlines_bound = 2 * len(self._deadlines) + 256
 
     def _take(self, chosen: list[Entry]) -> Cut:
-        rows = longest = 0
+        rows = longest = tokens = 0
         items = []
         for entry in chosen:
             item = entry.item
             entry.owner.waiting_rows -= item.rows
+            entry.owner.waiting_tokens -= item.rows * item.length
             rows += item.rows
+            tokens += item.rows * item.length
             if item.length > longest:
                 longest = item.length
             items.append(item)
         self.waiting_rows -= rows
+        self.waiting_tokens -= tokens
         return Cut(Batch(items, padded(self.policy, longest), rows), chosen)
 
 

@@ -30,6 +30,7 @@ from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 from forebay_server.core.collector import together
 from forebay_server.core.intake import Intake, quarantined, too_late
 from forebay_server.core.interfaces import Batch, Engine
+from forebay_server.core.priority import lower
 from forebay_server.core.queue import Cut, Entry, padded
 
 log = logging.getLogger("forebay.batcher")
@@ -68,6 +69,7 @@ class Slot:
         revive: brings the engine back after it died; raises while it cannot.
         wait: sleeps the seconds given, or less when the client closes.
         hop_s: a stage is given to a second thread only when it takes longer than this.
+        nice: how much lower the priority of the slot's thread is, see priority.py.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Slot:
         wait: Callable[[float], object],
         observer: Callable[[BatchReport], None] | None,
         hop_s: float,
+        nice: int = 0,
     ) -> None:
         self.engine = engine
+        self._nice = nice
         self.thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._intake = intake
         self._revive = revive
@@ -128,6 +132,8 @@ class Slot:
     # The loop.
 
     def _run(self) -> None:
+        if self._nice:
+            lower(self._nice)
         while True:
             cut: Cut | None = None
             try:
@@ -148,21 +154,31 @@ class Slot:
         if self._finishing is not None:
             self._finishing.result()
 
-    def serve_here(self) -> None:
-        """Serve what waits on the caller's thread, which holds `turn`."""
+    def serve_here(self, cut: Cut | None = None) -> None:
+        """Serve a batch, and what waits behind it, on the caller's thread, which holds `turn`."""
         batches = 0
+        if cut is not None:
+            self._held[id(cut)] = cut
+            try:
+                self._serve(cut, None, here=True)
+            except BaseException:
+                self._broke(cut)
         while self._backlog or batches < HERE_BATCHES:
             batches += 1
-            cut: Cut | None = None
+            cut = None
             try:
-                cut = self._backlog.popleft() if self._backlog else self._intake.take_here()
+                if self._backlog:
+                    cut = self._backlog.popleft()
+                elif self._intake.waiting_rows:
+                    cut = self._intake.take_here()
                 if cut is None:
                     break
                 self._held[id(cut)] = cut
                 self._serve(cut, None, here=True)
             except BaseException:
                 self._broke(cut)
-        self._intake.kick()
+        if self._intake.waiting_rows:
+            self._intake.kick()
 
     @property
     def ahead(self) -> bool:
@@ -332,7 +348,7 @@ class Slot:
         tokens = sum(i.length * i.rows for i in batch.items)
         rows, all_tokens = batch.rows, batch.length * batch.rows
         self._intake.statistics.batch(rows, tokens, all_tokens, prepare_s, execute_s, split_s)
-        self._observe(BatchReport(rows, tokens, all_tokens, waited, execute_s, 0))
+        self._observe(rows, tokens, all_tokens, waited, execute_s)
         seen: set[int] = set()
         for entry in entries:
             owner = entry.owner
@@ -353,21 +369,14 @@ class Slot:
             for entry, result in zip(entries, results, strict=True):
                 entry.owner.set_result(entry.index, result)
 
-    def _observe(self, report: BatchReport) -> None:
+    def _observe(
+        self, rows: int, tokens: int, padded: int, waited: float, execute_s: float
+    ) -> None:
         if self._observer is None:
             return
         try:
             depth = self._intake.waiting_rows
-            self._observer(
-                BatchReport(
-                    report.rows,
-                    report.tokens,
-                    report.padded_tokens,
-                    report.queue_s,
-                    report.execute_s,
-                    depth,
-                )
-            )
+            self._observer(BatchReport(rows, tokens, padded, waited, execute_s, depth))
         except Exception:
             log.exception("the observer of batches raised")
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 #: Weight of the newest batch in the throughput estimate.
 EWMA = 0.2
+#: What the estimate of a busy engine's throughput forgets with each slower batch. Small batches, which
+#: give less, say nothing of what full ones would.
+FORGETS = 0.1
 
 
 @dataclass(slots=True)
@@ -53,6 +56,8 @@ class EngineStatistics:
         self.restarts = 0
         self.by_size: dict[int, SizeStatistics] = {}
         self.rows_per_second = 0.0
+        #: Tokens (tensors: rows) a second of a busy engine, about.
+        self.tokens_per_second = 0.0
 
     def batch(
         self, rows: int, tokens: int, padded: int, prepare: float, execute: float, finish: float
@@ -70,7 +75,10 @@ class EngineStatistics:
             size.prepare.add(prepare)
             size.execute.add(execute)
             size.finish.add(finish)
-            rate = rows / max(prepare + execute + finish, 1e-6)
+            took = max(prepare + execute + finish, 1e-6)
+            best = self.tokens_per_second
+            self.tokens_per_second = max(tokens / took, best + FORGETS * (tokens / took - best))
+            rate = rows / took
             old = self.rows_per_second
             self.rows_per_second = rate if not old else old + EWMA * (rate - old)
 

@@ -26,7 +26,9 @@ from forebay_server.core.generation import (
     Structure,
     Tally,
 )
+from forebay_server.core.interfaces import BACKGROUND_PRIORITY
 from forebay_server.core.structure import fault_of
+from forebay_server.dataplane.generation_cache import AnswerCache, Collected, Kept, NoCache
 from forebay_server.dataplane.models import ModelAccess, ServedModel
 from forebay_server.generation.client import GenerationClient
 from forebay_server.generation.templates import TemplateRefused
@@ -64,6 +66,7 @@ class Ask:
 
     Attributes:
         sampling: fields the caller gave, by SamplingParameters' names.
+        cache: whether the response cache may answer; None = as the model is configured.
         path: prefix of field paths in errors: `request.` within streams.
     """
 
@@ -75,6 +78,7 @@ class Ask:
     priority: int = 0
     user: str = ""
     sticky_key: str = ""
+    cache: bool | None = None
     path: str = ""
 
 
@@ -99,7 +103,7 @@ class CompleteAsk(Ask):
 @dataclass(slots=True)
 class Job:
     """Requests that are ready to run. `prompts` are their texts, for echoes; `limited` says that
-    the caller gave `max_tokens`."""
+    the caller gave `max_tokens`; `cache` is the caller's word on the response cache."""
 
     call: Call
     model: ServedModel
@@ -109,6 +113,7 @@ class Job:
     prompts: list[str] = field(default_factory=list)
     queue_s: float = 0.0
     limited: bool = False
+    cache: bool | None = None
 
     @property
     def client(self) -> GenerationClient:
@@ -136,10 +141,17 @@ class Job:
 class GenerationPipeline:
     """See the module."""
 
-    def __init__(self, access: ModelAccess, meter: Meter, budget: Budget) -> None:
+    def __init__(
+        self,
+        access: ModelAccess,
+        meter: Meter,
+        budget: Budget,
+        cache: AnswerCache | None = None,
+    ) -> None:
         self._access = access
         self._meter = meter
         self._budget = budget
+        self._cache = cache or AnswerCache(NoCache())
 
     async def prepare_chat(self, call: Call, ask: ChatAsk) -> Job:
         """From a conversation to a request. Raises InvalidArgument with paths and numbers."""
@@ -149,7 +161,7 @@ class GenerationPipeline:
         sampling = _sampling(model, ask.sampling)
         assert ask.chat is not None
         job = Job(call, model, f"chatcmpl-{call.request_id}", [])
-        job.limited = "max_tokens" in ask.sampling
+        job.limited, job.cache = "max_tokens" in ask.sampling, ask.cache
         request = GenerationRequest(job.id, sampling, chat=ask.chat)
         if client.engine.capabilities.needs_prompt_ids:
             ids, ask.messages, job.dropped_messages = await self._fit_chat(model, ask, sampling)
@@ -166,7 +178,7 @@ class GenerationPipeline:
         _check(client, ask, call)
         sampling = _sampling(model, ask.sampling)
         job = Job(call, model, f"cmpl-{call.request_id}", [])
-        job.limited = "max_tokens" in ask.sampling
+        job.limited, job.cache = "max_tokens" in ask.sampling, ask.cache
         local = client.engine.capabilities.needs_prompt_ids
         if ask.token_ids and not local:
             raise InvalidArgument.at(f"{ask.path}token_ids", "this model takes texts alone")
@@ -192,6 +204,35 @@ class GenerationPipeline:
     async def run(self, job: Job) -> AsyncGenerator[GenerationDelta, None]:
         """The answers' deltas, each after its turn. The call's facts are exact at the end,
         whatever the end is."""
+        key = self._cache.key(job.model, job.requests, job.cache)
+        kept = None if key is None else await self._cache.get(job.model, key)
+        if kept is not None and len(kept.tallies) == len(job.requests):
+            for delta in self._answered_before(job, kept):
+                yield delta
+            return
+        collected = Collected() if key is not None else None
+        async with aclosing(self._generated(job)) as deltas:
+            async for delta in deltas:
+                if collected is not None:
+                    collected.add(delta)
+                yield delta
+        # A budget may have shortened the answers: then they are not those of the key.
+        if key is None or collected is None or not (answers := collected.whole()):
+            return
+        if self._cache.key(job.model, job.requests, job.cache) == key:
+            self._cache.put(job.model, key, Kept(answers, [r.tally for r in job.requests]))
+
+    def _answered_before(self, job: Job, kept: Kept) -> list[GenerationDelta]:
+        """Answers from the cache: they cost nothing."""
+        facts = job.call.facts
+        facts.items = facts.cached = job.answers
+        for request, tally in zip(job.requests, kept.tallies, strict=True):
+            request.tally = replace(tally, cached=tally.prompt, cached_answers=request.sampling.n)
+        self._meter.first_token(job.model.name, time.monotonic() - job.call.started)
+        self._meter.ended(job.model.name, Tally(), "cached")
+        return kept.answers
+
+    async def _generated(self, job: Job) -> AsyncGenerator[GenerationDelta, None]:
         call, model = job.call, job.model
         facts = call.facts
         prices = model.loaded.config.generation.prices
@@ -215,7 +256,7 @@ class GenerationPipeline:
                 0.0, time.monotonic() - call.started - job.queue_s
             )
             money = _money(prices, tally.prompt, tally.cached, tally.completion)
-            call.context["cost"] = money
+            call.note("cost", money)
             self._meter.ended(model.name, tally, reason)
             statistics = job.client.statistics
             statistics.tokens += facts.tokens
@@ -295,7 +336,11 @@ class GenerationPipeline:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(
                 job.client.gate.enter(
-                    job.call.principal.key_id, request.sampling.n, estimate, request.priority
+                    job.call.principal.key_id,
+                    request.sampling.n,
+                    estimate,
+                    request.priority,
+                    job.call.background,
                 )
             )
             job.client.statistics.queue.add(time.monotonic() - started)
@@ -488,10 +533,10 @@ def _bounded(
 def _finish(request: GenerationRequest, ask: Ask, call: Call) -> None:
     request.structure = ask.structure
     request.adapter = ask.adapter
-    request.priority = ask.priority
+    request.priority = BACKGROUND_PRIORITY if call.background else ask.priority
     request.deadline = call.deadline
     request.user = ask.user
-    call.context["user"] = ask.user
+    call.note("user", ask.user)
     if request.sampling.min_tokens > (request.sampling.max_tokens or request.sampling.min_tokens):
         raise InvalidArgument.at(
             f"{ask.path}sampling.min_tokens",

@@ -123,6 +123,23 @@ class ModelAccess:
         asyncio.run_coroutine_threadsafe(load(), self._loop)
         return None
 
+    def common(
+        self, calls: Sequence[Call], ref: str, tasks: Sequence[str], sticky_key: str
+    ) -> ServedModel | None:
+        """The one loaded model that all these calls mean and may use. None where they may differ,
+        or where there is something to say: then `resolve` says it to each."""
+        principal = calls[0].principal
+        if any(c.principal is not principal for c in calls):
+            return None
+        own = sticky_key or (principal.key_id if principal is not ANONYMOUS else "")
+        try:
+            if not own and self.repository.splits(ref):
+                return None  # each call draws anew
+            loaded = self.repository.resolve_loaded(ref, tasks, own)
+            return None if loaded is None else self._serve(calls[0], loaded)
+        except ForebayError:
+            return None
+
     async def resolve_async(
         self, call: Call, ref: str, tasks: Sequence[str], sticky_key: str = ""
     ) -> ServedModel:

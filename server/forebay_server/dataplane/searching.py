@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-from forebay.errors import InvalidArgument, Unavailable
+from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.core.batcher import BatchingEngineClient
 from forebay_server.core.call import Call
-from forebay_server.core.interfaces import Completion, EngineRequest, Item
-from forebay_server.dataplane.collections import Collections, OpenCollection, check_filter
+from forebay_server.core.interfaces import Completion, EngineRequest, Item, Timing
+from forebay_server.dataplane.collection_config import check_filter
+from forebay_server.dataplane.collections import Collections
 from forebay_server.dataplane.embedding import child_of, embedding_job, matrix
 from forebay_server.dataplane.models import attempt, guarded
 from forebay_server.dataplane.texts import TextOutcome, TextPipeline
+from forebay_server.dataplane.upkeep import OpenCollection
 from forebay_server.indexes.engine import Found, Mode, SearchTask
 from forebay_server.indexes.filters import Filter
 from forebay_server.indexes.fusion import Fusion
 from forebay_server.storage.collections import CollectionStore, PointRow
 
+#: Searches that go through the queue together.
+BLOCK = 8
 #: Bytes of payloads that are kept in memory for the next searches.
 PAYLOAD_CACHE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SearchSpec:
     """One search as it was asked for. Zeros and None = defaults; see the contract."""
 
@@ -55,7 +61,7 @@ class SearchSpec:
     with_vectors: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hit:
     """A point that was found. `row` is None when its payload was not asked for."""
 
@@ -63,7 +69,7 @@ class Hit:
     row: PointRow | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SearchOutcome:
     """What one search gave. `embedded` says whether a model made its vector."""
 
@@ -79,6 +85,9 @@ class SearchJob:
     call: Call
     spec: SearchSpec
     done: Callable[[SearchOutcome], None]
+
+
+Ready = tuple[SearchJob, SearchTask, OpenCollection]
 
 
 class SearchPipeline:
@@ -98,7 +107,7 @@ class SearchPipeline:
 
     def run(self, jobs: Sequence[SearchJob]) -> None:
         """Start all jobs. Errors end their own calls."""
-        ready: list[tuple[SearchJob, SearchTask, OpenCollection]] = []
+        ready: list[Ready] = []
         embeds = []
         for job in jobs:
             made = attempt(job.call, partial(self._task, job.spec))
@@ -191,20 +200,38 @@ class SearchPipeline:
         )
         return task, c
 
-    def _submit(
-        self, ready: Sequence[tuple[SearchJob, SearchTask, OpenCollection]], embedded: bool = False
-    ) -> None:
-        if not ready:
+    def _submit(self, ready: Sequence[Ready], embedded: bool = False) -> None:
+        """Queue searches in blocks of some that came together: see dataplane/blocks.py. A block is
+        small, so that all engines have their part of what waits."""
+        blocks = [ready[i : i + BLOCK] for i in range(0, len(ready), BLOCK)]
+        requests = []
+        for block in blocks:
+            tasks = [task for _, task, _ in block]
+            deadlines = [job.call.deadline for job, _, _ in block]
+            known = [d for d in deadlines if d is not None]
+            latest = max(known) if len(known) == len(deadlines) else None
+            item = Item({"tasks": tasks}, rows=len(tasks))  # type: ignore[dict-item]
+            first = block[0][0].call.request_id
+            requests.append(EngineRequest([item], first, latest, calls=len(block)))
+        if not requests:
             return
-        requests = [
-            EngineRequest([Item({"task": task})], job.call.request_id, job.call.deadline)  # type: ignore[dict-item]
-            for job, task, _ in ready
-        ]
-        for (job, task, collection), completion in zip(
-            ready, self._client.submit(requests), strict=True
-        ):
-            job.call.on_cancel(completion.cancel)
-            completion.add_done_callback(partial(self._found, job, task, collection, embedded))
+        for block, completion in zip(blocks, self._client.submit(requests), strict=True):
+            if len(block) == 1:
+                block[0][0].call.on_cancel(completion.cancel)
+            completion.add_done_callback(partial(self._completed, block, embedded))
+
+    def _completed(self, block: Sequence[Ready], embedded: bool, completion: Completion) -> None:
+        """Runs on the engine's thread."""
+        error, timing = completion.error(), completion.timing
+        if len(block) > 1 and isinstance(error, InvalidArgument | Internal):
+            for one in block:  # what may be one search's fault is no other's
+                guarded(one[0].call, partial(self._submit, [one], embedded))
+            return
+        results: Any = completion.result()[0] if error is None else [error] * len(block)
+        for (job, task, collection), found in zip(block, results, strict=True):
+            if job.call.code is None:
+                run = partial(self._found, job, task, collection, embedded, timing, found)
+                guarded(job.call, run)
 
     def _found(
         self,
@@ -212,19 +239,17 @@ class SearchPipeline:
         task: SearchTask,
         collection: OpenCollection,
         embedded: bool,
-        completion: Completion,
+        timing: Timing,
+        found: list[Found] | ForebayError,
     ) -> None:
-        """Runs on the engine's thread."""
-        call, timing = job.call, completion.timing
+        call = job.call
         call.facts.queue_s += timing.queue_s
         call.facts.compute_s += timing.execute_s
         call.facts.engine_s += timing.execute_s / max(1, timing.batch_rows)
         call.facts.batch_rows = timing.batch_rows
-        error = completion.error()
-        if error is not None:
-            call.fail(error, cause=error)  # type: ignore[arg-type]
+        if isinstance(found, ForebayError):
+            call.fail(found, cause=found)
             return
-        found: list[Found] = completion.result()[0]  # type: ignore[assignment]
 
         def answer(rows: Mapping[int, PointRow] | None) -> None:
             if rows is None:
@@ -281,9 +306,11 @@ class PointReader:
         self,
         store: CollectionStore,
         loop: asyncio.AbstractEventLoop,
+        observe: Callable[[str, float], None] = lambda stage, s: None,
         room: int = PAYLOAD_CACHE_BYTES,
     ) -> None:
         self._store = store
+        self._observe = observe
         self._loop = loop
         self._room = room
         self._kept: OrderedDict[tuple[int, int], PointRow] = OrderedDict()
@@ -319,6 +346,7 @@ class PointReader:
             by_kind.setdefault((collection_id, vectors), set()).update(labels)
         found: dict[tuple[int, bool], dict[int, PointRow]] = {}
         for (collection_id, vectors), labels in by_kind.items():
+            began = time.perf_counter()
             try:
                 rows = await self._store.by_labels(collection_id, sorted(labels), vectors)
             except Exception as e:
@@ -327,6 +355,7 @@ class PointReader:
                     if (w[0], w[2]) == (collection_id, vectors):
                         w[4].fail(error, cause=e)
                 continue
+            self._observe("payload", time.perf_counter() - began)
             found[collection_id, vectors] = rows
             if not vectors:
                 self._keep(collection_id, rows)

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from forebay.errors import FailedPrecondition, NotFound
+from forebay.errors import AlreadyExists, FailedPrecondition, NotFound
 
 from forebay_server.core.call import Call
-from forebay_server.dataplane.collections import (
-    Collections,
-    NewPoint,
-    OpenCollection,
-    config_from_json,
-)
+from forebay_server.dataplane.collection_config import config_from_json
+from forebay_server.dataplane.collections import UNFINISHED, Collections, NewPoint
+from forebay_server.dataplane.upkeep import OpenCollection
 from forebay_server.storage.collections import PointRow, SnapshotRow
 
 #: Points that are written together when a collection is restored.
@@ -36,6 +33,12 @@ class Snapshots:
 
     def _path(self, c: OpenCollection, name: str) -> Path:
         return self._collections.folder / str(c.row.id) / "snapshots" / f"{name}.db"
+
+    async def start(self) -> None:
+        """Remove files that a crash has left: unfinished ones, and those that nobody was told of."""
+        for c in self._collections.all():
+            known = {r.name for r in await self._collections.store.snapshots(c.row.id)}
+            await asyncio.to_thread(_remove_unknown, self._path(c, "x").parent, known)
 
     async def make(self, collection: str) -> SnapshotRow:
         """A snapshot of this moment. Writes to the collection wait, searches do not."""
@@ -84,15 +87,25 @@ class Snapshots:
                 f"the file of snapshot {name!r} is missing or has changed since it was written",
                 reason="SNAPSHOT_DAMAGED",
             )
-        made = await self._collections.create(call, target, config_from_json(c.row.config))
+        if target in {x.name for x in self._collections.all()}:
+            raise AlreadyExists(f"there is a collection {target!r} already")
+        # Nobody sees half a collection, nor does a crash leave one: it gets its name at the end.
+        hidden = f"{UNFINISHED}{secrets.token_hex(8)}"
+        await self._collections.create(call, hidden, config_from_json(c.row.config))
         try:
             groups = _groups(path)
             while (points := await asyncio.to_thread(next, groups, None)) is not None:
-                await self._collections.upsert(call, target, points)
+                await self._collections.upsert(call, hidden, points)
+            return await self._collections.rename(hidden, target)
         except BaseException:
-            await self._collections.delete(target)
+            await self._collections.delete(hidden)
             raise
-        return made
+
+
+def _remove_unknown(folder: Path, known: set[str]) -> None:
+    for path in folder.glob("*") if folder.is_dir() else ():
+        if path.suffix != ".db" or path.stem not in known:
+            path.unlink(missing_ok=True)
 
 
 def _open_new(path: Path, config: str) -> sqlite3.Connection:
@@ -120,6 +133,11 @@ def _seal(db: sqlite3.Connection, temporary: Path, path: Path) -> str:
         os.fsync(file.fileno())
     digest = _digest(temporary)
     temporary.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
     return digest
 
 

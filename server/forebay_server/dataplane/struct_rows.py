@@ -1,25 +1,22 @@
 """Rows of google.protobuf.Struct to tensors, many at once, by the extension.
 
 Reading a row's values one by one costs Python more than the model's own work. The extension reads
-all rows of a batch into one matrix, and checks them against the signature. A row
-with anything odd (a wrong type, an unknown feature, a value to warn of) is only counted out here:
-the plain way in tabular.py reads it again, and says what is wrong. So both agree by construction on
-every row that this one takes; tests/unit/dataplane holds them to it.
+all rows of a batch into one matrix, and checks them against the signature. A call that has a row
+with anything odd (a wrong type, an unknown feature, a value to warn of) is left out here: the plain
+way in tabular.py reads it again, and says what is wrong. So both agree by construction on every row
+that this one takes; tests/unit/dataplane holds them to it.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
 from math import inf
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay_server.dataplane.records import Records
 from forebay_server.repository.manifest import TabularHead
-
-AVAILABLE = importlib.util.find_spec("forebay_native") is not None
 
 
 class RowReader:
@@ -32,7 +29,7 @@ class RowReader:
         numbers = [f for f in head.features if f.type != "string"]
         strings = [f for f in head.features if f.type == "string"]
         self._numbers = [f.name for f in numbers]
-        self._strings = [(f.name, frozenset(f.categories or ()), f.nullable) for f in strings]
+        self._strings = [f.name for f in strings]
         self._reader = forebay_native.RowReader(
             [
                 (
@@ -43,23 +40,24 @@ class RowReader:
                 )
                 for f in numbers
             ],
-            [f.name for f in strings],
+            [(f.name, set(f.categories or ()), not f.nullable) for f in strings],
         )
 
-    def read(self, rows: Sequence[bytes]) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
-        """The model's inputs, and which rows are good: [rows]. Rows that are not have any values."""
-        raw, columns, odd = self._reader.read(rows)
-        good = np.frombuffer(odd, np.uint8) == 0
-        values = np.frombuffer(raw).reshape(len(rows), len(self._numbers)).astype(np.float32)
-        for (_, known, nullable), column in zip(self._strings, columns, strict=True):
-            for i, value in enumerate(column):
-                if (value not in known and known) if value else not nullable:
-                    good[i] = False
+    def read(
+        self, rows: Records
+    ) -> tuple[dict[str, NDArray[Any]], list[tuple[int, int]], list[int]]:
+        """The model's inputs for the requests that are good; (place, rows) of each of them, in
+        order; and the places of the others."""
+        raw, columns, good, odd = self._reader.read(rows.split, rows.members)
+        place = {at: i for i, at in enumerate(rows.members)}
+        values = np.frombuffer(raw, np.float32).reshape(-1, len(self._numbers))
+        whole = [(place[at], n) for at, n in good]
+        left = [place[at] for at in odd]
         if self._matrix is not None:
-            return {self._matrix: values}, good
+            return {self._matrix: values}, whole, left
         tensors: dict[str, NDArray[Any]] = {
             name: values[:, i : i + 1] for i, name in enumerate(self._numbers)
         }
-        for (name, _, _), column in zip(self._strings, columns, strict=True):
+        for name, column in zip(self._strings, columns, strict=True):
             tensors[name] = np.array(column, object).reshape(-1, 1)
-        return tensors, good
+        return tensors, whole, left

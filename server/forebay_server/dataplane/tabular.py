@@ -14,9 +14,9 @@ from forebay.errors import FieldViolation, InvalidArgument, TooLarge
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
-from forebay_server.dataplane import struct_rows
-from forebay_server.dataplane.blocks import Part, submit
+from forebay_server.dataplane.blocks import Blocks, answer_each
 from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded
+from forebay_server.dataplane.records import Records
 from forebay_server.dataplane.struct_rows import RowReader
 from forebay_server.repository.manifest import Feature, TabularHead
 
@@ -49,18 +49,13 @@ class TabularOutcome:
 
 @dataclass(slots=True)
 class TabularJob:
-    """One call's table on its way. `done` gets the outcome on the thread that completed it.
-
-    `structs` gives the rows as serialised google.protobuf.Struct when the call has them in that
-    form: many small calls are then read together.
-    """
+    """One call's table on its way. `done` gets the outcome on the thread that completed it."""
 
     call: Call
     ref: str
     table: Callable[[], Table]
     done: Callable[[TabularOutcome], None]
     sticky_key: str = ""
-    structs: Callable[[], list[bytes]] | None = None
 
 
 class TabularPipeline:
@@ -73,78 +68,56 @@ class TabularPipeline:
 
     def run(self, jobs: Sequence[TabularJob]) -> None:
         """Start all jobs. Errors end their own calls."""
-        groups: dict[int, tuple[ServedModel, list[TabularJob]]] = {}
         for job in jobs:
-            model = self._access.resolve(
-                job.call, job.ref, TASKS, job.sticky_key, lambda m, j=job: self._start(m, [j])
-            )
+            start = partial(self._start, job)
+            model = self._access.resolve(job.call, job.ref, TASKS, job.sticky_key, start)
             if model is not None:
-                groups.setdefault(id(model), (model, []))[1].append(job)
-        for model, group in groups.values():
-            self._start(model, group)
+                guarded(job.call, partial(start, model))
 
-    def _start(self, model: ServedModel, jobs: list[TabularJob]) -> None:
-        plain = jobs
-        if struct_rows.AVAILABLE:
-            plain = self._start_together(model, jobs)
-        for job in plain:
-            guarded(job.call, partial(self._start_plain, model, job))
+    def run_together(
+        self,
+        calls: Sequence[Call],
+        ref: str,
+        sticky_key: str,
+        rows: Records,
+        done: Callable[
+            [ServedModel, Sequence[Call], Sequence[int], Mapping[str, NDArray[Any]]], None
+        ],
+    ) -> list[Call]:
+        """Start calls whose rows of google.protobuf.Struct can be read together.
 
-    def _start_together(self, model: ServedModel, jobs: list[TabularJob]) -> list[TabularJob]:
-        """Start the jobs whose rows can be read together; gives those that are left."""
-        most = model.client.spec.policy.max_batch_size
-        plain: list[TabularJob] = []
-        taken: list[tuple[TabularJob, int]] = []
-        rows: list[bytes] = []
-        for job in jobs:
-            own = job.structs() if job.structs is not None else ()
-            if 0 < len(own) <= most:
-                rows.extend(own)
-                taken.append((job, len(own)))
-            else:
-                plain.append(job)
-        if not taken:
-            return plain
-        tensors, good = self._reader(model).read(rows)
-        parts: list[Part] = []
-        if good.all():
-            parts = [_part(model, job, [[] for _ in range(n)]) for job, n in taken]
-        else:
-            keep = good.copy()
-            at = 0
-            for job, n in taken:
-                whole = bool(good[at : at + n].all())
-                keep[at : at + n] = whole
-                at += n
-                if whole:
-                    parts.append(_part(model, job, [[] for _ in range(n)]))
-                else:
-                    plain.append(job)
-            tensors = {k: v[keep] for k, v in tensors.items()}
-        submit(self._access, model, tensors, parts)
-        return plain
+        Args:
+            rows: where the rows of each call stand.
+            done: gets the model, calls, rows of each, and outputs [rows, ...]; see blocks.Done.
 
-    def _reader(self, model: ServedModel) -> RowReader:
+        Returns: the calls that are left for `run`, which knows how to load a model, to split traffic,
+        and to say what is odd about a row.
+        """
+        model = self._access.common(calls, ref, TASKS, sticky_key)
+        if model is None:
+            return list(calls)
         reader = self._readers.get(model)
         if reader is None:
             reader = self._readers[model] = RowReader(model.manifest.tabular_head)
-        return reader
+        tensors, good, odd = reader.read(rows)
+        if good and sum(n for _, n in good) <= self._max_items:
+            blocks = Blocks(self._access, model, "rows", partial(done, model))
+            blocks.submit(tensors, [calls[i] for i, _ in good], [n for _, n in good])
+        else:
+            odd = range(len(calls))
+        return [calls[i] for i in odd]
 
-    def _start_plain(self, model: ServedModel, job: TabularJob) -> None:
+    def _start(self, job: TabularJob, model: ServedModel) -> None:
         table = job.table()
         if table.rows > self._max_items:
             raise TooLarge("rows", size=table.rows, limit=self._max_items, unit="rows")
         tensors, warnings = to_tensors(model.manifest.tabular_head, table)
-        submit(self._access, model, tensors, [_part(model, job, warnings)])
 
+        def answer(call: Call, n: int, outputs: Mapping[str, NDArray[Any]]) -> None:
+            job.done(TabularOutcome(model, outputs, warnings))
 
-def _part(model: ServedModel, job: TabularJob, warnings: list[list[str]]) -> Part:
-    return Part(
-        job.call,
-        len(warnings),
-        "rows",
-        lambda outputs: job.done(TabularOutcome(model, outputs, warnings)),
-    )
+        blocks = Blocks(self._access, model, "rows", answer_each(answer))
+        blocks.submit(tensors, [job.call], [table.rows])
 
 
 def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]], list[list[str]]]:

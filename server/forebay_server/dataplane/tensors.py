@@ -13,8 +13,8 @@ from forebay.errors import ForebayError, InvalidArgument
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
-from forebay_server.core.interfaces import EngineRequest, Item, TensorSpec
-from forebay_server.dataplane.blocks import Part, settle, submit
+from forebay_server.core.interfaces import TensorSpec
+from forebay_server.dataplane.blocks import Blocks, answer_each
 from forebay_server.dataplane.models import ModelAccess, ServedModel
 
 #: OIP datatype -> little-endian numpy dtype; BYTES is apart.
@@ -162,25 +162,32 @@ class TensorPipeline:
             if rows is None:
                 self._whole(job)
             else:
-                shapes = ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(job.tensors.items()))
+                shapes = shapes_of(job.tensors)
                 groups.setdefault((id(job.model), shapes), []).append((job, rows))
         for (_, shapes), group in groups.items():
             first = group[0][0]
             tensors = first.tensors
             if len(group) > 1:
                 tensors = {k: np.concatenate([job.tensors[k] for job, _ in group]) for k in tensors}
-            parts = [Part(job.call, rows, "inputs", job.done) for job, rows in group]
-            submit(self._access, first.model, tensors, parts, shapes)
+            done = {id(job.call): job.done for job, _ in group}
+            blocks = Blocks(
+                self._access,
+                first.model,
+                "inputs",
+                answer_each(lambda c, n, o, d=done: d[id(c)](o)),
+                shapes,
+            )
+            blocks.submit(tensors, [job.call for job, _ in group], [n for _, n in group])
 
     def _whole(self, job: TensorJob) -> None:
         """A model that does not batch, or takes scalars: the call is one item."""
-        facts = job.call.facts
-        facts.model, facts.version, facts.items = job.model.name, job.model.version, 1
-        request = EngineRequest([Item(job.tensors)], job.call.request_id, job.call.deadline)
-        (completion,) = self._access.submit(job.model, [request])
-        job.call.on_cancel(completion.cancel)
-        part = Part(job.call, 1, "inputs", job.done)
-        completion.add_done_callback(lambda c: settle([part], c))
+        done = answer_each(lambda c, n, o: job.done(o))
+        Blocks(self._access, job.model, "inputs", done).submit_whole(job.tensors, job.call)
+
+
+def shapes_of(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """A name for what tensors must share to be batched: their shapes but for the rows."""
+    return ";".join(f"{k}:{a.shape[1:]}" for k, a in sorted(tensors.items()))
 
 
 def _rows(tensors: Mapping[str, NDArray[Any]]) -> int | None:

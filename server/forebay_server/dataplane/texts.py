@@ -17,7 +17,7 @@ from forebay.errors import InvalidArgument, TooLarge
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
-from forebay_server.core.interfaces import Completion, EngineRequest, Item
+from forebay_server.core.interfaces import BACKGROUND_PRIORITY, Completion, EngineRequest, Item
 from forebay_server.dataplane.models import (
     ItemCache,
     ModelAccess,
@@ -104,6 +104,14 @@ class TextPipeline:
         """Tokenise the jobs of one model as one batch and submit them."""
         live, inputs, truncate, paths = [], [], [], []
         for job in jobs:
+            # Cached answers are given however full the queue is; nothing else is tokenised in vain.
+            if not model.cache_enabled:
+                full = model.client.refusal(job.call.deadline)
+                if full is not None:
+                    facts = job.call.facts
+                    facts.model, facts.version = model.name, model.version
+                    job.call.fail(full)
+                    continue
             found = attempt(job.call, partial(self._inputs_of, job, model))
             if found is None:
                 continue
@@ -180,7 +188,13 @@ class _Run:
             Item(self.encoded[i].tokens, length=len(self.encoded[i].tokens.ids))
             for i in self.missing
         ]
-        return EngineRequest(items, self.job.call.request_id, self.job.call.deadline)
+        call = self.job.call
+        return EngineRequest(
+            items,
+            call.request_id,
+            call.deadline,
+            priority=BACKGROUND_PRIORITY if call.background else 0,
+        )
 
     def completed(self, completion: Completion) -> None:
         """Runs on the thread that finished the last item."""

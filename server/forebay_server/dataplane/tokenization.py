@@ -20,6 +20,9 @@ from forebay_server.core.interfaces import TokenInput
 Truncate = Literal["end", "start", "none"]
 #: A text, a pair (query, document), or ids that were tokenised by the caller.
 TextInput = str | tuple[str, str] | NDArray[np.int64]
+#: From so many characters on, texts are encoded on several threads. Fewer are done before those have
+#: got a core, which takes milliseconds while the engine has all of them.
+TOGETHER = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class TextEncoder:
         texts = [i for i, value in enumerate(inputs) if not isinstance(value, np.ndarray)]
         if texts:
             batch = [inputs[i] for i in texts]
-            for i, encoding in zip(texts, self.tokenizer.encode_batch_fast(batch), strict=True):
+            for i, encoding in zip(texts, self._tokens(batch), strict=True):
                 ids = np.array(encoding.ids, np.int64)
                 if len(ids) <= self.max_tokens:
                     types = np.array(encoding.type_ids, np.int64) if self._type_ids else None
@@ -74,6 +77,13 @@ class TextEncoder:
             if isinstance(value, np.ndarray):
                 out[i] = self._given(value, truncate[i], paths[i])
         return cast(list[Encoded | InvalidArgument], out)
+
+    def _tokens(self, batch: Sequence[Any]) -> Sequence[Any]:
+        size = sum(len(t) if isinstance(t, str) else len(t[0]) + len(t[1]) for t in batch)
+        if size > TOGETHER:
+            return self.tokenizer.encode_batch_fast(list(batch))
+        encode = self.tokenizer.encode
+        return [encode(t) if isinstance(t, str) else encode(*t) for t in batch]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, special tokens included."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+
 from forebay.errors import FailedPrecondition
 
 from forebay_server.core.interfaces import Engine, EngineSpec
+
+log = logging.getLogger("forebay.engines")
 
 
 def create(spec: EngineSpec) -> Engine:
@@ -22,11 +27,35 @@ def create_in_process(spec: EngineSpec) -> Engine:
         from forebay_server.engines.onnx import OnnxEngine
 
         return OnnxEngine(spec)
+    if spec.engine == "openvino":
+        return _openvino(spec)
     if spec.engine == "deterministic":
         from forebay_server.engines.deterministic import DeterministicEngine
 
         return DeterministicEngine(spec)
     raise FailedPrecondition(
-        f"engine {spec.engine!r} is not known; known are onnxruntime, deterministic",
+        f"engine {spec.engine!r} is not known; known are onnxruntime, openvino, deterministic",
         reason="MODEL_REJECTED",
     )
+
+
+def _openvino(spec: EngineSpec) -> Engine:
+    """OpenVINO; ONNX Runtime on the same file where a GPU serves or OpenVINO cannot do it."""
+    from forebay_server.engines import providers
+
+    if any(p != "cpu" and p in providers.available() for p in spec.providers):
+        from forebay_server.engines.onnx import OnnxEngine
+
+        return OnnxEngine(spec)
+    if importlib.util.find_spec("openvino") is None:
+        lacks = "openvino is not installed (the extra `cpu`)"
+    else:
+        from forebay_server.engines import openvino
+
+        lacks = openvino.lacking(spec)
+        if not lacks:
+            return openvino.OpenVinoEngine(spec)
+    from forebay_server.engines.onnx import OnnxEngine
+
+    log.warning("%s: %s; ONNX Runtime serves it, in the file's precision", spec.model, lacks)
+    return OnnxEngine(spec, instead_of="openvino")

@@ -1,9 +1,4 @@
-"""OpenVINO GenAI with continuous batching, in a process of its own: see process.py for the frames.
-
-One thread steps the pipeline for all requests and writes what the step brought; another reads
-commands. The answers' text, stop strings and tool calls are made here, since the pipeline gives
-tokens.
-"""
+"""OpenVINO GenAI with continuous batching, in a process of its own; its loop is that of all engines."""
 
 from __future__ import annotations
 
@@ -12,49 +7,28 @@ import itertools
 import json
 import logging
 import os
-import queue
-import socket
-import struct
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import openvino_genai  # pyright: ignore[reportMissingImports]
 
-from forebay_server.generation.detokenize import Detokenizer
-from forebay_server.generation.hermes import CLOSE, OPEN, HermesParser
+from forebay_server.generation.hermes import CLOSE, OPEN
 from forebay_server.generation.json_regex import regex_of
+from forebay_server.generation.openvino_answers import Broken, Running
+from forebay_server.generation.workers.forebay_worker.loop import NICENESS, Refused, main
 
 log = logging.getLogger("forebay.generation")
 
 #: Gigabytes of key-value cache, unless engine_options say `kv_cache_gb`.
 KV_CACHE_GB = 1
-#: The engine fills all cores; those that hand its tokens on need little and go first.
-NICENESS = 5
-#: Blank characters in a row after which a JSON answer is given up.
-MAX_BLANK = 64
-MAX_FRAME = 256 << 20
 make: Any = openvino_genai.StructuredOutputConfig
 
 
-class Refused(ValueError):
-    """The request cannot run; `path` is the field that is to blame."""
-
-    def __init__(self, path: str, message: str) -> None:
-        super().__init__(message)
-        self.path = path
-
-
-class Broken(RuntimeError):
-    """The answer has lost its form."""
-
-
-class Stepper:
-    """The pipeline with its requests. One thread runs all of it."""
+class OpenVinoStepper:
+    """See loop.Stepper."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         from tokenizers import Tokenizer
@@ -63,7 +37,7 @@ class Stepper:
         folder = Path(spec["folder"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.eos = tuple(spec["eos_token_ids"])
-        self.running: dict[int, _Running] = {}
+        self.running: dict[int, Running] = {}
         self._numbers: dict[str, int] = {}
         self._ids = itertools.count(1)
         self._build()
@@ -84,40 +58,46 @@ class Stepper:
             dict(options.get("properties", {})),
         )
 
+    @property
+    def busy(self) -> bool:
+        """See Stepper."""
+        return bool(self.running)
+
+    def facts(self) -> dict[str, Any]:
+        """See Stepper."""
+        return {}
+
     def stats(self) -> dict[str, Any]:
-        """Facts for metrics."""
+        """See Stepper."""
         use = self._pipeline.get_metrics().cache_usage / 100 if self.running else 0.0
         return {"running": len(self.running), "kv_use": use}
 
     def add(self, request: dict[str, Any]) -> list[list[Any]]:
-        """Begin a request; rows that say why it cannot."""
-        try:
-            run = _Running(next(self._ids), request, self._config(request), self)
-            self._start(run)
-        except Refused as e:
-            return [[request["id"], "error", "invalid", str(e), e.path]]
+        """See Stepper."""
+        config = self._config(request)
+        self._start(Running(next(self._ids), request, config, self.tokenizer, self.eos))
         return []
 
-    def _start(self, run: _Running) -> None:
+    def _start(self, run: Running) -> None:
         ids = np.array([run.request["prompt_ids"]], np.int64)
         try:
             run.handle = self._pipeline.add_request(
                 run.number, openvino_genai.openvino.Tensor(ids), run.config
             )
         except Exception as e:
-            raise Refused("request", _reason(e)) from None
+            raise Refused(_reason(e)) from None
         self.running[run.number] = run
         self._numbers[run.request["id"]] = run.number
 
     def abort(self, identifier: str) -> list[list[Any]]:
-        """Stop a request."""
+        """See Stepper."""
         run = self.running.pop(self._numbers.pop(identifier, 0), None)
         if run is not None:
             run.handle.cancel()
         return [[identifier, "aborted"]]
 
     def step(self) -> list[list[Any]]:
-        """One step, and the rows that it brought."""
+        """See Stepper."""
         try:
             self._pipeline.step()
         except Exception as e:
@@ -143,12 +123,12 @@ class Stepper:
                     run.handle.cancel()
         return rows
 
-    def _forget(self, run: _Running) -> None:
+    def _forget(self, run: Running) -> None:
         self.running.pop(run.number, None)
         self._numbers.pop(run.request["id"], None)
 
     def _fail(
-        self, run: _Running, kind: str, message: str, path: str = "request"
+        self, run: Running, kind: str, message: str, path: str = "request"
     ) -> list[list[Any]]:
         self._forget(run)
         return [[run.request["id"], "error", kind, message, path]]
@@ -209,7 +189,7 @@ class Stepper:
         try:
             config.validate()
         except Exception as e:
-            raise Refused("sampling", _reason(e)) from None
+            raise Refused(_reason(e), "sampling") from None
         return config
 
 
@@ -266,156 +246,15 @@ def _arguments(function: dict[str, Any]) -> Any:
     return make.Regex(regex) if regex else make.JSONSchema(json.dumps(schema))
 
 
-class _Running:
-    """One request in the pipeline."""
-
-    def __init__(self, number: int, request: dict[str, Any], config: Any, stepper: Stepper) -> None:
-        self.number = number
-        self.request = request
-        self.config = config
-        self.handle: Any = None
-        self.read = False
-        self.constrained = config.structured_output_config is not None
-        self.stopped_early = False
-        self.open = request["sampling"]["n"]
-        self._stepper = stepper
-        self._answers: dict[int, _Answer] = {}
-
-    def take(self, outputs: Mapping[int, Any]) -> list[list[Any]]:
-        """Rows of what the pipeline read out."""
-        rows = []
-        for sequence, output in sorted(outputs.items()):
-            answer = self._answers.get(sequence)
-            if answer is None:
-                index = len(self._answers)
-                answer = self._answers[sequence] = _Answer(index, self.request, self._stepper)
-            if answer.ended:
-                continue
-            rows.append(answer.take(output))
-            if answer.ended:
-                self.open -= 1
-                self.stopped_early |= answer.stopped_early
-        return rows
-
-
-class _Answer:
-    """Text, stop strings and tool calls of one answer."""
-
-    def __init__(self, index: int, request: dict[str, Any], stepper: Stepper) -> None:
-        s, chat = request["sampling"], request["chat"]
-        self._id = request["id"]
-        self._index = index
-        self._tokenizer = stepper.tokenizer
-        self._silent = {*s["stop_token_ids"], *(() if s["ignore_eos"] else stepper.eos)}
-        self._logprobs = s["logprobs"] is not None
-        self._text = Detokenizer(stepper.tokenizer, s["stop"], s["min_tokens"])
-        structure = request["structure"]
-        self._json = structure is not None and structure[0] in ("json_schema", "json_object")
-        self._blank = 0
-        tools = chat is not None and chat["tools"] and chat["tool_mode"] != "none"
-        self._parser = HermesParser() if tools and structure is None else None
-        self.ended = False
-        self.stopped_early = False
-
-    def take(self, output: Any) -> list[Any]:
-        """The row of one output of the pipeline."""
-        ids = list(output.generated_ids)
-        reason = output.finish_reason.name
-        said = ids[:-1] if reason == "STOP" and ids and ids[-1] in self._silent else ids
-        text = self._text.feed(said)
-        finish, stop, calls, logprobs = None, "", [], []
-        if self._logprobs:
-            pairs = zip(said, output.generated_log_probs, strict=False)
-            logprobs = [[[i, self._tokenizer.decode([i], False), p], []] for i, p in pairs]
-        if self._text.stopped_by:
-            finish, stop = "stop", self._text.stopped_by
-            self.stopped_early = reason == "NONE"
-        elif reason != "NONE":
-            finish = "stop" if reason == "STOP" else "length"
-            text += self._text.rest()
-        self.ended = finish is not None
-        if self._json:
-            # The grammar allows any white space in JSON, and a model may say line breaks for ever.
-            self._blank = 0 if text.strip() else self._blank + len(text)
-            if self._blank > MAX_BLANK:
-                raise Broken("the model lost itself in white space")
-        if self._parser is not None:
-            text, pieces = self._parser.feed(text)
-            if self.ended:
-                rest, more = self._parser.finish()
-                text, pieces = text + rest, [*pieces, *more]
-                if self._parser.calls and finish == "stop":
-                    finish = "tool_calls"
-            calls = [[p.call, p.id, p.name, p.arguments] for p in pieces]
-        row = [self._id, "delta", self._index, text, len(ids), "", calls, logprobs, finish, stop, 0]
-        while not row[-1]:
-            row.pop()
-        return row
-
-
-def serve(sock: socket.socket) -> None:
-    """Until the server closes the socket."""
-    commands: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    encode = msgspec.msgpack.Encoder().encode
-
-    def send(message: dict[str, Any]) -> None:
-        data = encode(message)
-        sock.sendall(struct.pack("<I", len(data)) + data)
-
-    def read() -> dict[str, Any]:
-        (size,) = struct.unpack("<I", exactly(4))
-        if size > MAX_FRAME:
-            raise EOFError
-        return msgspec.msgpack.decode(exactly(size))
-
-    def exactly(size: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            part = sock.recv(size - len(parts))
-            if not part:
-                raise EOFError
-            parts += part
-        return bytes(parts)
-
-    def reading() -> None:
-        try:
-            while True:
-                commands.put(read())
-        except (OSError, EOFError):
-            commands.put(None)
-
-    spec = read()["spec"]
+def build(spec: dict[str, Any]) -> OpenVinoStepper:
+    """The engine. Raises Refused with the library's words."""
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)  # the pipeline's threads inherit it
+        os.nice(NICENESS)  # the pipeline's threads inherit it
     try:
-        stepper = Stepper(spec)
+        return OpenVinoStepper(spec)
     except Exception as e:
-        send({"op": "failed", "message": _reason(e)})
-        return
-    send({"op": "ready"})
-    threading.Thread(target=reading, daemon=True).start()
-    while True:
-        rows: list[list[Any]] = []
-        while True:
-            try:
-                command = commands.get(block=not stepper.running and not rows)
-            except queue.Empty:
-                break
-            if command is None:
-                return
-            if command["op"] == "generate":
-                rows += stepper.add(command["request"])
-            elif command["op"] == "abort":
-                rows += stepper.abort(command["id"])
-            elif command["op"] == "stats":
-                send({"op": "stats", "stats": stepper.stats()})
-        if stepper.running:
-            rows += stepper.step()
-        if rows:
-            send({"op": "step", "deltas": rows})
+        raise Refused(_reason(e)) from None
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # nothing is left to do; the pipeline's own end takes seconds
+    main(int(sys.argv[1]), build)

@@ -7,31 +7,27 @@ yet), a chain of fallbacks, and a circuit breaker for each model of the chain.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from forebay.errors import (
-    FailedPrecondition,
-    ForebayError,
-    InvalidArgument,
-    QuotaViolation,
-    RateLimited,
-    Unavailable,
-)
+from forebay.errors import FailedPrecondition, ForebayError, InvalidArgument, Unavailable
 
 from forebay_server.core.generation import (
     Capabilities,
-    FinishReason,
     GenerationDelta,
     GenerationRequest,
     GenerationSpec,
-    TokenProbability,
-    ToolCallPiece,
+)
+from forebay_server.generation.upstream_messages import (
+    body_of,
+    chat_delta,
+    completion_delta,
+    count,
+    translate,
 )
 
 log = logging.getLogger("forebay.generation")
@@ -165,7 +161,7 @@ class UpstreamEngine:
                     good = True
                     return
                 except Exception as e:
-                    error, good, again = _translate(e)
+                    error, good, again = translate(e)
                     last = error
                     if said or isinstance(error, InvalidArgument):
                         raise error from e
@@ -181,12 +177,12 @@ class UpstreamEngine:
     async def _call(
         self, target: _Target, request: GenerationRequest
     ) -> AsyncGenerator[GenerationDelta, None]:
-        body = _body(target, request)
+        body = body_of(target.model, target.extra, request)
         if request.chat is not None:
             make = target.client.chat.completions.create
-            read: Callable[[Any], GenerationDelta] = _chat_delta
+            read: Callable[[Any], GenerationDelta] = chat_delta
         else:
-            make, read = target.client.completions.create, _completion_delta
+            make, read = target.client.completions.create, completion_delta
         async with asyncio.timeout(self._first) as limit:
             stream = await make(**body)
             chunks = aiter(stream)
@@ -195,7 +191,7 @@ class UpstreamEngine:
                 limit.reschedule(None)
                 while chunk is not None:
                     if chunk.usage is not None:
-                        _count(request, chunk.usage)
+                        count(request, chunk.usage)
                     for choice in chunk.choices:
                         yield read(choice)
                     chunk = await anext(chunks, None)
@@ -221,192 +217,3 @@ class UpstreamEngine:
 
 def _rejected(message: str) -> FailedPrecondition:
     return FailedPrecondition(f"model.yaml: {message}", reason="MODEL_REJECTED")
-
-
-def _body(target: _Target, request: GenerationRequest) -> dict[str, Any]:
-    """The request in OpenAI's words. What OpenAI's API lacks goes beside it, as vLLM and others
-    take it; servers that do not know a field say so."""
-    s = request.sampling
-    body: dict[str, Any] = {
-        "model": request.adapter or target.model,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "temperature": s.temperature,
-        "top_p": s.top_p,
-        "n": s.n,
-    }
-    extra = dict(target.extra)
-    for name in ("frequency_penalty", "presence_penalty"):
-        if getattr(s, name):
-            body[name] = getattr(s, name)
-    for name, silent in (
-        ("top_k", 0),
-        ("min_p", 0.0),
-        ("repetition_penalty", 1.0),
-        ("min_tokens", 0),
-    ):
-        if getattr(s, name) != silent:
-            extra[name] = getattr(s, name)
-    if s.seed is not None:
-        body["seed"] = s.seed
-    if s.stop:
-        body["stop"] = list(s.stop)
-    if s.logit_bias:
-        body["logit_bias"] = {str(k): v for k, v in s.logit_bias.items()}
-    if request.user:
-        body["user"] = request.user
-    if extra:
-        body["extra_body"] = extra
-    if request.chat is None:
-        body["prompt"] = request.prompt
-        if s.max_tokens is not None:
-            body["max_tokens"] = s.max_tokens
-        if s.logprobs is not None:
-            body["logprobs"] = s.logprobs
-        return body
-    chat = request.chat
-    body["messages"] = list(chat.messages)
-    if s.max_tokens is not None:
-        body["max_completion_tokens"] = s.max_tokens
-    if s.logprobs is not None:
-        body["logprobs"] = True
-        body["top_logprobs"] = s.logprobs
-    if chat.tools:
-        body["tools"] = [
-            {
-                **t.as_openai(),
-                "function": t.as_openai()["function"] | ({"strict": True} if t.strict else {}),
-            }
-            for t in chat.tools
-        ]
-        named = {"type": "function", "function": {"name": chat.tool_name}}
-        body["tool_choice"] = named if chat.tool_mode == "named" else chat.tool_mode
-        if not chat.parallel_tool_calls:
-            body["parallel_tool_calls"] = False
-    if request.structure is not None:
-        if request.structure.kind == "json_object":
-            body["response_format"] = {"type": "json_object"}
-        else:
-            schema = json.loads(str(request.structure.value))
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": schema, "strict": True},
-            }
-    return body
-
-
-_FINISH: dict[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
-    "content_filter": "content_filter",
-}
-
-
-def _chat_delta(choice: Any) -> GenerationDelta:
-    delta = choice.delta
-    reasoning = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
-    calls = [
-        ToolCallPiece(
-            c.index,
-            c.id or "",
-            (c.function.name if c.function else "") or "",
-            (c.function.arguments if c.function else "") or "",
-        )
-        for c in delta.tool_calls or ()
-    ]
-    logprobs = []
-    for token in (choice.logprobs.content if choice.logprobs else None) or ():
-        top = tuple(_token(t) for t in token.top_logprobs or ())
-        logprobs.append(_token(token, top))
-    return GenerationDelta(
-        choice.index,
-        delta.content or "",
-        reasoning or "",
-        calls,
-        1 if delta.content else 0,
-        logprobs,
-        _FINISH.get(choice.finish_reason or ""),
-    )
-
-
-def _token(found: Any, top: tuple[TokenProbability, ...] = ()) -> TokenProbability:
-    raw = bytes(found.bytes) if found.bytes else found.token.encode()
-    return TokenProbability(0, found.token, found.logprob, raw, top)
-
-
-def _completion_delta(choice: Any) -> GenerationDelta:
-    logprobs = []
-    if choice.logprobs is not None and choice.logprobs.tokens:
-        for i, token in enumerate(choice.logprobs.tokens):
-            tops = (choice.logprobs.top_logprobs or [{}] * (i + 1))[i] or {}
-            top = tuple(TokenProbability(0, t, p, t.encode()) for t, p in tops.items())
-            value = (choice.logprobs.token_logprobs or [0.0] * (i + 1))[i]
-            logprobs.append(TokenProbability(0, token, value or 0.0, token.encode(), top))
-    return GenerationDelta(
-        choice.index,
-        choice.text or "",
-        tokens=1 if choice.text else 0,
-        logprobs=logprobs,
-        finish_reason=_FINISH.get(choice.finish_reason or ""),
-    )
-
-
-def _count(request: GenerationRequest, usage: Any) -> None:
-    """The upstream's own numbers."""
-    tally = request.tally
-    tally.prompt, tally.completion = usage.prompt_tokens, usage.completion_tokens or 0
-    details = getattr(usage, "prompt_tokens_details", None)
-    tally.cached = (getattr(details, "cached_tokens", 0) or 0) if details else 0
-    details = getattr(usage, "completion_tokens_details", None)
-    tally.reasoning = (getattr(details, "reasoning_tokens", 0) or 0) if details else 0
-
-
-def _translate(error: Exception) -> tuple[ForebayError, bool | None, bool]:
-    """The caller's error; whether the server works (None = unknown); whether to try again."""
-    import openai
-
-    if isinstance(error, openai.APIStatusError):
-        status = error.status_code
-        wait = error.response.headers.get("retry-after", "")
-        seconds = float(wait) if wait.replace(".", "", 1).isdigit() else None
-        if status == 429:
-            limited = RateLimited(
-                "the upstream's limit is spent",
-                violations=[QuotaViolation("upstream", "its rate limit")],
-                retry_after_s=seconds or 1.0,
-            )
-            return limited, None, True
-        if status in (400, 404, 413, 422):
-            body = cast(Any, error.body)
-            text = body.get("message") if isinstance(body, dict) else None
-            said = InvalidArgument.at("request", f"the upstream refuses it: {text or status}")
-            return said, True, False
-        if status in (401, 403):
-            denied = Unavailable("the upstream refuses this server's key", reason="UPSTREAM_DENIED")
-            return denied, None, False
-        away = Unavailable(
-            f"the upstream answered {status}",
-            reason="UPSTREAM_FAILED",
-            retry_after_s=seconds or 1.0,
-        )
-        return away, False, True
-    if isinstance(error, (TimeoutError, openai.APITimeoutError)):
-        late = Unavailable("the upstream is too slow", reason="UPSTREAM_TIMEOUT", retry_after_s=1.0)
-        return late, False, True
-    if isinstance(error, openai.APIError):
-        gone = Unavailable(
-            "the upstream cannot be reached, or broke off",
-            reason="UPSTREAM_FAILED",
-            retry_after_s=1.0,
-        )
-        return gone, False, True
-    if isinstance(error, ForebayError):
-        return error, None, False
-    log.exception("an upstream's answer could not be read")
-    return (
-        Unavailable("the upstream's answer could not be read", reason="UPSTREAM_FAILED"),
-        False,
-        False,
-    )

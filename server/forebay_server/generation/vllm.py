@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator
-from pathlib import Path
 
 from forebay.errors import InvalidArgument
 
@@ -14,10 +13,7 @@ from forebay_server.core.generation import (
     GenerationRequest,
     GenerationSpec,
 )
-from forebay_server.generation.process import ProcessEngine
-
-#: Started by path: the environment that has vLLM need not have Forebay.
-WORKER = Path(__file__).with_name("vllm_worker.py")
+from forebay_server.generation.process import WORKERS, ProcessEngine
 
 
 class VllmEngine(ProcessEngine):
@@ -29,7 +25,7 @@ class VllmEngine(ProcessEngine):
     """
 
     def __init__(self, spec: GenerationSpec, python: str, cache_gb: int) -> None:
-        environment = {"HF_HUB_OFFLINE": "1"}
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(WORKERS)}
         if cache_gb:
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(cache_gb)
         super().__init__(
@@ -39,21 +35,16 @@ class VllmEngine(ProcessEngine):
                 adapters=frozenset(spec.adapters),
                 tools=bool(spec.tool_parser),
             ),
-            [python or sys.executable, "-P", str(WORKER)],
+            [python or sys.executable, "-P", "-m", "forebay_worker.vllm"],
             environment,
             "vLLM (by generation.vllm_python)",
         )
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See GenerationEngine."""
         chat = request.chat
         if chat and chat.tools and chat.tool_mode != "none" and not self.capabilities.tools:
             raise InvalidArgument.at(
                 "tools", "this model has no tool_parser in its model.yaml", reason="NO_TOOL_PARSER"
             )
-        stream = super().generate(request)
-        try:
-            async for delta in stream:
-                yield delta
-        finally:
-            await stream.aclose()
+        return super().generate(request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,12 +84,21 @@ def text_at(payload: Mapping[str, Any], path: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+#: Makes a dense index.
+DenseMaker = Callable[[DenseConfig, Callable[[], NDArray[np.int64]]], DenseIndex]
+
+
+def _by_faiss(config: DenseConfig, labels: Callable[[], NDArray[np.int64]]) -> DenseIndex:
+    return DenseIndex(config)
+
+
 class CollectionIndex:
     """See the module. Writers take turns by the lock inside; readers need none."""
 
-    def __init__(self, config: CollectionConfig) -> None:
+    def __init__(self, config: CollectionConfig, make: DenseMaker = _by_faiss) -> None:
+        """Args: make: the dense index of a configuration, given a look at the labels by slot."""
         self.config = config
-        self.dense = DenseIndex(config.dense) if config.dense else None
+        self.dense = make(config.dense, lambda: self.labels.view()) if config.dense else None
         self.keyword = {
             f.path: KeywordIndex(f.language, config.k1, config.b) for f in config.text_fields
         }
@@ -97,6 +106,8 @@ class CollectionIndex:
         self.labels = GrowingArray(np.int64)
         self.ids: list[str] = []
         self.changes = 0  # points written and removed since the last save
+        #: The dense index that the files hold, and their facts of it: it is not written again.
+        self.saved: tuple[object, dict[str, Any]] | None = None
         self._lock = threading.RLock()
         self._view = self._make_view(np.zeros(0, bool))
 
@@ -125,6 +136,16 @@ class CollectionIndex:
         """Share of slots that are dead."""
         view = self._view
         return 1 - view.live / len(view.alive) if len(view.alive) else 0.0
+
+    def sizes(self) -> dict[str, float]:
+        """What metrics report."""
+        view = self._view
+        return {
+            "points": view.live,
+            "memory_bytes": self.nbytes,
+            "tail_points": len(view.dense.tail) if view.dense is not None else 0,
+            "dead_ratio": self.dead_share,
+        }
 
     # The writer's side.
 
@@ -178,13 +199,17 @@ class CollectionIndex:
             stays = np.isin(mine, labels, assume_unique=True)
             self.write((), mine[self._view.alive & ~stays].tolist())
 
-    def absorb(self) -> None:
-        """Bring the dense index up to date; writes and searches go on meanwhile."""
+    def absorb(self, expected: int = 0, fresh: bool = False) -> None:
+        """Bring the dense index up to date; writes and searches go on meanwhile. See DenseIndex."""
         if self.dense is None:
             return
-        self.dense.absorb()
+        self.dense.absorb(expected, fresh)
         with self._lock:
             self._view = self._make_view(self._view.alive)
+        view = self._view
+        if view.dense is not None and not view.whole:
+            dead = np.flatnonzero(~view.alive[: view.dense.start])
+            self.dense.forget(self.labels.view()[dead])
 
     # The readers' side.
 

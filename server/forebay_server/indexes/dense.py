@@ -9,7 +9,9 @@ HNSW walk that may use one node in a hundred finds too little.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +26,9 @@ class _Later:
     """FAISS, imported when the first index needs it: a server without collections saves 45 MB."""
 
     def __getattr__(self, name: str) -> Any:
+        # Its threads wait for each other some thousand times while an index is trained: spinning on
+        # cores that others use makes that a hundred times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import faiss as module
 
         globals()["faiss"] = module
@@ -31,21 +36,24 @@ class _Later:
 
 
 faiss: Any = _Later()
+log = logging.getLogger("forebay.indexes")
+
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Metric = Literal["cosine", "dot", "l2"]
-Kind = Literal["flat", "hnsw", "ivf_pq"]
+Kind = Literal["flat", "hnsw", "ivf_pq", "qdrant"]
 
 #: Vectors that wait before an index is built, and before an index takes up its tail.
 BUILD_AT = 10_000
-#: The tail is taken up when it has reached this share of the built part.
-ABSORB_SHARE = 0.1
+#: The tail is taken up when it has reached this share of the built part, or this many vectors, which
+#: cost a search about as much as the built part does; or when it is idle and not quite small.
+ABSORB_SHARE, MAX_TAIL, IDLE_TAIL = 0.1, 20_000, 500
 #: Cost of one step of an HNSW walk against one comparison of a scan, which runs along the memory.
 WALK_COST = 6.0
 #: Greatest ef that a filtered HNSW walk is given.
 MAX_EF = 4096
-#: Vectors to train IVF-PQ with, per cluster.
-TRAIN_PER_LIST = 64
+#: Vectors to train IVF-PQ with, per cluster, and rounds of k-means.
+TRAIN_PER_LIST, TRAIN_ROUNDS = 40, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +73,13 @@ class DenseConfig:
 
 @dataclass(frozen=True, slots=True)
 class DenseView:
-    """What one search sees. `built` holds the slots below `start`, `tail` those from there on."""
+    """What one search sees. `built` holds the slots below `start`, `tail` those from there on;
+    `device` is a copy of `built` on GPUs, where there is one."""
 
     built: Any
     start: int
     tail: GrowingArray
+    device: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +95,10 @@ class DenseQuery:
 class DenseIndex:
     """See the module. One writer at a time, any readers; slots are 0, 1, 2, ... in order."""
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: DenseConfig, gpu: bool = False) -> None:
+        """Args: gpu: search flat and IVF-PQ indexes on the GPUs that FAISS sees."""
         self.config = config
+        self._gpu = gpu
         self._view = DenseView(None, 0, GrowingArray(np.float32, config.dimensions))
         self._lock = threading.Lock()  # appends and the swap at the end of an absorb
 
@@ -124,28 +136,69 @@ class DenseIndex:
 
     # Building.
 
-    def should_absorb(self) -> bool:
-        """Whether enough has gathered in the tail."""
+    def should_absorb(self, idle: bool = False) -> bool:
+        """Whether enough has gathered in the tail. `idle`: nothing was written lately."""
         v = self._view
-        return len(v.tail) >= max(BUILD_AT, ABSORB_SHARE * v.start)
+        if idle and v.built is not None and len(v.tail) > IDLE_TAIL:
+            return True
+        least = max(BUILD_AT, min(ABSORB_SHARE * v.start, MAX_TAIL))
+        return len(v.tail) >= max(least, self._trainable)
 
-    def absorb(self) -> None:
-        """Build, or take the tail into the built index. Long; searches and appends go on."""
+    @property
+    def _trainable(self) -> int:
+        """Vectors without which nothing can be built: IVF-PQ learns 256 codes."""
+        return 256 if self.config.kind == "ivf_pq" and self._view.built is None else 1
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the built part was trained when there was much less: it is to be built anew."""
+        built = self._view.built
+        if self.config.kind != "ivf_pq" or self.config.lists or built is None:
+            return False
+        return _lists(len(self)) >= 2 * built.nlist
+
+    def absorb(self, expected: int = 0, fresh: bool = False) -> None:
+        """Build, or take the tail into the built index. Long; searches and appends go on.
+
+        Args:
+            expected: vectors that there will be, where more is known to come.
+            fresh: nobody searches yet, so that the built index may be changed in its place.
+        """
         before = self._view
         rows = before.tail.view()
-        if not len(rows):
+        if len(rows) < self._trainable:
             return
         if before.built is None:
-            built = self._new(rows)
+            built = self._new(rows, max(expected, len(rows)))
         else:
-            built = faiss.clone_index(before.built)
+            built = before.built if fresh else faiss.clone_index(before.built)
         built.add(rows)
         with self._lock:
             newer = self._view.tail.view()[len(rows) :]
             tail = GrowingArray(np.float32, self.config.dimensions, newer)
-            self._view = DenseView(built, before.start + len(rows), tail)
+            device = self._on_device(built)
+            self._view = DenseView(built, before.start + len(rows), tail, device)
 
-    def _new(self, rows: Floats) -> Any:
+    def _on_device(self, built: Any) -> Any:
+        """A copy on the GPUs; None where that cannot be (FAISS has no HNSW there)."""
+        if not self._gpu or built is None or self.config.kind not in ("flat", "ivf_pq"):
+            return None
+        try:
+            return faiss.index_cpu_to_all_gpus(built)
+        except RuntimeError as e:  # a code size that GPUs have not, or no memory left
+            log.warning("an index stays on the CPU: %s", str(e).splitlines()[0][:200])
+            return None
+
+    def forget(self, labels: NDArray[np.int64]) -> None:
+        """Points are dead. Their vectors stay until the collection is rebuilt."""
+
+    def discard(self) -> None:
+        """Nothing of it lies anywhere else."""
+
+    def discard_others(self) -> None:
+        """Nothing of its predecessors lies anywhere else."""
+
+    def _new(self, rows: Floats, expected: int) -> Any:
         c, d = self.config, self.config.dimensions
         if c.kind == "flat":
             return faiss.IndexFlat(d, self._metric)
@@ -153,12 +206,11 @@ class DenseIndex:
             index = faiss.IndexHNSWFlat(d, c.m, self._metric)
             index.hnsw.efConstruction = c.ef_construction
             return index
-        lists = c.lists or max(1, int(4 * math.sqrt(len(rows))))
-        lists = min(lists, max(1, len(rows) // 39))
-        size = c.code_bytes or next(b for b in range(max(1, d // 8), 0, -1) if d % b == 0)
+        lists = min(c.lists or _lists(expected), max(1, len(rows) // TRAIN_PER_LIST))
+        size = c.code_bytes or next(b for b in range(max(1, d // 4), 0, -1) if d % b == 0)
         index = faiss.index_factory(d, f"IVF{lists},PQ{size}", self._metric)
-        most = TRAIN_PER_LIST * max(lists, 256)
-        step = max(1, len(rows) // most)
+        index.cp.niter = TRAIN_ROUNDS
+        step = max(1, len(rows) // training(expected))
         index.train(np.ascontiguousarray(rows[::step]))
         return index
 
@@ -211,8 +263,16 @@ class DenseIndex:
         if c.kind == "hnsw" and not how.exact:
             ef_now = min(MAX_EF, int(ef / max(share, 1e-9))) if share < 1 else ef
             if matching > ef_now * c.m * WALK_COST or share == 1:
-                params = faiss.SearchParametersHNSW(efSearch=ef_now, sel=selector)
+                # The unbounded queue finds the same in up to a sixth less time; it takes no selector.
+                params = faiss.SearchParametersHNSW(
+                    efSearch=ef_now, sel=selector, bounded_queue=selector is not None
+                )
                 return self._faiss(built, queries, how.limit, params)
+        if view.device is not None and selector is None and not how.exact:
+            params = None
+            if c.kind == "ivf_pq":
+                params = faiss.SearchParametersIVF(nprobe=min(built.nlist, how.probes or c.probes))
+            return self._faiss(view.device, queries, how.limit, params)
         if c.kind == "ivf_pq":
             probes = built.nlist if how.exact else how.probes or c.probes
             probes = min(built.nlist, math.ceil(probes / max(share, 0.01)))
@@ -254,22 +314,37 @@ class DenseIndex:
 
     # Saving.
 
-    def save(self, path: str) -> Floats:
-        """Write the built part to a file, if there is one; gives the tail."""
-        v = self._view
-        if v.built is not None:
-            faiss.write_index(v.built, path)
-        return v.tail.view()
+    def save(self, view: DenseView, path: str) -> None:
+        """Write the built part to a file."""
+        faiss.write_index(view.built, path)
 
-    def restore(self, path: str | None, tail: Floats) -> None:
-        """Take over what `save` wrote. Raises RuntimeError for a file that FAISS cannot read."""
+    def restore(self, path: str | None, start: int, alive: Mask, tail: Floats) -> None:
+        """Take over what `save` wrote. Raises RuntimeError for a file that FAISS cannot read.
+
+        Args:
+            start: vectors that are built in.
+            alive: by slot.
+        """
         built = faiss.read_index(path) if path else None
         if built is not None and (
-            built.d != self.config.dimensions or built.metric_type != self._metric
+            built.d != self.config.dimensions
+            or built.metric_type != self._metric
+            or built.ntotal != start
         ):
             raise RuntimeError("the index file is of another collection")
-        start = built.ntotal if built is not None else 0
-        self._view = DenseView(built, start, GrowingArray(np.float32, self.config.dimensions, tail))
+        rows = GrowingArray(np.float32, self.config.dimensions, tail)
+        self._view = DenseView(built, start, rows, self._on_device(built))
+
+
+def _lists(vectors: int) -> int:
+    """Clusters of an IVF index that nobody has chosen: four times the root, as FAISS advises, and no
+    more than that many vectors can train."""
+    return max(1, min(int(4 * math.sqrt(vectors)), vectors // TRAIN_PER_LIST))
+
+
+def training(vectors: int) -> int:
+    """Vectors that train an IVF index for so many."""
+    return TRAIN_PER_LIST * max(256, _lists(vectors))
 
 
 def _flat_rows(index: Any, dimensions: int) -> Floats:
@@ -292,3 +367,8 @@ def _size(index: Any) -> int:
 def set_threads(count: int) -> None:
     """Threads of FAISS's calls that are made by this thread."""
     faiss.omp_set_num_threads(count)
+
+
+def gpus() -> int:
+    """GPUs that FAISS sees; 0 with faiss-cpu."""
+    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0

@@ -4,7 +4,8 @@ collection, filter and parameters are one FAISS call. See core.interfaces.Engine
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +22,10 @@ from forebay_server.indexes.fusion import Fusion, fuse
 Mode = Literal["dense", "keyword", "hybrid"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# These are made by the dozen for each search: frozen ones take five times as long to make.
+
+
+@dataclass(slots=True, eq=False)
 class SearchTask:
     """One search. `vector` [dimensions] and `text` are there as the mode needs them."""
 
@@ -45,7 +49,7 @@ class SearchTask:
         return max(self.candidates, self.limit) if self.mode == "hybrid" else self.limit
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Found:
     """A point: its id, label and scores."""
 
@@ -57,11 +61,14 @@ class Found:
 
 
 class SearchEngine:
-    """Runs batches of SearchTasks (each item's `inputs["task"]`)."""
+    """Runs batches of SearchTasks (each item's `inputs["tasks"]`)."""
 
-    def __init__(self, policy: BatchPolicy, threads: int) -> None:
+    def __init__(
+        self, policy: BatchPolicy, observe: Callable[[str, float], None] = lambda stage, s: None
+    ) -> None:
+        """Args: observe: called with stage and seconds, once a batch, on the engine's thread."""
         self.spec = EngineSpec("collections", 1, "faiss", "", "tensors", policy=policy)
-        self._threads = threads
+        self._observe = observe
         self._set = False
 
     def load(self) -> None:
@@ -71,42 +78,69 @@ class SearchEngine:
         """Nothing to warm up."""
 
     def prepare(self, batch: Batch) -> list[SearchTask]:
-        """The tasks."""
-        return [item.inputs["task"] for item in batch.items]  # type: ignore[call-overload,misc]
+        """The tasks of all items."""
+        return [t for item in batch.items for t in item.inputs["tasks"]]  # type: ignore[call-overload]
 
     def execute(self, inputs: list[SearchTask]) -> list[list[Found] | ForebayError]:
         """Run all tasks; one that fails gives its error and disturbs no other."""
         if not self._set:  # FAISS's thread count belongs to the calling thread
-            set_threads(self._threads)
+            set_threads(1)
             self._set = True
         views = {id(t.index): t.index.view() for t in inputs}
+        began = time.perf_counter()
         dense = self._dense(inputs, views)
-        return [_finish(t, views[id(t.index)], dense.get(i, [])) for i, t in enumerate(inputs)]
+        middle = time.perf_counter()
+        out: list[list[Found] | ForebayError] = []
+        for i, task in enumerate(inputs):
+            found = dense.get(i, [])
+            failed = isinstance(found, ForebayError)
+            out.append(found if failed else _finish(task, views[id(task.index)], found))
+        if dense:
+            self._observe("dense", middle - began)
+        if any(t.mode != "dense" for t in inputs):
+            self._observe("keyword", time.perf_counter() - middle)
+        return out
 
     def _dense(
         self, tasks: list[SearchTask], views: Mapping[int, View]
-    ) -> dict[int, list[tuple[int, float]]]:
+    ) -> dict[int, list[tuple[int, float]] | ForebayError]:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, t in enumerate(tasks):
             if t.mode != "keyword":
                 key = (id(t.index), t.condition, t.depth, t.exact, t.ef_search, t.probes)
                 groups.setdefault(key, []).append(i)
-        out: dict[int, list[tuple[int, float]]] = {}
+        out: dict[int, list[tuple[int, float]] | ForebayError] = {}
         for members in groups.values():
-            first = tasks[members[0]]
-            index, view = first.index, views[id(first.index)]
-            assert index.dense is not None and view.dense is not None
-            allowed, whole = index.allowed(view, first.condition)
-            queries = index.dense.prepared(np.stack([tasks[i].vector for i in members]))  # type: ignore[arg-type]
-            how = DenseQuery(first.depth, first.exact, first.ef_search, first.probes)
-            scores, slots = index.dense.search(view.dense, queries, allowed, whole, how)
-            for i, s, p in zip(members, scores.tolist(), slots.tolist(), strict=True):
-                out[i] = [(slot, score) for slot, score in zip(p, s, strict=True) if slot >= 0]
+            try:
+                self._group(tasks, members, views, out)
+            except ForebayError as e:  # an index that is away concerns its own searches
+                out.update(dict.fromkeys(members, e))
         return out
 
+    @staticmethod
+    def _group(
+        tasks: list[SearchTask],
+        members: list[int],
+        views: Mapping[int, View],
+        out: dict[int, list[tuple[int, float]] | ForebayError],
+    ) -> None:
+        first = tasks[members[0]]
+        index, view = first.index, views[id(first.index)]
+        assert index.dense is not None and view.dense is not None
+        allowed, whole = index.allowed(view, first.condition)
+        queries = index.dense.prepared(np.stack([tasks[i].vector for i in members]))  # type: ignore[arg-type]
+        how = DenseQuery(first.depth, first.exact, first.ef_search, first.probes)
+        scores, slots = index.dense.search(view.dense, queries, allowed, whole, how)
+        for i, s, p in zip(members, scores.tolist(), slots.tolist(), strict=True):
+            out[i] = [(slot, score) for slot, score in zip(p, s, strict=True) if slot >= 0]
+
     def finish(self, outputs: list[Any], batch: Batch) -> Sequence[Result]:
-        """One list per item, as they are."""
-        return outputs
+        """What was found for each item's tasks."""
+        results, at = [], 0
+        for item in batch.items:
+            results.append(outputs[at : at + item.rows])
+            at += item.rows
+        return results
 
     def check_health(self) -> None:
         """Always well."""
@@ -116,7 +150,7 @@ class SearchEngine:
 
     def info(self) -> Mapping[str, Any]:
         """Facts in force."""
-        return {"threads": self._threads}
+        return {"threads": 1}
 
 
 def _finish(task: SearchTask, view: View, dense: list[tuple[int, float]]) -> list[Found]:
@@ -130,10 +164,15 @@ def _finish(task: SearchTask, view: View, dense: list[tuple[int, float]]) -> lis
         ranking = fuse(dense, keyword, task.fusion)
     else:
         ranking = dense if task.mode == "dense" else keyword
-    by_dense, by_keyword = (dict(dense), dict(keyword)) if hybrid else ({}, {})
+    if task.threshold is not None:
+        ranking = [r for r in ranking if r[1] >= task.threshold]
     labels, ids = index.labels.view(), index.ids
+    ranking = ranking[: task.limit]
+    found = labels[[slot for slot, _ in ranking]].tolist() if ranking else []
+    if not hybrid:
+        return [Found(ids[s], x, score) for (s, score), x in zip(ranking, found, strict=True)]
+    by_dense, by_keyword = dict(dense), dict(keyword)
     return [
-        Found(ids[slot], int(labels[slot]), score, by_dense.get(slot), by_keyword.get(slot))
-        for slot, score in ranking[: task.limit]
-        if task.threshold is None or score >= task.threshold
+        Found(ids[slot], label, score, by_dense.get(slot), by_keyword.get(slot))
+        for (slot, score), label in zip(ranking, found, strict=True)
     ]

@@ -112,6 +112,16 @@ class KeywordView:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Frozen:
+    """A keyword index of one moment, to be written down."""
+
+    view: KeywordView
+    lengths: NDArray[np.int32]
+    frequency: NDArray[np.int32]
+    vocabulary: list[str]
+
+
 class KeywordIndex:
     """See the module. One writer, any readers; slots are given by the caller and rise."""
 
@@ -258,17 +268,26 @@ class KeywordIndex:
 
     # Saving.
 
-    def state(self, alive: Mask) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    def freeze(self) -> Frozen:
+        """What `state_of` writes down. The writer waits for it; it is quick."""
+        return Frozen(
+            self._published,
+            self._lengths.view(),
+            self._frequency.view()[: len(self._vocabulary)].copy(),  # counted on in place
+            list(self._vocabulary),
+        )
+
+    @staticmethod
+    def state_of(frozen: Frozen, alive: Mask) -> tuple[dict[str, NDArray[Any]], list[str]]:
         """Arrays and vocabulary that `restore` takes; one segment of the live documents."""
-        now = self._published
         arrays: dict[str, NDArray[Any]] = {
-            "lengths": self._lengths.view(),
-            "frequency": self._frequency.view()[: len(self._vocabulary)],
+            "lengths": frozen.lengths,
+            "frequency": frozen.frequency,
         }
-        if now.segments:
-            whole = _merge(now.segments, alive)
+        if frozen.view.segments:
+            whole = _merge(frozen.view.segments, alive)
             arrays |= {f"segment.{name}": getattr(whole, name) for name in Segment.__slots__}
-        return arrays, list(self._vocabulary)
+        return arrays, frozen.vocabulary
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], vocabulary: Sequence[str]) -> None:
         """Take over a saved state."""

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,12 +25,14 @@ from forebay.errors import InvalidArgument, NotFound, TooLarge
 from forebay_server.core.call import Call
 from forebay_server.dataplane.collections import HIDDEN, Collections
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
-from forebay_server.indexes.filters import OneOf, tagged
+from forebay_server.indexes.filters import NoneOf, OneOf, tagged
 from forebay_server.knowledge.chunking import ChunkConfig
 from forebay_server.storage.knowledge import BaseRow, DocumentRow, KnowledgeStore
 
 #: Bytes of one uploaded file.
 MAX_FILE = 256 << 20
+#: Characters of documents' texts that are kept in memory, for citations of the next answers.
+KEPT_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +103,49 @@ class KnowledgeBases:
         self.collections = collections
         self._folder = folder
         self._bases: dict[str, Base] = {}
+        self._texts: OrderedDict[tuple[int, str], str] = OrderedDict()
+        self._characters = 0
 
     async def start(self) -> None:
-        """Read what is stored."""
+        """Read what is stored; take away what a crash left of what was never acknowledged, or was
+        being removed."""
         for row in await self.store.bases():
-            self._bases[row.name] = Base(row, _config(row.config))
+            base = Base(row, _config(row.config))
+            if self._has_collection(base):
+                self._bases[row.name] = base
+            else:
+                await self.store.delete_base(row.id)
+        names = {b.collection for b in self._bases.values()}
+        for c in self.collections.all():
+            if c.name.startswith(f"{HIDDEN}knowledge-") and c.name not in names:
+                await self.collections.delete(c.name)
+        for base in self._bases.values():
+            known = await self.store.ids(base.row.id)
+            stranger = NoneOf((OneOf("document", tuple(tagged(i) for i in known)),))
+            await self.collections.remove(base.collection, None, stranger)
+        await asyncio.to_thread(self._sweep, await self._known_files())
+
+    def _has_collection(self, base: Base) -> bool:
+        try:
+            self.collections.get(base.collection)
+        except NotFound:
+            return False
+        return True
+
+    async def _known_files(self) -> dict[str, set[str]]:
+        """Documents' ids by the name of their base's folder."""
+        return {str(b.row.id): set(await self.store.ids(b.row.id)) for b in self._bases.values()}
+
+    def _sweep(self, known: Mapping[str, set[str]]) -> None:
+        if not self._folder.is_dir():
+            return
+        for folder in self._folder.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, True)
+                continue
+            for path in folder.iterdir():
+                if path.is_file() and path.name.split(".")[0] not in known[folder.name]:
+                    path.unlink(missing_ok=True)
 
     def folder(self, base_id: int) -> Path:
         """Where a knowledge base keeps its files."""
@@ -192,13 +233,27 @@ class KnowledgeBases:
             raise NotFound("document", document)
         return row
 
-    async def text(self, row: DocumentRow) -> str:
-        """A document's text; empty when it has none yet."""
-        path = self.text_path(row)
+    async def text(self, base: Base, document: str) -> str:
+        """A document's text, as it was read last; empty when it has none yet or is gone."""
+        key = (base.row.id, document)
+        kept = self._texts.get(key)
+        if kept is not None:
+            self._texts.move_to_end(key)
+            return kept
         try:
-            return await asyncio.to_thread(_read, path)
+            text = await asyncio.to_thread(_read, self.folder(base.row.id) / f"{document}.txt")
         except FileNotFoundError:
             return ""
+        self._texts[key] = text
+        self._characters += len(text)
+        while self._characters > KEPT_CHARACTERS:
+            self._characters -= len(self._texts.popitem(last=False)[1])
+        return text
+
+    def forget_text(self, row: DocumentRow) -> None:
+        """The text on disk has changed or goes."""
+        gone = self._texts.pop((row.base_id, row.id), None)
+        self._characters -= len(gone or "")
 
     def text_path(self, row: DocumentRow) -> Path:
         """Where a document's text is kept."""
@@ -216,6 +271,7 @@ class KnowledgeBases:
         count = await self.collections.remove(base.collection, None, chunks_of(row.id))
         for path in (self.file_path(row), self.text_path(row)):
             path.unlink(missing_ok=True)
+        self.forget_text(row)
         return count
 
 

@@ -1,4 +1,4 @@
-"""Documents from stored to found: parse, cut, embed, write, one document after another.
+"""Documents from stored to found: parse, cut, embed, write; several at once, large ones in turn.
 
 Where a document stands is in the database, so that work that was cut off goes on at the next start.
 A document's chunks are written in one transaction together with the removal of those of an earlier
@@ -25,13 +25,17 @@ from forebay_server.dataplane.models import ModelAccess
 from forebay_server.knowledge.bases import Base, KnowledgeBases, chunks_of
 from forebay_server.knowledge.chunking import ChunkSpan, chunk
 from forebay_server.knowledge.parsers import Parsed, ParseError
-from forebay_server.knowledge.parsing import ParseLimits, parse_file
+from forebay_server.knowledge.parsing import DocumentParser, ParseLimits
 from forebay_server.storage.knowledge import DocumentRow
 
 log = logging.getLogger("forebay.knowledge")
 
 #: Chunks that are embedded between two notes of progress.
 GROUP = 256
+#: Documents that are parsed at once; each may take ParseLimits.memory_bytes.
+PARSED_AT_ONCE = 2
+#: Characters from which on a document is cut and embedded alone: its points are all in memory.
+LARGE = 2_000_000
 
 
 class Ingest:
@@ -45,14 +49,16 @@ class Ingest:
         on_embedded: Callable[[str, Embedded, int], None] = lambda key, e, n: None,
         on_end: Callable[[str], None] = lambda status: None,
         limits: ParseLimits | None = None,
-        workers: int = 2,
+        workers: int = 8,
     ) -> None:
         self._bases = bases
         self._access = access
         self._embedder = embedder
         self._on_embedded = on_embedded
         self._on_end = on_end
-        self._limits = limits or ParseLimits()
+        self._parser = DocumentParser(limits)
+        self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
+        self._large = asyncio.Lock()
         self._workers = workers
         self._queue: asyncio.Queue[DocumentRow] = asyncio.Queue()
         self._passwords: dict[str, str] = {}
@@ -71,6 +77,7 @@ class Ingest:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._parser.close()
 
     def put(self, row: DocumentRow, password: str = "") -> None:
         """Queue a document. Passwords are kept in memory alone."""
@@ -94,26 +101,33 @@ class Ingest:
             return  # removed meanwhile
         try:
             path = self._bases.file_path(row)
-            parsed = await parse_file(path, row.name, password, self._limits)
+            async with self._parsing:
+                parsed = await self._parser.parse(path, row.name, password)
             await asyncio.to_thread(_write, self._bases.text_path(row), parsed.text)
-            chunks = await self._chunks(base, parsed)
-            if not chunks:
-                raise ParseError("NO_TEXT", "no text was found")
-            await self._note(
-                row,
-                status="embedding",
-                progress=0.1,
-                media_type=parsed.media_type,
-                pages=parsed.pages if parsed.paged else [],
-                characters=len(parsed.text),
-            )
-            points = await self._embedded(base, row, parsed, chunks)
-            await self._store(base, row, points)
+            self._bases.forget_text(row)
+            async with self._large if len(parsed.text) >= LARGE else contextlib.nullcontext():
+                await self._found(base, row, parsed)
             self._on_end("ready")
         except ParseError as e:
             await self._failed(row, e.reason, str(e))
         except ForebayError as e:
             await self._failed(row, "EMBEDDING", e.message)
+
+    async def _found(self, base: Base, row: DocumentRow, parsed: Parsed) -> None:
+        """Make a parsed document one that is found."""
+        chunks = await self._chunks(base, parsed)
+        if not chunks:
+            raise ParseError("NO_TEXT", "no text was found")
+        await self._note(
+            row,
+            status="embedding",
+            progress=0.1,
+            media_type=parsed.media_type,
+            pages=parsed.pages if parsed.paged else [],
+            characters=len(parsed.text),
+        )
+        points = await self._embedded(base, row, parsed, chunks)
+        await self._store(base, row, points)
 
     async def _chunks(self, base: Base, parsed: Parsed) -> list[ChunkSpan]:
         served = await self._access.resolve_async(
@@ -154,8 +168,8 @@ class Ingest:
                     "metadata": dict(row.metadata),
                 }
                 points.append(NewPoint(f"{row.id}.{generation}.{start + i}", vector, payload))
-            share = 0.1 + 0.8 * min(1.0, (start + len(group)) / len(chunks))
-            await self._note(row, progress=share)
+            if start + len(group) < len(chunks):
+                await self._note(row, progress=0.1 + 0.8 * (start + len(group)) / len(chunks))
         return points
 
     async def _store(self, base: Base, row: DocumentRow, points: list[NewPoint]) -> None:

@@ -1,9 +1,11 @@
-"""Retrieval as an explicit pipeline: search, then rerank, then MMR, each where it is asked for."""
+"""Retrieval as an explicit pipeline: expansion and HyDE, search, rerank, MMR, each where it is asked
+for."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +20,26 @@ from forebay_server.indexes.engine import Mode
 from forebay_server.indexes.filters import Filter
 from forebay_server.indexes.fusion import Fusion
 from forebay_server.knowledge.bases import Base, KnowledgeBases
+from forebay_server.knowledge.writer import Writer, Written
 
 #: Chunks given, and candidates for later steps, where a request names none.
 TOP_K, CANDIDATES = 4, 20
+#: Constant of reciprocal-rank fusion of several queries' results.
+RRF_K = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """Other wordings of a query: by which model (empty = the default one), how many."""
+
+    model: str = ""
+    queries: int = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalSpec:
     """How chunks are chosen. `rerank` is a model's name, empty = the default one, None = no step;
-    `mmr` the weight of relevance, None = no step."""
+    `mmr` the weight of relevance, None = no step; `expand` and `hyde` (a model's name) likewise."""
 
     top_k: int = TOP_K
     mode: Mode | None = None
@@ -35,12 +48,19 @@ class RetrievalSpec:
     candidates: int = 0
     rerank: str | None = None
     mmr: float | None = None
+    expand: Expansion | None = None
+    hyde: str | None = None
 
     @property
     def depth(self) -> int:
         """Chunks that search gives."""
-        steps = self.rerank is not None or self.mmr is not None
+        steps = self.rerank is not None or self.mmr is not None or self.several
         return max(self.top_k, self.candidates or (CANDIDATES if steps else self.top_k))
+
+    @property
+    def several(self) -> bool:
+        """Whether the results of several queries are fused."""
+        return self.expand is not None or self.hyde is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +84,21 @@ class RetrievedChunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step did; `seconds` is its time."""
+    """What a step did; `seconds` is its time, `written` what a language model wrote in it."""
 
     name: str
     seconds: float
     chunks: list[RetrievedChunk]
+    written: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """The chunks, best first, and the steps that led to them."""
+    """The chunks, best first, the steps that led to them, and what was searched for."""
 
     chunks: list[RetrievedChunk]
     steps: list[Step]
+    query: str = ""
 
 
 OnStep = Callable[[str], Awaitable[None]]
@@ -90,16 +112,31 @@ class Retriever:
     """See the module."""
 
     def __init__(
-        self, bases: KnowledgeBases, searches: SearchPipeline, embedder: TextEmbedder
+        self,
+        bases: KnowledgeBases,
+        searches: SearchPipeline,
+        embedder: TextEmbedder,
+        writer: Writer,
     ) -> None:
         self._bases = bases
         self._searches = searches
         self._embedder = embedder
+        self._writer = writer
 
     async def retrieve(
-        self, call: Call, base: Base, query: str, spec: RetrievalSpec, on_step: OnStep = _silent
+        self,
+        call: Call,
+        base: Base,
+        query: str,
+        spec: RetrievalSpec,
+        written: Written,
+        on_step: OnStep = _silent,
     ) -> Retrieved:
-        """The best chunks. `on_step` hears each step's name before it begins."""
+        """The best chunks. `on_step` hears each step's name before it begins.
+
+        Raises:
+            FailedPrecondition: a step needs a language model and none is named or set.
+        """
         steps: list[Step] = []
 
         async def step(name: str, work: Awaitable[list[RetrievedChunk]]) -> list[RetrievedChunk]:
@@ -109,30 +146,50 @@ class Retriever:
             steps.append(Step(name, time.monotonic() - began, found))
             return found
 
-        chunks = await step("search", self._search(call, base, query, spec))
+        async def writing(name: str, work: Awaitable[list[str]]) -> list[str]:
+            await on_step(name)
+            began = time.monotonic()
+            texts = await work
+            steps.append(Step(name, time.monotonic() - began, [], texts))
+            return texts
+
+        searches = [_search_of(base, query, spec)]
+        if spec.expand is not None:
+            model = self._writer.model(spec.expand.model, "retrieval.expand.model")
+            count = spec.expand.queries
+            work = self._writer.wordings(call, model, query, count, written)
+            searches += [_search_of(base, w, spec) for w in await writing("expand", work)]
+        if spec.hyde is not None:
+            model = self._writer.model(spec.hyde, "retrieval.hyde.model")
+
+            async def passage() -> list[str]:
+                return [await self._writer.passage(call, model, query, written)]
+
+            for text in await writing("hyde", passage()):
+                if text:
+                    searches.append(replace(_search_of(base, text, spec), mode="dense"))
+        chunks = await step("search", self._search(call, searches))
         if spec.rerank is not None and chunks:
             chunks = await step("rerank", self._rerank(call, query, chunks, spec.rerank))
         if spec.mmr is not None and chunks:
             chunks = await step("mmr", _mmr(chunks, spec.top_k, spec.mmr))
         chunks = await self._with_parents(base, chunks[: spec.top_k])
-        return Retrieved(chunks, steps)
+        return Retrieved(chunks, steps, query)
 
-    async def _search(
-        self, call: Call, base: Base, query: str, spec: RetrievalSpec
-    ) -> list[RetrievedChunk]:
-        outcome = await self._searches.search(
-            call,
-            SearchSpec(
-                base.collection,
-                text=query,
-                mode=spec.mode,
-                limit=spec.depth,
-                condition=spec.condition,
-                fusion=spec.fusion,
-                with_vectors=spec.mmr is not None,
-            ),
-        )
-        return [_chunk(hit) for hit in outcome.hits]
+    async def _search(self, call: Call, searches: Sequence[SearchSpec]) -> list[RetrievedChunk]:
+        """One search, or several at once with their results fused by reciprocal ranks."""
+        if len(searches) == 1:
+            return [_chunk(hit) for hit in (await self._searches.search(call, searches[0])).hits]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._searches.search(call, s)) for s in searches]
+        found: dict[str, RetrievedChunk] = {}
+        score: dict[str, float] = {}
+        for task in tasks:
+            for rank, hit in enumerate(task.result().hits, 1):
+                found.setdefault(hit.found.id, _chunk(hit))
+                score[hit.found.id] = score.get(hit.found.id, 0.0) + 1 / (RRF_K + rank)
+        best = sorted(found, key=lambda i: -score[i])[: searches[0].limit]
+        return [replace(found[i], score=score[i]) for i in best]
 
     async def _rerank(
         self, call: Call, query: str, chunks: list[RetrievedChunk], model: str
@@ -148,10 +205,21 @@ class Retriever:
         out: dict[tuple[str, int], RetrievedChunk] = {}
         for c in chunks:
             start, end = c.metadata["\0parent"]
-            row = await self._bases.document(base, c.document)
-            text = (await self._bases.text(row))[start:end]
+            text = (await self._bases.text(base, c.document))[start:end]
             out.setdefault((c.document, start), replace(c, start=start, end=end, text=text))
         return list(out.values())
+
+
+def _search_of(base: Base, query: str, spec: RetrievalSpec) -> SearchSpec:
+    return SearchSpec(
+        base.collection,
+        text=query,
+        mode=spec.mode,
+        limit=spec.depth,
+        condition=spec.condition,
+        fusion=spec.fusion,
+        with_vectors=spec.mmr is not None,
+    )
 
 
 async def _mmr(chunks: list[RetrievedChunk], count: int, relevance: float) -> list[RetrievedChunk]:

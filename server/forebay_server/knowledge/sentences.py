@@ -53,7 +53,11 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     out: list[tuple[int, int]] = []
     start = 0
     for match in _END.finditer(text):
-        if match[0].startswith(".") and len(match[0]) == 1 and not _ends(text, match.start()):
+        if (
+            match[0].startswith(".")
+            and len(match[0]) == 1
+            and not ends_sentence(text, match.start())
+        ):
             continue
         _add(text, start, match.end(), out)
         start = match.end()
@@ -61,7 +65,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return out
 
 
-def _ends(text: str, stop: int) -> bool:
+def ends_sentence(text: str, stop: int) -> bool:
     """Whether the full stop at `stop` ends a sentence."""
     before = _WORD_BEFORE.search(text, max(0, stop - 20), stop)
     word = before[1].lower() if before else ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from forebay_server.core.generation import Tally
@@ -50,7 +50,7 @@ class GenerationMetrics:
         )
         self._ended = Counter(
             "forebay_generation_ended",
-            "Generations by their end: done, aborted, or the error's reason",
+            "Generations by their end: done, cached, aborted, or the error's reason",
             ["model", "reason"],
             registry=registry,
         )
@@ -94,16 +94,38 @@ class _Loaded(Collector):
     def __init__(self, clients: Callable[[], Iterable[tuple[str, str, Any]]]) -> None:
         self._clients = clients
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         labels = ["model", "version"]
         running = GaugeMetricFamily(
             "forebay_generation_running", "Answers that are being generated", labels=labels
         )
         waiting = GaugeMetricFamily(
-            "forebay_generation_waiting", "Requests in the fair queue", labels=labels
+            "forebay_generation_waiting",
+            "Requests in the fair queue, without those of batches",
+            labels=labels,
         )
         use = GaugeMetricFamily(
             "forebay_generation_kv_use_ratio", "Share of the key-value cache in use", labels=labels
+        )
+        engine = GaugeMetricFamily(
+            "forebay_generation_engine_requests",
+            "Requests in the engine, by its own count: running or waiting",
+            labels=[*labels, "state"],
+        )
+        prefix = CounterMetricFamily(
+            "forebay_generation_prefix_tokens",
+            "Prompt tokens looked up in the engine's prefix cache: queried, of which hit",
+            labels=[*labels, "result"],
+        )
+        preempted = CounterMetricFamily(
+            "forebay_generation_preempted",
+            "Requests that the engine put back for want of key-value cache",
+            labels=labels,
+        )
+        restarts = CounterMetricFamily(
+            "forebay_generation_engine_restarts",
+            "Engines that died and were started anew",
+            labels=labels,
         )
         for model, version, client in self._clients():
             running.add_metric([model, version], client.gate.running)
@@ -111,4 +133,14 @@ class _Loaded(Collector):
             info = client.engine.info()
             if "kv_use" in info:
                 use.add_metric([model, version], info["kv_use"])
-        yield from (running, waiting, use)
+            for state in ("running", "waiting"):
+                if state in info:
+                    engine.add_metric([model, version, state], info[state])
+            if "prefix_queries" in info:
+                prefix.add_metric([model, version, "queried"], info["prefix_queries"])
+                prefix.add_metric([model, version, "hit"], info["prefix_hits"])
+            if "num_preempted" in info:
+                preempted.add_metric([model, version], info["num_preempted"])
+            if "restarts" in info:
+                restarts.add_metric([model, version], info["restarts"])
+        yield from (running, waiting, use, engine, prefix, preempted, restarts)

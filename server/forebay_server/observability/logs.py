@@ -12,18 +12,33 @@ import queue
 import re
 import sys
 import time
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
-#: Lines that may wait for a slow reader of the log; beyond it lines are dropped and counted.
+#: Records that may wait for a slow reader of the log; beyond it lines are dropped and counted.
 BACKLOG = 10_000
 ACCESS = "forebay.access_log"
 _KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
 
 
+@dataclass(frozen=True, slots=True)
+class AccessLines:
+    """The access log's lines of calls that ended alike.
+
+    Attributes:
+        shared: fields that all of them say.
+        each: milliseconds, request id and peer of each.
+    """
+
+    shared: dict[str, object]
+    each: list[tuple[float, str, str]]
+
+
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger and message; or one line for each of `extra={"lines": [{...}]}`."""
+    """Time, level, logger and message; or the lines of `extra={"access": [AccessLines]}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, or several."""
@@ -35,10 +50,23 @@ class JsonFormatter(logging.Formatter):
         tail: dict[str, Any] = {}
         if record.exc_info:
             tail["exception"] = self.formatException(record.exc_info)
-        lines = getattr(record, "lines", None)
-        if lines is None:
-            lines = [{"message": record.getMessage()}]
-        return mask("\n".join([_json(head | line | tail) for line in lines]))
+        access: list[AccessLines] | None = getattr(record, "access", None)
+        if access is None:
+            return mask(_json(head | {"message": record.getMessage()} | tail))
+        lines: list[str] = []
+        for some in access:
+            start = _json(head | some.shared | tail)[:-1]
+            for ms, request_id, peer in some.each:  # ids have been checked; peers are written here
+                lines.append(
+                    f'{start},"ms":{ms},"request_id":"{request_id}","peer":{_text(peer)}}}'
+                )
+        return mask("\n".join(lines))
+
+
+@lru_cache(1024)
+def _text(value: str) -> str:
+    """A JSON string."""
+    return json.dumps(value)
 
 
 def _json(line: dict[str, Any]) -> str:
@@ -53,11 +81,14 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line or several, and the traceback where there is one."""
-        lines = getattr(record, "lines", None)
-        if lines is None:
+        access: list[AccessLines] | None = getattr(record, "access", None)
+        if access is None:
             texts = [record.getMessage()]
         else:
-            texts = [" ".join(f"{k}={v}" for k, v in fields.items()) for fields in lines]
+            texts = []
+            for some in access:
+                end = " ".join(f"{k}={v}" for k, v in some.shared.items())
+                texts += [f"{end} ms={ms} request_id={i} peer={peer}" for ms, i, peer in some.each]
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         text = "\n".join(f"{when} {record.levelname.lower():7} {text}" for text in texts)
         if record.exc_info:
@@ -68,7 +99,11 @@ class ConsoleFormatter(logging.Formatter):
 class _BoundedHandler(logging.handlers.QueueHandler):
     """Drops lines rather than block; says how many at the next one that fits."""
 
-    dropped = 0
+    def __init__(self, lines: queue.SimpleQueue[logging.LogRecord], most: int = BACKLOG) -> None:
+        super().__init__(lines)
+        self._lines = lines
+        self._most = most
+        self.dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Hand the record over as it is: the thread that writes it formats it."""
@@ -76,13 +111,13 @@ class _BoundedHandler(logging.handlers.QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Never blocks."""
-        try:
-            self.queue.put_nowait(record)
-            if self.dropped:
-                lost, self.dropped = self.dropped, 0
-                self.queue.put_nowait(_lost(lost))
-        except queue.Full:
-            self.dropped += len(getattr(record, "lines", ())) or 1
+        if self._lines.qsize() >= self._most:
+            self.dropped += sum(len(a.each) for a in getattr(record, "access", ())) or 1
+            return
+        self._lines.put(record)
+        if self.dropped:
+            lost, self.dropped = self.dropped, 0
+            self._lines.put(_lost(lost))
 
 
 def _lost(lines: int) -> logging.LogRecord:
@@ -99,7 +134,7 @@ def configure(format_: str, level: str, access_log: bool) -> logging.handlers.Qu
     """Set the process's logging up; `stop()` the listener at the end to write what waits."""
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(JsonFormatter() if format_ == "json" else ConsoleFormatter())
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(BACKLOG)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     listener = logging.handlers.QueueListener(lines, out)
     root = logging.getLogger()
     root.handlers = [_BoundedHandler(lines)]

@@ -6,13 +6,12 @@ a look-up by labels costs as much as the observation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -21,15 +20,12 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from forebay_server.core.batcher import BatchReport
+from forebay_server.observability.batch_metrics import BatchMetrics
 from forebay_server.observability.generation_metrics import GenerationMetrics
 from forebay_server.observability.rpc_metrics import SECONDS, RpcMetrics
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: No `_created` series: they nearly double the exposition, and Prometheus has no use for them.
 disable_created_metrics()
-
-RATIO = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
@@ -51,40 +47,12 @@ class Metrics:
         self.tokens = Counter("forebay_tokens", "Tokens of answered calls", ["model"], registry=r)
         self.cache = Counter(
             "forebay_cache_lookups",
-            "Look-ups in the response cache",
+            "Look-ups in the response cache, by item; by call for language models",
             ["model", "result"],
             registry=r,
         )
-        self.queue_time = Histogram(
-            "forebay_queue_time_seconds",
-            "Wait of a batch's oldest item in the queue",
-            ["model", "version"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.execute_time = Histogram(
-            "forebay_batch_execute_seconds",
-            "Time of a batch in the model",
-            ["model", "version"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.batch_rows = Histogram(
-            "forebay_batch_rows", "Rows of a batch", ["model", "version"], buckets=ROWS, registry=r
-        )
-        self.token_efficiency = Histogram(
-            "forebay_batch_token_efficiency",
-            "Real tokens over padded tokens of a batch",
-            ["model", "version"],
-            buckets=RATIO,
-            registry=r,
-        )
-        self.queue_depth = Gauge(
-            "forebay_queue_depth",
-            "Rows waiting after the newest batch",
-            ["model", "version"],
-            registry=r,
-        )
+        self.batches = BatchMetrics()
+        r.register(self.batches)
         self.bypassed = Counter(
             "forebay_shared_state_bypassed",
             "Decisions and look-ups made without Redis because it was away",
@@ -97,6 +65,15 @@ class Metrics:
             ["collection", "reason"],
             registry=r,
         )
+        self.search_stages = Histogram(
+            "forebay_search_stage_seconds",
+            "Time of a batch of searches in a stage: dense, keyword, or payloads from the database",
+            ["stage"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        stages = {s: self.search_stages.labels(s).observe for s in ("dense", "keyword", "payload")}
+        self.search_stage: Callable[[str, float], None] = lambda stage, s: stages[stage](s)
         self.generation = GenerationMetrics(r)
         self.documents = Counter(
             "forebay_documents_ingested",
@@ -104,25 +81,26 @@ class Metrics:
             ["status"],
             registry=r,
         )
+        self.answers = Counter(
+            "forebay_knowledge_answers",
+            "Answers from knowledge bases, by how they came to be",
+            ["method"],
+            registry=r,
+        )
+        self.unsupported = Counter(
+            "forebay_knowledge_unsupported",
+            "Pieces of written answers that no source supports",
+            ["reason"],
+            registry=r,
+        )
+        self.batch_items = Counter(
+            "forebay_batch_items",
+            "Items of batches that have ended: `completed` or `failed`",
+            ["result"],
+            registry=r,
+        )
         ProcessCollector(registry=r)
         self._lookups: dict[tuple[str, str], Any] = {}
-
-    def batch_observer(self, model: str, version: int) -> Callable[[BatchReport], None]:
-        """The observer of one model version's batches."""
-        labels = (model, str(version))
-        queue, execute = self.queue_time.labels(*labels), self.execute_time.labels(*labels)
-        rows, depth = self.batch_rows.labels(*labels), self.queue_depth.labels(*labels)
-        efficiency = self.token_efficiency.labels(*labels)
-
-        def observe(report: BatchReport) -> None:
-            queue.observe(report.queue_s)
-            execute.observe(report.execute_s)
-            rows.observe(report.rows)
-            depth.set(report.queue_depth)
-            if report.padded_tokens:
-                efficiency.observe(report.tokens / report.padded_tokens)
-
-        return observe
 
     def cache_looked_up(self, model: str, hits: int, misses: int) -> None:
         """One look-up of several items."""
@@ -133,12 +111,22 @@ class Metrics:
                     child = self._lookups[model, result] = self.cache.labels(model, result)
                 child.inc(count)
 
+    def batch_items_ended(self, result: str, count: int) -> None:
+        """Items of batches have ended: `completed` or `failed`."""
+        self.batch_items.labels(result).inc(count)
+
+    def watch_batches(self, numbers: Callable[[], tuple[int, int]]) -> None:
+        """Report batches that have not ended, and items that run, at each scrape."""
+        self.registry.register(_OpenBatches(numbers))
+
     def watch_models(self, memory: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
         """Report model, version and resident bytes of what is loaded, at each scrape."""
         self.registry.register(_ModelMemory(memory))
 
-    def watch_collections(self, sizes: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
-        """Report points and bytes in memory of every collection, at each scrape."""
+    def watch_collections(
+        self, sizes: Callable[[], Iterable[tuple[str, Mapping[str, float]]]]
+    ) -> None:
+        """Report the sizes of every collection, at each scrape."""
         self.registry.register(_CollectionSizes(sizes))
 
     def exposition(self) -> bytes:
@@ -161,21 +149,39 @@ class _ModelMemory(Collector):
         yield family
 
 
+class _OpenBatches(Collector):
+    def __init__(self, numbers: Callable[[], tuple[int, int]]) -> None:
+        self._numbers = numbers
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        batches, running = self._numbers()
+        yield GaugeMetricFamily(
+            "forebay_batches_open", "Batches that have not ended", value=batches
+        )
+        yield GaugeMetricFamily(
+            "forebay_batch_items_running", "Items of batches that are being run", value=running
+        )
+
+
+#: A collection's sizes, as CollectionIndex.sizes names them.
+SIZES = {
+    "points": "Points of a collection",
+    "memory_bytes": "Bytes of a collection's indexes in memory",
+    "tail_points": "Vectors that wait outside the built index and are compared one by one",
+    "dead_ratio": "Share of a collection's index that updates and deletes have left behind",
+}
+
+
 class _CollectionSizes(Collector):
-    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+    def __init__(self, sizes: Callable[[], Iterable[tuple[str, Mapping[str, float]]]]) -> None:
         self._sizes = sizes
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        points = GaugeMetricFamily(
-            "forebay_collection_points", "Points of a collection", labels=["collection"]
-        )
-        memory = GaugeMetricFamily(
-            "forebay_collection_memory_bytes",
-            "Bytes of a collection's indexes in memory",
-            labels=["collection"],
-        )
-        for name, count, size in self._sizes():
-            points.add_metric([name], count)
-            memory.add_metric([name], size)
-        yield points
-        yield memory
+        families = {
+            name: GaugeMetricFamily(f"forebay_collection_{name}", text, labels=["collection"])
+            for name, text in SIZES.items()
+        }
+        for collection, sizes in self._sizes():
+            for name, family in families.items():
+                family.add_metric([collection], sizes[name])
+        yield from families.values()

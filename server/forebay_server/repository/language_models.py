@@ -1,7 +1,7 @@
 """Folders with language models: what they are, read from their own files, and how they are loaded.
 
 A Hugging Face folder (safetensors) is served by vLLM; the same converted for OpenVINO by the
-embedded engine. A folder whose model.yaml says `engine: openai` stands for a model elsewhere.
+embedded engine; with an engine that TensorRT-LLM has built, by that. A folder whose model.yaml says `engine: openai` stands for a model elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from forebay_server.repository.manifest import GenerationHead, Manifest, ModelCo
 #: Sampling defaults that generation_config.json may hold.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 OPENVINO_MODEL = "openvino_model.xml"
+#: Folder of an engine that TensorRT-LLM has built.
+TENSORRT_ENGINE = "engine"
 
 
 def describe(folder: Path) -> Manifest | None:
@@ -26,7 +28,8 @@ def describe(folder: Path) -> Manifest | None:
     converted = (folder / OPENVINO_MODEL).exists()
     if config is None or not architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
         return None
-    if not converted and not any(folder.glob("*.safetensors")):
+    built = (folder / TENSORRT_ENGINE / "config.json").exists()
+    if not converted and not built and not any(folder.glob("*.safetensors")):
         return None
     tokenizer = folder / "tokenizer.json"
     text_config = config.get("text_config") or config
@@ -122,7 +125,9 @@ def load(
     engine_name = config.engine
     if engine_name == "auto":
         engine_name = "openvino" if (folder / OPENVINO_MODEL).exists() else "vllm"
-    if engine_name not in ("openvino", "vllm", "openai"):
+        if (folder / TENSORRT_ENGINE / "config.json").exists():
+            engine_name = "tensorrt_llm"
+    if engine_name not in ("openvino", "vllm", "tensorrt_llm", "openai"):
         raise rejected(f"model.yaml: the engine {engine_name!r} generates no text")
     if engine_name != "openai" and tokenizer is None:
         raise rejected("tokenizer.json is missing")
@@ -179,6 +184,10 @@ def _engine(spec: GenerationSpec, defaults: Any) -> Any:
         from forebay_server.generation.vllm import VllmEngine
 
         return VllmEngine(spec, defaults.vllm_python, defaults.vllm_cache_gb)
+    if spec.engine == "tensorrt_llm":
+        from forebay_server.generation.trtllm import TensorRtEngine
+
+        return TensorRtEngine(spec, defaults.trtllm_python)
     from forebay_server.generation.upstream import UpstreamEngine
 
     return UpstreamEngine(spec)

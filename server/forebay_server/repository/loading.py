@@ -17,6 +17,7 @@ from forebay.errors import ForebayError
 
 from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
+from forebay_server.core.priority import lowered
 from forebay_server.engines.factory import create
 from forebay_server.repository import language_models
 from forebay_server.repository.inspect import describe
@@ -53,6 +54,8 @@ class Defaults:
     tensorrt_cache: str = ""
     vllm_python: str = ""
     vllm_cache_gb: int = 0
+    engine_nice: int = 0
+    trtllm_python: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,14 +103,18 @@ def load(
             name, version, folder, config, manifest, tokenizer, defaults
         )
         return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
-    tokenizer = _tokenizer(folder, manifest)
+    tokenizer = tokenizer_of(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
     engines: list[Engine] = []
+    nice = defaults.engine_nice if spec.kind == "tokens" and spec.isolation == "thread" else 0
     try:
         for _ in range(config.execution.instances):
             engine = create(spec)
             engines.append(engine)
-            engine.load()
+            if nice:  # the engine's own threads inherit the priority of the one that loads
+                lowered(engine.load, nice)
+            else:
+                engine.load()
             _prove(engine, manifest)
     except Exception as e:
         for engine in engines:
@@ -116,7 +123,9 @@ def load(
             raise
         raise rejected(f"the model fails on a first run: {e}") from e
     trim()
-    client = BatchingEngineClient(engines, observer=observer(name, version), here_s=QUICK_S)
+    client = BatchingEngineClient(
+        engines, observer=observer(name, version), here_s=QUICK_S, nice=nice
+    )
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
 
 
@@ -126,7 +135,8 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Any:
+def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
+    """A text model's tokenizer; None for others. Raises FailedPrecondition (MODEL_REJECTED)."""
     if manifest.task not in TEXT_TASKS or manifest.tokenizer_file is None:
         return None
     from tokenizers import Tokenizer
@@ -248,7 +258,7 @@ def probe_inputs(manifest: Manifest) -> dict[str, Any]:
         if spec.datatype == "BYTES":
             text = (feature.categories or [""])[0] if feature else ""
             return np.full(shape, text, object)
-        from forebay_server.engines.onnx import NUMPY
+        from forebay_server.engines.arrays import NUMPY
 
         return np.zeros(shape, NUMPY.get(spec.datatype, np.float32))
 

@@ -312,7 +312,9 @@ class ModelConfig(_Strict):
     """model.yaml: how a model is served. All of it is optional."""
 
     description: str = ""
-    engine: Literal["auto", "onnxruntime", "deterministic", "openvino", "vllm", "openai"] = "auto"
+    engine: Literal[
+        "auto", "onnxruntime", "deterministic", "openvino", "vllm", "tensorrt_llm", "openai"
+    ] = "auto"
     engine_options: dict[str, Any] = {}
     default_for: list[Task] = []
     version_policy: Literal["latest", "all"] | list[int] = "latest"

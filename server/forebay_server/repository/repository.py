@@ -301,6 +301,10 @@ class ModelRepository:
         model.last_used = time.monotonic()
         return model
 
+    def splits(self, ref: str) -> bool:
+        """Whether traffic is split over versions for some model that the reference may mean."""
+        return any(r.shares for n, r in self.routings.items() if not ref or ref.startswith(n))
+
     async def resolve(self, ref: str, tasks: Sequence[str], key: str) -> LoadedModel:
         """As resolve_loaded, and loads the version when need be."""
         model = self.resolve_loaded(ref, tasks, key)

@@ -4,6 +4,8 @@ A service is one class per service of the contract, with one method per RPC in s
 
 - batched unary (option `batched`):  def embed(self, calls: Sequence[Call]) -> None
   checks and submits them together and returns at once; each call is answered when it is done.
+  Where many small calls come, `embed_raw` may stand beside it: it starts the calls whose bytes
+  (`call.message`) it can read together, and gives back those that must be parsed one by one.
 - unary:          async def get_model(self, call: Call) -> Message
 - server stream:  def watch_models(self, call: Call) -> AsyncIterator[Message]
 - client stream:  async def import_version(self, call: Call, requests: AsyncIterator) -> Message
@@ -41,10 +43,11 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A method of the contract and the function that serves it."""
+    """A method of the contract and the functions that serve it."""
 
     method: Method
     function: Callable[..., Any]
+    raw: Callable[[Sequence[Call]], Sequence[Call]] | None = None
 
 
 def _snake(name: str) -> str:
@@ -62,7 +65,7 @@ def handlers(services: Sequence[Service]) -> dict[str, Handler]:
         function = getattr(service, _snake(method.name), None)
         if function is None:
             raise LookupError(f"{type(service).__name__} has no {_snake(method.name)} for {path}")
-        out[path] = Handler(method, function)
+        out[path] = Handler(method, function, getattr(service, f"{_snake(method.name)}_raw", None))
     return out
 
 

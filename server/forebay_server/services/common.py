@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from forebay.errors import InvalidArgument
 from forebay.v1 import common_pb2
 
@@ -51,3 +53,14 @@ def exactly_one(**fields: object) -> str:
     raise InvalidArgument.at(
         given[1] if given else next(iter(fields)), f"exactly one of {names} must be given"
     )
+
+
+def check_metadata(metadata: Mapping[str, str], path: str) -> None:
+    """Facts of the caller's own: short names, short values."""
+    for name, value in metadata.items():
+        if len(name) > 64:
+            raise InvalidArgument.at(path, f"the name {name[:64]!r}... has over 64 characters")
+        if len(value) > 512:
+            raise InvalidArgument.at(
+                f"{path}.{name}", f"has {len(value)} characters; allowed are 512"
+            )

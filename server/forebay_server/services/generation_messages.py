@@ -96,6 +96,7 @@ def chat_ask(request: pb.ChatRequest, path: str) -> ChatAsk:
         priority=request.priority,
         user=request.user,
         sticky_key=request.sticky_key,
+        cache=request.cache if request.HasField("cache") else None,
         path=path,
         messages=messages,
         chat=ChatContext(messages, tools, mode, request.tool_choice.name, parallel),
@@ -116,6 +117,7 @@ def complete_ask(request: pb.CompleteRequest, path: str) -> CompleteAsk:
         priority=request.priority,
         user=request.user,
         sticky_key=request.sticky_key,
+        cache=request.cache if request.HasField("cache") else None,
         path=path,
         prompts=list(request.prompts),
         token_ids=[list(t.ids) for t in request.token_ids],
@@ -245,6 +247,7 @@ def usage_of(tally: Tally) -> pb.GenerationUsage:
         completion_tokens=tally.completion,
         cached_tokens=tally.cached,
         reasoning_tokens=tally.reasoning,
+        cached_answers=tally.cached_answers,
     )
 
 

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import cast
 
-from forebay.errors import FailedPrecondition, ForebayError, InvalidArgument
+from forebay.errors import FailedPrecondition, InvalidArgument
 from forebay.v1 import knowledge_pb2 as pb
 
-from forebay_server.core.call import Call
-from forebay_server.knowledge.answering import Answerer, Done, Question, Stage, Token
-from forebay_server.knowledge.bases import Base, BaseConfig, KnowledgeBases, Upload
-from forebay_server.knowledge.chunking import ChunkConfig
-from forebay_server.knowledge.citations import Citation
-from forebay_server.knowledge.evaluation import Judged, figures
-from forebay_server.knowledge.ingest import Ingest
-from forebay_server.knowledge.retrieval import (
-    TOP_K,
-    RetrievalSpec,
-    Retrieved,
-    RetrievedChunk,
-    Retriever,
-    Step,
-)
+from forebay_server.core.call import Call, Principal
+from forebay_server.knowledge.answering import Answerer, Done, Event, Stage, Token
+from forebay_server.knowledge.bases import Base, KnowledgeBases, Upload
+from forebay_server.knowledge.citations import Citation, Unsupported
+from forebay_server.knowledge.evaluating import Evaluator
+from forebay_server.knowledge.evaluation_jobs import EvaluationJob, EvaluationJobs
+from forebay_server.knowledge.ingest import Ingest, internal_call
+from forebay_server.knowledge.retrieval import Retrieved, Retriever
+from forebay_server.knowledge.writer import Written
+from forebay_server.services import knowledge_messages as messages
 from forebay_server.services.base import Service
-from forebay_server.services.collection import MODES, fusion
 from forebay_server.services.common import served_by, usage
-from forebay_server.services.filters import condition, to_dict
-from forebay_server.services.model import timestamp
+from forebay_server.services.filters import to_dict
 from forebay_server.services.paging import offset, page, page_size, token
-from forebay_server.storage.knowledge import DocumentRow
-
-_METHODS: dict[int, Any] = {
-    0: "tokens",
-    1: "tokens",
-    2: "sentence",
-    3: "heading",
-    4: "parent_child",
-}
-_STATUSES = ("", "queued", "parsing", "embedding", "ready", "failed")
-_ANSWERS = {
-    "extracted": pb.ANSWER_METHOD_EXTRACTED,
-    "written": pb.ANSWER_METHOD_WRITTEN,
-    "not_found": pb.ANSWER_METHOD_NOT_FOUND,
-}
-#: Questions of an evaluation that are asked at once.
-AT_ONCE = 16
 
 
 class KnowledgeService(Service):
@@ -56,23 +32,30 @@ class KnowledgeService(Service):
     name = "forebay.v1.KnowledgeService"
 
     def __init__(
-        self, bases: KnowledgeBases, ingest: Ingest, retriever: Retriever, answerer: Answerer
+        self,
+        bases: KnowledgeBases,
+        ingest: Ingest,
+        retriever: Retriever,
+        answerer: Answerer,
+        evaluator: Evaluator,
+        jobs: EvaluationJobs,
+        on_part: Callable[[Call], None] = lambda call: None,
     ) -> None:
         self._bases = bases
         self._ingest = ingest
         self._retriever = retriever
         self._answerer = answerer
+        self._evaluator = evaluator
+        self._jobs = jobs
+        self._on_part = on_part
+        jobs.execute = self._execute
 
     # Knowledge bases.
 
     async def create_knowledge_base(self, call: Call) -> pb.CreateKnowledgeBaseResponse:
         """CreateKnowledgeBase."""
         request = cast(pb.CreateKnowledgeBaseRequest, call.request)
-        c = request.config.chunks
-        chunks = ChunkConfig(
-            _METHODS[c.method], c.tokens or 1000, c.overlap if c.HasField("overlap") else None
-        )
-        config = BaseConfig(request.config.embedding_model, request.config.language, chunks)
+        config = messages.config_of(request.config)
         base = await self._bases.create(call, request.knowledge_base, config)
         return pb.CreateKnowledgeBaseResponse(knowledge_base=await self._base(base))
 
@@ -94,27 +77,14 @@ class KnowledgeService(Service):
     async def delete_knowledge_base(self, call: Call) -> pb.DeleteKnowledgeBaseResponse:
         """DeleteKnowledgeBase."""
         request = cast(pb.DeleteKnowledgeBaseRequest, call.request)
+        self._jobs.forget(self._bases.get(request.knowledge_base))
         count = await self._bases.delete(request.knowledge_base)
         return pb.DeleteKnowledgeBaseResponse(documents=count)
 
     async def _base(self, base: Base) -> pb.KnowledgeBase:
-        chunks = base.config.chunks
-        config = pb.KnowledgeBaseConfig(
-            embedding_model=base.config.embedding_model,
-            language=base.config.language,
-            chunks=pb.ChunkConfig(
-                method=f"CHUNK_METHOD_{chunks.method.upper()}",
-                tokens=chunks.tokens,
-                overlap=chunks.tokens // 5 if chunks.overlap is None else chunks.overlap,
-            ),
-        )
-        return pb.KnowledgeBase(
-            name=base.name,
-            config=config,
-            documents=await self._bases.store.count(base.row.id),
-            chunks=len(self._bases.collections.get(base.collection).index),
-            created_at=timestamp(base.row.created_at),
-        )
+        documents = await self._bases.store.count(base.row.id)
+        chunks = len(self._bases.collections.get(base.collection).index)
+        return messages.base_message(base, documents, chunks)
 
     # Documents.
 
@@ -145,7 +115,7 @@ class KnowledgeService(Service):
                 kept += 1
                 if not known:
                     self._ingest.put(row, header.password)
-                out.documents.add(document=_document(row), duplicate=known)
+                out.documents.add(document=messages.document_message(row), duplicate=known)
             call.facts.items = len(uploads)
             return out
         except BaseException:
@@ -171,15 +141,16 @@ class KnowledgeService(Service):
         if not known:
             self._ingest.put(row)
         call.facts.items = 1
-        return pb.IngestTextResponse(document=_document(row), duplicate=known)
+        return pb.IngestTextResponse(document=messages.document_message(row), duplicate=known)
 
     async def get_document(self, call: Call) -> pb.GetDocumentResponse:
         """GetDocument."""
         request = cast(pb.GetDocumentRequest, call.request)
-        row = await self._bases.document(self._bases.get(request.knowledge_base), request.document)
-        out = pb.GetDocumentResponse(document=_document(row))
+        base = self._bases.get(request.knowledge_base)
+        row = await self._bases.document(base, request.document)
+        out = pb.GetDocumentResponse(document=messages.document_message(row))
         if request.with_text:
-            text = await self._bases.text(row)
+            text = await self._bases.text(base, row.id)
             starts = row.pages or [0]
             for number, (start, end) in enumerate(
                 zip(starts, [*starts[1:], len(text)], strict=True), 1
@@ -193,10 +164,10 @@ class KnowledgeService(Service):
         base = self._bases.get(request.knowledge_base)
         start, size = offset(request.page_token), page_size(request.page_size, 100)
         rows, more = await self._bases.store.page(
-            base.row.id, _STATUSES[request.status], start, size
+            base.row.id, messages.STATUSES[request.status], start, size
         )
         return pb.ListDocumentsResponse(
-            documents=[_document(r) for r in rows],
+            documents=[messages.document_message(r) for r in rows],
             next_page_token=token(start + size) if more else "",
         )
 
@@ -220,7 +191,7 @@ class KnowledgeService(Service):
         await self._bases.store.update(row.id, status="queued", progress=0.0, reason="", message="")
         row = await self._bases.document(base, row.id)
         self._ingest.put(row, request.password)
-        return pb.ReingestDocumentResponse(document=_document(row))
+        return pb.ReingestDocumentResponse(document=messages.document_message(row))
 
     # Questions.
 
@@ -229,10 +200,11 @@ class KnowledgeService(Service):
         request = cast(pb.RetrieveRequest, call.request)
         base = self._bases.get(request.knowledge_base)
         call.facts.items = 1
-        found = await self._retriever.retrieve(call, base, request.query, _spec(request.retrieval))
+        spec = messages.spec_of(request.retrieval)
+        found = await self._retriever.retrieve(call, base, request.query, spec, Written())
         return pb.RetrieveResponse(
-            chunks=[_chunk(c) for c in found.chunks],
-            steps=[_step(s) for s in found.steps] if request.explain else [],
+            chunks=[messages.chunk_message(c) for c in found.chunks],
+            steps=[messages.step_message(s) for s in found.steps] if request.explain else [],
             served_by=served_by(call) if call.facts.model else None,
             usage=usage(call),
         )
@@ -241,17 +213,25 @@ class KnowledgeService(Service):
         """Ask."""
         request = cast(pb.AskRequest, call.request)
         out = pb.AskResponse()
-        async for event in self._events(call, request):
-            if isinstance(event, Retrieved):
-                out.sources.extend(_chunk(c) for c in event.chunks)
-                if request.explain:
-                    out.steps.extend(_step(s) for s in event.steps)
-            elif isinstance(event, Token):
-                out.answer += event.text
-            elif isinstance(event, Citation):
-                out.citations.append(_citation(event))
-            elif isinstance(event, Done):
-                out.method = _ANSWERS[event.method]
+        async with aclosing(self._events(call, request)) as events:
+            async for event in events:
+                if isinstance(event, Retrieved):
+                    out.query = event.query
+                    out.sources.extend(messages.chunk_message(c) for c in event.chunks)
+                    if request.explain:
+                        out.steps.extend(messages.step_message(s) for s in event.steps)
+                elif isinstance(event, Token):
+                    out.answer += event.text
+                elif isinstance(event, Citation):
+                    out.citations.append(messages.citation_message(event))
+                elif isinstance(event, Unsupported):
+                    out.unsupported.append(messages.unsupported_message(event))
+                elif isinstance(event, Done):
+                    out.method = messages.ANSWERS[event.method]
+                    written = messages.written_by(event.written)
+                    if written is not None:
+                        out.written_by.CopyFrom(written)
+                        out.generation_usage.CopyFrom(messages.usage_of(event.written.tally))
         out.usage.CopyFrom(usage(call))
         if call.facts.model:
             out.served_by.CopyFrom(served_by(call))
@@ -260,173 +240,114 @@ class KnowledgeService(Service):
     async def ask_stream(self, call: Call) -> AsyncIterator[pb.AskStreamResponse]:
         """AskStream."""
         request = cast(pb.AskStreamRequest, call.request)
-        async for event in self._events(call, request):
-            if isinstance(event, Stage):
-                yield pb.AskStreamResponse(stage=pb.StageEvent(name=event.name))
-            elif isinstance(event, Retrieved):
-                steps = [_step(s) for s in event.steps] if request.explain else []
-                chunks = [_chunk(c) for c in event.chunks]
-                yield pb.AskStreamResponse(sources=pb.SourcesEvent(chunks=chunks, steps=steps))
-            elif isinstance(event, Token):
-                yield pb.AskStreamResponse(token=pb.TokenEvent(text=event.text))
-            elif isinstance(event, Citation):
-                yield pb.AskStreamResponse(citation=_citation(event))
-            else:
-                yield pb.AskStreamResponse(usage=usage(call))
-                by = served_by(call) if call.facts.model else None
-                done = pb.DoneEvent(method=_ANSWERS[event.method], served_by=by)
-                yield pb.AskStreamResponse(done=done)
+        async with aclosing(self._events(call, request)) as events:
+            async for event in events:
+                if isinstance(event, Done):
+                    yield pb.AskStreamResponse(usage=usage(call))
+                yield _stream_message(call, event, request.explain)
 
-    def _events(self, call: Call, request: pb.AskRequest | pb.AskStreamRequest):
+    def _events(
+        self, call: Call, request: pb.AskRequest | pb.AskStreamRequest
+    ) -> AsyncGenerator[Event, None]:
         base = self._bases.get(request.knowledge_base)
-        history = []
-        for i, turn in enumerate(request.history):
-            if turn.role == pb.TURN_ROLE_UNSPECIFIED:
-                raise InvalidArgument.at(f"history[{i}].role", "is not given")
-            role = "user" if turn.role == pb.TURN_ROLE_USER else "assistant"
-            history.append((role, turn.text))
         call.facts.items = 1
-        question = Question(
-            request.question, _spec(request.retrieval), tuple(history), request.max_sentences or 2
-        )
-        return self._answerer.answer(call, base, question)
+        return self._answerer.answer(call, base, messages.question_of(request))
+
+    # Evaluations.
 
     async def evaluate(self, call: Call) -> pb.EvaluateResponse:
         """Evaluate."""
         request = cast(pb.EvaluateRequest, call.request)
         base = self._bases.get(request.knowledge_base)
-        for i, item in enumerate(request.items):
-            if not item.relevant_documents and not item.relevant_texts:
-                raise InvalidArgument.at(
-                    f"items[{i}]", "needs relevant_documents or relevant_texts"
-                )
-        runs = list(request.runs) or [pb.EvaluationRun(name="default")]
+        items, runs = messages.items_of(request), messages.runs_of(request)
         out = pb.EvaluateResponse()
-        for i, run in enumerate(runs):
-            began = time.monotonic()
-            spec = _spec(run.retrieval, f"runs[{i}].retrieval", least=10)
-            judged, failures = await self._judge(call, base, list(request.items), spec)
-            result = out.results.add(name=run.name, seconds=time.monotonic() - began)
-            for f in figures(judged, failures):
-                result.metrics.add(
-                    name=f.name, value=f.value, low=f.low, high=f.high, n=f.n, failures=f.failures
-                )
-        call.facts.items = len(request.items) * len(runs)
+        for run in runs:
+            result = await self._evaluator.run(call, base, items, run)
+            out.results.append(messages.result_message(result))
+        call.facts.items = len(items) * len(runs)
         return out
 
-    async def _judge(
-        self, call: Call, base: Base, items: list[pb.EvaluationItem], spec: RetrievalSpec
-    ) -> tuple[list[Judged], int]:
-        room = asyncio.Semaphore(AT_ONCE)
+    async def start_evaluation(self, call: Call) -> pb.StartEvaluationResponse:
+        """StartEvaluation."""
+        request = cast(pb.StartEvaluationRequest, call.request)
+        base = self._bases.get(request.knowledge_base)
+        items, _ = messages.items_of(request), messages.runs_of(request)  # raise for bad fields
+        who = call.principal
+        job = await self._jobs.add(
+            base,
+            request.name,
+            who.key_id,
+            sorted(who.models),
+            len(items),
+            request.SerializeToString(),
+        )
+        return pb.StartEvaluationResponse(evaluation=messages.evaluation_message(job))
 
-        async def one(item: pb.EvaluationItem) -> Judged | None:
-            async with room:
-                try:
-                    found = await self._retriever.retrieve(call, base, item.query, spec)
-                except ForebayError:
-                    return None
-                return _judged(item, found.chunks)
+    async def get_evaluation(self, call: Call) -> pb.GetEvaluationResponse:
+        """GetEvaluation."""
+        request = cast(pb.GetEvaluationRequest, call.request)
+        job = self._jobs.get(self._bases.get(request.knowledge_base), request.evaluation)
+        return pb.GetEvaluationResponse(evaluation=messages.evaluation_message(job))
 
-        judged = await asyncio.gather(*(one(i) for i in items))
-        good = [j for j in judged if j is not None]
-        return good, len(judged) - len(good)
+    async def list_evaluations(self, call: Call) -> pb.ListEvaluationsResponse:
+        """ListEvaluations."""
+        request = cast(pb.ListEvaluationsRequest, call.request)
+        jobs = self._jobs.of(self._bases.get(request.knowledge_base))
+        chosen, following = page(jobs, request.page_token, page_size(request.page_size, 100))
+        return pb.ListEvaluationsResponse(
+            evaluations=[messages.evaluation_message(j) for j in chosen],
+            next_page_token=following,
+        )
+
+    async def delete_evaluation(self, call: Call) -> pb.DeleteEvaluationResponse:
+        """DeleteEvaluation."""
+        request = cast(pb.DeleteEvaluationRequest, call.request)
+        await self._jobs.delete(self._bases.get(request.knowledge_base), request.evaluation)
+        return pb.DeleteEvaluationResponse()
+
+    async def _execute(self, job: EvaluationJob, note: Callable[[], None]) -> None:
+        """Carry an evaluation out; runs that are done already are left out."""
+        base = self._bases.by_id(job.base_id)
+        if base is None:
+            return
+        request = pb.StartEvaluationRequest.FromString(job.request)
+        items, runs = messages.items_of(request), messages.runs_of(request)
+        done = len(job.results) * len(items)
+        call = internal_call()
+        call.principal = Principal(job.key_id, frozenset({"infer"}), frozenset(job.models))
+
+        def on_item() -> None:
+            nonlocal done
+            done += 1
+            job.progress = done / (len(items) * len(runs))
+
+        try:
+            for run in runs[len(job.results) :]:
+                job.results.append(await self._evaluator.run(call, base, items, run, on_item))
+                await asyncio.to_thread(note)
+        finally:
+            call.facts.items = done
+            self._on_part(call)
 
 
-def _judged(item: pb.EvaluationItem, chunks: list[RetrievedChunk]) -> Judged:
-    """Each relevant document counts at its first chunk; of relevant texts one is enough."""
-    names = set(item.relevant_documents)
-    if not names:
-        hits = [any(t in c.text for t in item.relevant_texts) for c in chunks]
-        first = hits.index(True) if True in hits else -1
-        return Judged(tuple(i == first for i in range(len(hits))), 1)
-    seen: set[str] = set()
-    relevant: list[bool] = []
-    for c in chunks:
-        if c.document in seen:
-            continue  # ranks are those of documents
-        seen.add(c.document)
-        relevant.append(c.document in names or c.name in names)
-    return Judged(tuple(relevant), len(names))
-
-
-def _spec(m: pb.RetrievalConfig, path: str = "retrieval", least: int = 0) -> RetrievalSpec:
-    if m.HasField("mmr"):
-        mmr = m.mmr.relevance if m.mmr.HasField("relevance") else 0.7
-    else:
-        mmr = None
-    return RetrievalSpec(
-        max(least, m.top_k or TOP_K),
-        MODES[m.mode],
-        condition(m.filter, f"{path}.filter") if m.HasField("filter") else None,
-        fusion(m.fusion),
-        m.candidates,
-        m.rerank.model if m.HasField("rerank") else None,
-        mmr,
+def _stream_message(call: Call, event: Event, explain: bool) -> pb.AskStreamResponse:
+    if isinstance(event, Stage):
+        return pb.AskStreamResponse(stage=pb.StageEvent(name=event.name))
+    if isinstance(event, Retrieved):
+        steps = [messages.step_message(s) for s in event.steps] if explain else []
+        chunks = [messages.chunk_message(c) for c in event.chunks]
+        sources = pb.SourcesEvent(chunks=chunks, steps=steps, query=event.query)
+        return pb.AskStreamResponse(sources=sources)
+    if isinstance(event, Token):
+        return pb.AskStreamResponse(token=pb.TokenEvent(text=event.text))
+    if isinstance(event, Citation):
+        return pb.AskStreamResponse(citation=messages.citation_message(event))
+    if isinstance(event, Unsupported):
+        return pb.AskStreamResponse(unsupported=messages.unsupported_message(event))
+    done = pb.DoneEvent(
+        method=messages.ANSWERS[event.method],
+        served_by=served_by(call) if call.facts.model else None,
+        written_by=messages.written_by(event.written),
+        generation_usage=messages.generation_usage(event.written),
     )
-
-
-def _document(row: DocumentRow) -> pb.Document:
-    out = pb.Document(
-        id=row.id,
-        name=row.name,
-        media_type=row.media_type,
-        size_bytes=row.size_bytes,
-        sha256=row.sha256,
-        status=f"DOCUMENT_STATUS_{row.status.upper()}",
-        progress=row.progress,
-        reason=row.reason,
-        message=row.message,
-        pages=len(row.pages),
-        characters=row.characters,
-        chunks=row.chunks,
-        created_at=timestamp(row.created_at),
-        updated_at=timestamp(row.updated_at),
-    )
-    out.metadata.update(dict(row.metadata))
-    return out
-
-
-def _chunk(c: RetrievedChunk) -> pb.Chunk:
-    out = pb.Chunk(
-        id=c.id,
-        document=c.document,
-        name=c.name,
-        page=c.page,
-        start=c.start,
-        end=c.end,
-        text=c.text,
-        headings=c.headings,
-        score=c.score,
-    )
-    out.metadata.update({k: v for k, v in c.metadata.items() if not k.startswith("\0")})
-    return out
-
-
-def _step(s: Step) -> pb.RetrievalStep:
-    return pb.RetrievalStep(
-        name=s.name,
-        milliseconds=s.seconds * 1e3,
-        candidates=[
-            pb.StepCandidate(
-                id=c.id,
-                score=c.score,
-                dense_score=c.dense_score,
-                keyword_score=c.keyword_score,
-            )
-            for c in s.chunks
-        ],
-    )
-
-
-def _citation(c: Citation) -> pb.Citation:
-    return pb.Citation(
-        number=c.number,
-        chunk=c.chunk.id,
-        document=c.chunk.document,
-        name=c.chunk.name,
-        page=c.chunk.page,
-        start=c.start,
-        end=c.end,
-        quote=c.quote,
-        verified=c.verified,
-    )
+    return pb.AskStreamResponse(done=done)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import forebay
 import numpy as np
+from forebay.constraints import Validator
 from forebay.errors import ForebayError, InvalidArgument
 from forebay.oip import open_inference_pb2 as pb
 from numpy.typing import NDArray
@@ -20,9 +21,11 @@ from forebay_server.core.call import Call
 from forebay_server.core.interfaces import TensorSpec
 from forebay_server.dataplane import heads, tensors
 from forebay_server.dataplane.models import ModelAccess, ServedModel
+from forebay_server.dataplane.records import AVAILABLE
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
 from forebay_server.services.base import Service, resolve_soon
+from forebay_server.services.oip_raw import RawInfer
 from forebay_server.services.oip_statistics import statistics_message
 
 EXTENSIONS = ("model_repository", "statistics", "binary_tensor_data")
@@ -60,11 +63,13 @@ class OpenInferenceService(Service):
         registry: Registry,
         texts: TextPipeline,
         plain: tensors.TensorPipeline,
+        validator: Validator,
     ) -> None:
         self._access = access
         self._registry = registry
         self._texts = texts
         self._plain = plain
+        self._raw = RawInfer(access, validator, _ANY_TASK, _ref_of, signature)
 
     async def server_live(self, call: Call) -> pb.ServerLiveResponse:
         """ServerLive."""
@@ -141,13 +146,17 @@ class OpenInferenceService(Service):
         await self._registry.unload(request.model_name, None)
         return pb.RepositoryModelUnloadResponse()
 
+    def model_infer_raw(self, calls: Sequence[Call]) -> list[Call]:
+        """ModelInfer, where only the raw tensors differ."""
+        return self._raw.start(calls) if AVAILABLE else list(calls)
+
     def model_infer(self, calls: Sequence[Call]) -> None:
         """ModelInfer."""
         jobs: list[tensors.TensorJob] = []
         for call in calls:
             request = cast(pb.ModelInferRequest, call.request)
             try:
-                ref = _ref(request.model_name, _version(request.model_version, "model_version"))
+                ref = _ref_of(request)
                 if not request.model_name:
                     raise InvalidArgument.at("model_name", "is required")
                 model = self._access.resolve(
@@ -322,6 +331,10 @@ def _version(text: str, path: str) -> int | None:
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise InvalidArgument.at(path, f"is {text!r:.40}; a version is a whole number")
     return int(text)
+
+
+def _ref_of(request: pb.ModelInferRequest) -> str:
+    return _ref(request.model_name, _version(request.model_version, "model_version"))
 
 
 def _ref(name: str, version: int | None) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
+from collections.abc import AsyncIterator
 from typing import cast
 
 from forebay.errors import InvalidArgument
@@ -14,6 +17,9 @@ from forebay_server.access.usage import COUNTERS, Counters, UsageLedger
 from forebay_server.core.call import Call
 from forebay_server.services.base import Service
 from forebay_server.services.paging import offset, page_size, token
+
+#: Rows of one piece of a table.
+PIECE = 1000
 
 
 class UsageService(Service):
@@ -61,11 +67,7 @@ class UsageService(Service):
     async def list_usage(self, call: Call) -> pb.ListUsageResponse:
         """ListUsage."""
         request = cast(pb.ListUsageRequest, call.request)
-        mine = call.principal.key_id
-        admin = "admin" in call.principal.scopes
-        key_id = request.key_id or (None if admin else mine)
-        if key_id not in (None, mine):
-            require_scope(call.principal, "admin")
+        key_id = _whose(call, request.key_id)
         size, start = page_size(request.page_size, 100), offset(request.page_token)
         rows = await self._ledger.rows(
             key_id,
@@ -74,6 +76,7 @@ class UsageService(Service):
             _day(request.to_day, "to_day"),
             start,
             size + 1,
+            request.user or None,
         )
         response = pb.ListUsageResponse(
             next_page_token=token(start + size) if len(rows) > size else ""
@@ -84,9 +87,48 @@ class UsageService(Service):
                 model=row.model,
                 version=row.version,
                 day=row.day,
+                user=row.user,
                 counters=_message(row.counters),
             )
         return response
+
+    async def export_usage(self, call: Call) -> AsyncIterator[pb.ExportUsageResponse]:
+        """ExportUsage."""
+        request = cast(pb.ExportUsageRequest, call.request)
+        key_id = _whose(call, request.key_id)
+        first, last = _day(request.from_day, "from_day"), _day(request.to_day, "to_day")
+        start = 0
+        while True:
+            text = io.StringIO()
+            table = csv.writer(text)
+            if not start:
+                table.writerow(("day", "key_id", "user", "model", "version", *COUNTERS))
+            rows = await self._ledger.rows(
+                key_id, request.model or None, first, last, start, PIECE, request.user or None
+            )
+            for row in rows:
+                counters = (getattr(row.counters, name) for name in COUNTERS)
+                words = (_inert(w) for w in (row.day, row.key_id, row.user, row.model))
+                table.writerow((*words, row.version, *counters))
+            if text.tell():
+                yield pb.ExportUsageResponse(data=text.getvalue().encode())
+            if len(rows) < PIECE:
+                return
+            start += PIECE
+
+
+def _whose(call: Call, asked: str) -> str | None:
+    """The key whose rows are given; None = all keys'. Raises PermissionDenied."""
+    mine = call.principal.key_id
+    key_id = asked or (None if "admin" in call.principal.scopes else mine)
+    if key_id not in (None, mine):
+        require_scope(call.principal, "admin")
+    return key_id
+
+
+def _inert(word: str) -> str:
+    """Users' names are callers' words: a spreadsheet must not run one as a formula."""
+    return f"'{word}" if word.startswith(("=", "+", "-", "@", "\t", "\r")) else word
 
 
 def _day(text: str, path: str) -> str | None:

@@ -36,14 +36,16 @@ class CollectionRow:
     created_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PointRow:
-    """A point. `payload` is JSON, `vector` little-endian float32 or None."""
+    """A point. `payload` is JSON, `vector` little-endian float32 or None, `struct` the payload as a
+    serialised google.protobuf.Struct once an answer has needed it."""
 
     label: int
     point_id: str
     payload: bytes
     vector: bytes | None
+    struct: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,15 @@ class CollectionStore:
             raise AlreadyExists(f"there is a collection {name!r} already") from None
         assert key is not None
         return CollectionRow(key[0], name, config, now)
+
+    async def rename(self, collection_id: int, name: str) -> None:
+        """Another name. Raises AlreadyExists."""
+        c = collections
+        try:
+            async with self._database.begin() as db:
+                await db.execute(sa.update(c).where(c.c.id == collection_id).values(name=name))
+        except IntegrityError:
+            raise AlreadyExists(f"there is a collection {name!r} already") from None
 
     async def all(self) -> list[CollectionRow]:
         """Every collection, by name."""

@@ -105,6 +105,13 @@ class KnowledgeStore:
         found = await self._select(d.c.base_id == base_id, d.c.id == document)
         return found[0] if found else None
 
+    async def ids(self, base_id: int) -> list[str]:
+        """Ids of a knowledge base's documents."""
+        d = knowledge_documents
+        async with self._database.read() as db:
+            query = sa.select(d.c.id).where(d.c.base_id == base_id)
+            return list((await db.execute(query)).scalars())
+
     async def unfinished(self) -> list[DocumentRow]:
         """Documents whose work is not done, oldest first."""
         found = await self._select(knowledge_documents.c.status.in_(UNFINISHED))

@@ -45,6 +45,8 @@ usage = Table(
     Column("model", String(128), primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("day", String(10), primary_key=True),
+    # The caller's own user; empty where it named none.
+    Column("user", String(256), primary_key=True, server_default=""),
     Column("calls", BigInteger, nullable=False),
     Column("items", BigInteger, nullable=False),
     Column("tokens", BigInteger, nullable=False),
@@ -179,4 +181,85 @@ knowledge_documents = Table(
     Column("updated_at", Float, nullable=False),
     UniqueConstraint("base_id", "sha256", name="knowledge_document_content"),
     Index("knowledge_document_status", "status"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(32), nullable=False),
+    Column("name", String(256), nullable=False),
+    Column("purpose", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Index("files_key", "key_id", "created_at"),
+    Index("files_expiry", "expires_at"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(32), nullable=False),
+    # `receiving` until all items are stored; then the contract's, in lower case.
+    Column("status", String(16), nullable=False),
+    Column("header", LargeBinary, nullable=False),
+    Column("total", BigInteger, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    # Tokens of its answers: prompt, completion, cached, reasoning.
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("in_progress_at", Float),
+    Column("finalizing_at", Float),
+    Column("cancelling_at", Float),
+    Column("ended_at", Float),
+    Column("expires_at", Float, nullable=False),
+    # When results are removed; until the batch has ended, seconds from then on (null = as configured).
+    Column("results_expire_at", Float),
+    # Which server runs it, and until when it has said so.
+    Column("owner", String(32)),
+    Column("owned_until", Float),
+    Index("batches_key", "key_id", "created_at"),
+    Index("batches_status", "status"),
+)
+
+batch_items = Table(
+    "batch_items",
+    metadata,
+    Column("batch_id", String(64), primary_key=True),
+    Column("number", BigInteger, primary_key=True),
+    Column("custom_id", String(512), nullable=False),
+    # A BatchItem; emptied when the item has its result.
+    Column("item", LargeBinary, nullable=False),
+    # `waiting`, `completed` or `failed`.
+    Column("status", String(16), nullable=False),
+    # A BatchResult.
+    Column("result", LargeBinary),
+    Index("batch_items_status", "batch_id", "status", "number"),
+)
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(32), nullable=False),
+    Column("previous_id", String(64)),
+    Column("status", String(16), nullable=False),
+    # The CreateResponseRequest, its input included.
+    Column("request", LargeBinary, nullable=False),
+    # The Response, without its request.
+    Column("response", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    # Which server makes it in the background, and until when it has said so.
+    Column("owner", String(32)),
+    Column("owned_until", Float),
+    Index("responses_expiry", "expires_at"),
+    Index("responses_status", "status"),
 )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 from forebay.constraints import Validator
 from forebay.errors import ForebayError, InvalidArgument
+from forebay.twins import read_request
 from google.protobuf.message import DecodeError, Message
 
 from forebay_server.core.call import Call
@@ -31,36 +31,43 @@ class Dispatcher:
         self._pipeline = pipeline
         self._validator = validator
 
-    def serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
+    def serve(self, calls: Sequence[Call]) -> None:
         """Start calls, of any methods. Never raises: what goes wrong ends calls."""
         try:
             with together():
-                self._serve(taken)
+                self._serve(calls)
         except Exception:  # a thread that dies would leave every later caller waiting
             log.exception("dispatching failed")
-            for call, _ in taken:
+            for call in calls:
                 call.fail(ForebayError("internal error"))
 
-    def _serve(self, taken: Sequence[tuple[Call, bytes]]) -> None:
-        messages = {id(call): message for call, message in taken}
+    def _serve(self, calls: Sequence[Call]) -> None:
         by_path: dict[str, list[Call]] = {}
-        for call in self._pipeline.begin([call for call, _ in taken]):
+        for call in self._pipeline.begin(calls):
+            by_path.setdefault(call.method.path, []).append(call)
+        for path, own in by_path.items():
+            handler = self._handlers[path]
+            guard(lambda h=handler, c=own: self._start(h, c), own)
+
+    def _start(self, handler: Handler, calls: list[Call]) -> None:
+        rest = calls if handler.raw is None else handler.raw(calls)
+        parsed = []
+        for call in rest:
             try:
-                call.request = parse(call.method.request, messages[id(call)])
+                call.request = parse(call.method.request, call.message)
                 self._validator.check(call.request)
             except ForebayError as e:
                 call.fail(e)
                 continue
-            by_path.setdefault(call.method.path, []).append(call)
-        for path, calls in by_path.items():
-            function = self._handlers[path].function
-            guard(lambda f=function, c=calls: f(c), calls)
+            parsed.append(call)
+        if parsed:
+            handler.function(parsed)
 
 
 def parse(kind: type[Message], data: bytes) -> Message:
-    """The message of these bytes. Raises InvalidArgument when they are none."""
+    """The message of these bytes, or its twin. Raises InvalidArgument when they are none."""
     try:
-        return cast(Message, kind.FromString(data))
+        return read_request(kind, data)
     except DecodeError:
         name = kind.DESCRIPTOR.full_name
         raise InvalidArgument.at("request", f"the bytes are not a {name} message") from None

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +23,7 @@ from forebay_server.core.collector import Collector
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.inbox import MAX_TAKE
-from forebay_server.transport.pipeline import Pipeline
+from forebay_server.transport.pipeline import REQUEST_ID, Pipeline, trailers_of
 
 if TYPE_CHECKING:
     import forebay_native
@@ -75,6 +75,7 @@ class FastLane:
             max_streams=settings.max_streams,
             max_waiting_calls=settings.max_waiting_calls,
             max_waiting_bytes=settings.max_waiting_bytes,
+            max_waiting_s=settings.max_waiting_s,
             keepalive_s=settings.keepalive_s,
             keepalive_timeout_s=settings.keepalive_timeout_s,
             max_age_s=settings.max_connection_age_s,
@@ -84,7 +85,7 @@ class FastLane:
             tls=_tls(settings),
         )
         self.port = self._server.port
-        self._ended: Collector[Call] = Collector(self._end)
+        self._on_end = Collector(self._end).add
         self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, name=f"fast-ingest-{i}", daemon=True)
@@ -119,36 +120,57 @@ class FastLane:
                 error = DeadlineExceeded("the deadline passed during the call", stage="server")
                 call.cancel(error if late else None)
             if taken:
-                self._dispatcher.serve([(self._call(native), native.message) for native in taken])
+                now = time.monotonic()
+                self._dispatcher.serve([self._call(arrival, now) for arrival in taken])
 
-    def _call(self, native: forebay_native.Call) -> Call:
-        now = time.monotonic()
-        left = native.time_left
+    def _call(self, arrival: forebay_native.Arrival, now: float) -> Call:
+        native, method, message, metadata, peer, waited, left = arrival
         call = Call(
-            self._methods[native.method],
-            native.metadata,
-            started=now - native.waited,
+            self._methods[method],
+            metadata,
+            started=now - waited,
             deadline=None if left is None else now + left,
-            peer=native.peer,
-            on_end=self._ended.add,
+            peer=peer,
+            on_end=self._on_end,
         )
+        call.message = message
         call.origin = native
         native.set_owner(call)
         return call
 
     def _end(self, calls: list[Call]) -> None:
         """Send the answers of calls that ended together."""
-        self._pipeline.end(calls)
-        answers = []
+        watch = self._pipeline.end_first(calls)
+        try:
+            self._answer(calls)
+        finally:
+            watch()
+
+    def _answer(self, calls: Sequence[Call]) -> None:
+        # Calls that were admitted together mostly have the same trailers, but for their ids.
+        alike: dict[int, list[Call]] = {}
+        failed = []
         for call in calls:
-            error = call.error
-            if error is None:
-                answers.append((call.origin, 0, call.payload, "", call.trailers))
+            if call.error is None:
+                alike.setdefault(id(call.trailers), []).append(call)
             else:
-                details = error.to_status().SerializeToString()
-                code = _CODES[error.code]
-                answers.append((call.origin, code, details, error.message, call.trailers))
-        self._server.answer(cast(Any, answers))
+                failed.append(call)
+        for group in alike.values():
+            self._server.answer_well(
+                cast(Any, [c.origin for c in group]),
+                [c.payload for c in group],
+                REQUEST_ID,
+                [c.request_id for c in group],
+                group[0].trailers,
+            )
+        if failed:
+            self._server.answer(cast(Any, [self._failure(c) for c in failed]))
+
+    def _failure(self, call: Call) -> tuple[object, int, bytes, str, list[tuple[str, str]]]:
+        error = call.error
+        assert error is not None
+        details = error.to_status().SerializeToString()
+        return call.origin, _CODES[error.code], details, error.message, trailers_of(call)
 
     def _reload_tls(self) -> None:
         """Take renewed certificates without a restart."""

@@ -20,7 +20,7 @@ class Inbox:
 
     def __init__(self, dispatcher: Dispatcher, threads: int = 1) -> None:
         self._dispatcher = dispatcher
-        self._waiting: list[tuple[Call, bytes]] = []
+        self._waiting: list[Call] = []
         self._ready = threading.Condition(threading.Lock())
         self._closed = False
         self._threads = [
@@ -30,10 +30,10 @@ class Inbox:
         for thread in self._threads:
             thread.start()
 
-    def put(self, call: Call, message: bytes) -> None:
+    def put(self, call: Call) -> None:
         """Hand a call over. Never blocks."""
         with self._ready:
-            self._waiting.append((call, message))
+            self._waiting.append(call)
             if len(self._waiting) == 1:
                 self._ready.notify()
 
@@ -45,7 +45,7 @@ class Inbox:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _take(self) -> list[tuple[Call, bytes]]:
+    def _take(self) -> list[Call]:
         with self._ready:
             while not self._waiting and not self._closed:
                 self._ready.wait()

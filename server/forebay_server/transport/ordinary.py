@@ -24,7 +24,7 @@ from forebay_server.core.call import Call
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import parse
 from forebay_server.transport.inbox import Inbox
-from forebay_server.transport.pipeline import Pipeline, internal
+from forebay_server.transport.pipeline import Pipeline, internal, trailers_of
 
 log = logging.getLogger("forebay.transport")
 
@@ -138,7 +138,8 @@ class OrdinaryLane(grpc.GenericRpcHandler):
     ) -> bytes:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call = self._call(handler, context, lambda _: self._wakeups.wake(done))
-        self._inbox.put(call, message)
+        call.message = message
+        self._inbox.put(call)
         try:
             await done
         except asyncio.CancelledError:
@@ -258,7 +259,7 @@ def _gone(call: Call) -> None:
 
 
 async def _send_status(call: Call, context: aio.ServicerContext) -> None:
-    trailers: list[tuple[str, str | bytes]] = list(call.trailers)
+    trailers: list[tuple[str, str | bytes]] = [*trailers_of(call)]
     if call.error is None:
         if trailers:
             context.set_trailing_metadata(tuple(trailers))

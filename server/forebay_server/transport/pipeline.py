@@ -15,9 +15,12 @@ from typing import Protocol
 
 from forebay.errors import ForebayError, Internal
 
-from forebay_server.core.call import Call
+from forebay_server.core.call import Call, runs_of
 
 log = logging.getLogger("forebay.transport")
+
+#: The trailer that every call ends with.
+REQUEST_ID = "x-request-id"
 
 
 class Stage(Protocol):
@@ -27,16 +30,18 @@ class Stage(Protocol):
         """Look at calls that start. May `fail` some of them; those go no further."""
         ...
 
-    def end(self, calls: Sequence[Call]) -> None:
-        """Look at calls that have their status. Never raises for a good reason."""
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
+        """Look at calls that have their status; see `runs_of`. Never raises for a good reason."""
         ...
 
 
 class Pipeline:
     """The stages in order."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], outer: int = 0) -> None:
+        """`outer`: so many of the first stages only watch: an answer need not wait for them."""
         self.stages = tuple(stages)
+        self._outer = outer
 
     def begin(self, calls: Sequence[Call]) -> list[Call]:
         """Pass all stages; returns the calls that may go on to their service."""
@@ -62,15 +67,30 @@ class Pipeline:
 
     def end(self, calls: Sequence[Call]) -> None:
         """Tell the stages that the calls have passed, innermost first."""
-        for depth in range(len(self.stages), 0, -1):
-            through = [c for c in calls if c.passed >= depth]
-            if not through:
-                continue
-            stage = self.stages[depth - 1]
-            try:
-                stage.end(through)
-            except Exception:
-                log.exception("stage %s failed at the end of calls", type(stage).__name__)
+        self.end_first(calls)()
+
+    def end_first(self, calls: Sequence[Call]) -> Callable[[], None]:
+        """As `end`, but only for the stages whose word must stand before an answer is sent; gives
+        what tells the others, for when the answers are on their way."""
+        runs = runs_of(calls)
+        for depth in range(len(self.stages), self._outer, -1):
+            self._end(depth, runs)
+
+        def rest() -> None:
+            for depth in range(self._outer, 0, -1):
+                self._end(depth, runs)
+
+        return rest
+
+    def _end(self, depth: int, runs: Sequence[Sequence[Call]]) -> None:
+        through = [run for run in runs if run[0].passed >= depth]
+        if not through:
+            return
+        stage = self.stages[depth - 1]
+        try:
+            stage.end(through)
+        except Exception:
+            log.exception("stage %s failed at the end of calls", type(stage).__name__)
 
 
 def guard(run: Callable[[], None], calls: Sequence[Call]) -> None:
@@ -92,3 +112,9 @@ def internal(call: Call) -> Internal:
         f"internal error; the log has more under request id {call.request_id}",
         metadata={"request_id": call.request_id},
     )
+
+
+def trailers_of(call: Call) -> list[tuple[str, str]]:
+    """All metadata for the end of a call."""
+    own = [(REQUEST_ID, call.request_id)] if call.request_id else []
+    return [*own, *call.trailers]

@@ -11,13 +11,13 @@ from forebay.errors import ForebayError
 
 from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
-from forebay_server.access.limits import Limiter, LimitSpent
-from forebay_server.access.usage import UsageLedger
+from forebay_server.access.limits import Limiter
+from forebay_server.access.usage import UsageKey, UsageLedger
 from forebay_server.core.call import ANONYMOUS, Call, Principal
-from forebay_server.observability.logs import ACCESS
+from forebay_server.observability.logs import ACCESS, AccessLines
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer, new_request_id, parse_traceparent
-from forebay_server.transport.pipeline import Stage
+from forebay_server.transport.pipeline import REQUEST_ID, Stage
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 #: Codes of calls that were refused before any work.
@@ -35,30 +35,32 @@ class Tracing:
     def begin(self, calls: Sequence[Call]) -> None:
         """Take the caller's ids, or make some."""
         for call in calls:
-            given = call.metadata.get("x-request-id")
-            good = given is not None and _REQUEST_ID.fullmatch(given)
-            call.request_id = given if given and good else new_request_id()
-            call.trailers.append(("x-request-id", call.request_id))
+            given = call.metadata.get(REQUEST_ID)
+            if given is not None and _REQUEST_ID.fullmatch(given):
+                call.request_id = given
+            else:
+                call.request_id = new_request_id()
             parent = call.metadata.get("traceparent")
             trace = parse_traceparent(parent) if parent else None
             if trace is not None:
-                call.context["trace"] = trace
+                call.note("trace", trace)
             if self._tracer.enabled:
                 span = self._tracer.start(call.method.path.lstrip("/"), trace)
                 span.set_attribute("rpc.system", "grpc")
                 span.set_attribute("rpc.service", call.method.service)
                 span.set_attribute("rpc.method", call.method.name)
-                call.context["span"] = span
+                call.note("span", span)
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Close the spans with what is known of the calls."""
         if not self._tracer.enabled:
             return
-        for call in calls:
-            self._close(call)
+        for run in runs:
+            for call in run:
+                self._close(call)
 
     def _close(self, call: Call) -> None:
-        span = call.context.pop("span", None)
+        span = call.context.get("span")
         if span is None:
             return
         f = call.facts
@@ -83,25 +85,29 @@ class Measuring:
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Count calls in progress."""
-        self._metrics.rpc.started(call.method.path for call in calls)
+        self._metrics.rpc.started([call.method.path for call in calls])
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Observe durations and outcomes."""
         now = self._clock()
-        self._metrics.rpc.ended(
-            (call.method.path, call.code or "UNKNOWN", now - call.started) for call in calls
-        )
+        durations: dict[tuple[str, str], list[float]] = {}
         items: dict[str, int] = {}
         tokens: dict[str, int] = {}
-        for call in calls:
-            if call.code == "OK":
-                f = call.facts
+        for run in runs:
+            first = run[0]
+            code = first.code or "UNKNOWN"
+            took = [now - c.started for c in run]
+            durations.setdefault((first.method.path, code), []).extend(took)
+            if code == "OK":
+                f = first.facts
                 if f.items:
-                    items[f.model] = items.get(f.model, 0) + f.items
+                    items[f.model] = items.get(f.model, 0) + f.items * len(run)
                 if f.tokens:
-                    tokens[f.model] = tokens.get(f.model, 0) + f.tokens
-            elif call.code in REFUSALS and call.error:
-                self._metrics.rejected.labels(call.error.reason).inc()
+                    tokens[f.model] = tokens.get(f.model, 0) + f.tokens * len(run)
+            elif code in REFUSALS and first.error:
+                self._metrics.rejected.labels(first.error.reason).inc(len(run))
+        for (path, code), seconds in durations.items():
+            self._metrics.rpc.ended(path, code, seconds)
         for model, n in items.items():
             self._metrics.items.labels(model).inc(n)
         for model, n in tokens.items():
@@ -118,29 +124,38 @@ class AccessLog:
     def begin(self, calls: Sequence[Call]) -> None:
         """Nothing to say yet."""
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Write the lines: the server's faults as errors, all else as information."""
+        now = self._clock()
         if self._log.isEnabledFor(logging.INFO):
-            now = self._clock()
-            lines = [self._fields(c, now) for c in calls if c.code not in OUR_FAULTS]
+            lines = []
+            for run in runs:
+                if run[0].code in OUR_FAULTS:
+                    continue
+                each = [(round((now - c.started) * 1e3, 3), c.request_id, c.peer) for c in run]
+                lines.append(AccessLines(self._shared(run[0]), each))
             if lines:
-                self._log.info("", extra={"lines": lines})
-        for call in calls:
-            if call.code in OUR_FAULTS and self._log.isEnabledFor(logging.ERROR):
+                # Not by `info`, which looks for its caller on the stack: nobody reads that here.
+                self._log.handle(
+                    self._log.makeRecord(
+                        ACCESS, logging.INFO, "", 0, "", (), None, extra={"access": lines}
+                    )
+                )
+        for call in (c for run in runs if run[0].code in OUR_FAULTS for c in run):
+            if self._log.isEnabledFor(logging.ERROR):
                 cause = call.error.__cause__ if call.error is not None else None
                 info = (type(cause), cause, cause.__traceback__) if cause else None
-                lines = [self._fields(call, self._clock())]
-                self._log.error("", extra={"lines": lines}, exc_info=info)
+                each = [(round((now - call.started) * 1e3, 3), call.request_id, call.peer)]
+                lines = [AccessLines(self._shared(call), each)]
+                self._log.error("", extra={"access": lines}, exc_info=info)
 
-    def _fields(self, call: Call, now: float) -> dict[str, object]:
+    def _shared(self, call: Call) -> dict[str, object]:
+        """What calls of a run say alike."""
         f = call.facts
         fields: dict[str, object] = {
             "method": call.method.path,
             "code": call.code,
-            "ms": round((now - call.started) * 1e3, 3),
-            "request_id": call.request_id,
             "key": call.principal.key_id,
-            "peer": call.peer,
         }
         if f.model:
             fields["model"] = f"{f.model}@{f.version}"
@@ -169,26 +184,30 @@ class UsageRecording:
     def begin(self, calls: Sequence[Call]) -> None:
         """Nothing to count yet."""
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Append the calls' counters, before their answers are sent."""
-        sums: dict[tuple[str, str, int], list[float]] = {}
-        for call in calls:
+        sums: dict[UsageKey, list[float]] = {}
+        for run in runs:
+            call, n = run[0], len(run)
             if call.method.scope != "infer":
                 continue
             f = call.facts
-            key = (call.principal.key_id, f.model, f.version)
+            user = call.context.get("user")
+            key: UsageKey = (call.principal.key_id, f.model, f.version)
+            if user:
+                key = (*key[:3], str(user))
             total = sums.get(key)
             if total is None:
                 total = sums[key] = [0, 0, 0, 0, 0, 0, 0.0, 0.0]
-            total[0] += 1
-            total[1] += f.items
-            total[2] += f.tokens
-            total[3] += f.cached
+            total[0] += n
+            total[1] += f.items * n
+            total[2] += f.tokens * n
+            total[3] += f.cached * n
             if call.code == "CANCELLED":
-                total[5] += 1
+                total[5] += n
             elif call.code != "OK":
-                total[4] += 1
-            total[6] += f.engine_s * 1e3
+                total[4] += n
+            total[6] += f.engine_s * 1e3 * n
             total[7] += call.context.get("cost", 0.0)  # type: ignore[operator]
         if sums:
             self._ledger.record(sums)
@@ -202,21 +221,27 @@ class Authentication:
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Set the principal, or end the call."""
-        known: dict[str, Principal] = {}  # one look at a key, however many of its calls came
+        # One look at a key, however many of its calls came.
+        known: dict[tuple[str, str], Principal] = {}
         for call in calls:
-            if call.method.scope == "public":
+            scope = call.method.scope
+            if scope == "public":
                 continue
             given = call.metadata.get("authorization", "")
-            try:
-                principal = known.get(given)
-                if principal is None:
-                    principal = known[given] = self._keys.authenticate(given) or ANONYMOUS
+            principal = known.get((given, scope))
+            if principal is not None:
                 call.principal = principal
-                require_scope(principal, call.method.scope)
+                continue
+            try:
+                principal = self._keys.authenticate(given) or ANONYMOUS
+                call.principal = principal
+                require_scope(principal, scope)
             except ForebayError as e:
                 call.fail(e)
+                continue
+            known[given, scope] = principal
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Nothing was opened."""
 
 
@@ -229,30 +254,42 @@ class Admission:
         self._budgets = budgets
 
     def begin(self, calls: Sequence[Call]) -> None:
-        """Take the key's permits, or end the call."""
+        """Take the keys' permits, or end the calls: the youngest of a key's, when not all fit."""
+        by_key: dict[str, list[Call]] = {}
         for call in calls:
-            if call.method.scope == "public":
-                continue
-            limits = self._keys.limits(call.principal.key_id)
+            if call.method.scope != "public":
+                by_key.setdefault(call.principal.key_id, []).append(call)
+        for key_id, own in by_key.items():
+            limits = self._keys.limits(key_id)
             if limits is None or _without_budget(limits) == _NO_LIMITS:
                 continue
-            try:
-                standing = self._limiter.acquire(call.principal.key_id, limits)
-            except LimitSpent as e:
-                call.trailers.extend(e.standing.headers())
-                call.fail(e)
-                continue
-            call.context["permit"] = limits
-            call.trailers.extend(standing.headers())
+            admitted = self._limiter.admit(key_id, limits, len(own))
+            headers = tuple(admitted.standing.headers())
+            for call in own:
+                call.trailers = headers
+            for call in own[: admitted.calls]:
+                call.permit = limits
+            for call in own[admitted.calls :]:
+                assert admitted.refusal is not None
+                call.fail(admitted.refusal)
 
-    def end(self, calls: Sequence[Call]) -> None:
+    def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Give the permits back, and take what was used from the tokens' bucket."""
-        for call in calls:
-            self._budgets.settle(call)
-            limits = call.context.pop("permit", None)
-            if isinstance(limits, Limits):
-                used = call.facts.tokens or call.facts.items
-                self._limiter.release(call.principal.key_id, limits, used)
+        permits: dict[tuple[str, int], tuple[Limits, list[int]]] = {}
+        for run in runs:
+            first = run[0]
+            if first.context or first.facts.tokens:
+                for call in run:
+                    self._budgets.settle(call)
+            used = first.facts.tokens or first.facts.items
+            used += first.context.get("part_tokens", 0)  # type: ignore[operator]  # language models
+            for call in run:
+                limits = call.permit
+                if isinstance(limits, Limits):
+                    key = (call.principal.key_id, id(limits))
+                    permits.setdefault(key, (limits, []))[1].append(used)
+        for (key_id, _), (limits, used) in permits.items():
+            self._limiter.release(key_id, limits, sum(used), len(used))
 
 
 _NO_LIMITS = Limits()
@@ -266,6 +303,10 @@ def _without_budget(limits: Limits) -> Limits:
         limits.tokens_per_minute,
         limits.max_concurrency,
     )
+
+
+#: How many of the standard stages only watch: tracing, metrics, access log.
+WATCHING = 3
 
 
 def standard_stages(

@@ -15,12 +15,13 @@ use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::frame::Receiver;
-use crate::inbox::{Call, Gone, Outcome, Reservation};
+use crate::inbox::{Call, Caller, Gone, Outcome, Reservation};
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal};
@@ -49,10 +50,10 @@ pub async fn serve(
         read: 0,
     };
     let ordinary = Arc::new(Ordinary::new(config.ordinary.clone(), peer));
-    let peer: Arc<str> = peer.into();
+    let callers = Arc::new(Callers::new(peer.into()));
     let service = service_fn(|request| {
-        let (shared, ordinary, peer) = (shared.clone(), ordinary.clone(), peer.clone());
-        async move { Ok::<_, Infallible>(route(request, &shared, &ordinary, peer).await) }
+        let (shared, ordinary, callers) = (shared.clone(), ordinary.clone(), callers.clone());
+        async move { Ok::<_, Infallible>(route(request, &shared, &ordinary, &callers).await) }
     });
     let mut connection = std::pin::pin!(
         http2::Builder::new(TokioExecutor::new())
@@ -101,6 +102,23 @@ pub async fn serve(
     }
 }
 
+/// The callers of one connection. Mostly they are one, and say the same with each call.
+struct Callers(Mutex<Arc<Caller>>);
+
+impl Callers {
+    fn new(peer: Arc<str>) -> Self {
+        Self(Mutex::new(Arc::new(Caller::new(peer, &HeaderMap::new()))))
+    }
+
+    fn of(&self, headers: &HeaderMap) -> Arc<Caller> {
+        let mut last = self.0.lock();
+        if !last.says(headers) {
+            *last = Arc::new(Caller::new(last.peer.clone(), headers));
+        }
+        last.clone()
+    }
+}
+
 /// Up to a tenth more, so that connections that came together do not leave together.
 fn jittered(age: Duration, seed: usize) -> Duration {
     let share = (seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48) as u32 & 0xff;
@@ -111,7 +129,7 @@ async fn route(
     request: Request<Incoming>,
     shared: &Arc<Shared>,
     ordinary: &Ordinary,
-    peer: Arc<str>,
+    callers: &Callers,
 ) -> Response<Reply> {
     let Some(&method) = shared.methods.get(request.uri().path()) else {
         return ordinary.pass(request).await;
@@ -123,7 +141,7 @@ async fn route(
     if request.method() != Method::POST || !kind.starts_with(b"application/grpc") {
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE);
     }
-    match fast(method, request, shared, peer).await {
+    match fast(method, request, shared, callers).await {
         Ok(outcome) => answer(outcome),
         Err(error) => refusal(error.trailers()),
     }
@@ -134,7 +152,7 @@ async fn fast(
     method: u32,
     request: Request<Incoming>,
     shared: &Arc<Shared>,
-    peer: Arc<str>,
+    callers: &Callers,
 ) -> Result<Outcome, Refusal> {
     let (head, body) = request.into_parts();
     let deadline = metadata::timeout(&head.headers).and_then(|t| Instant::now().checked_add(t));
@@ -148,7 +166,7 @@ async fn fast(
             ));
         }
     };
-    let (call, answer) = Call::new(method, message, head.headers, deadline, peer);
+    let (call, answer) = Call::new(method, message, callers.of(&head.headers), deadline);
     if !shared.inbox.put(call.clone()) {
         return Err(shared.config.overload.clone());
     }

@@ -2,8 +2,8 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use http::HeaderMap;
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
+use crate::metadata;
 use crate::status::{Code, Refusal};
 
 /// How a call ends.
@@ -25,15 +26,41 @@ const WAITING: u8 = 0;
 const TAKEN: u8 = 1;
 const DROPPED: u8 = 2;
 
+/// Who calls, and with what metadata: the same object for calls of a connection that say the same.
+#[derive(Default)]
+pub struct Caller {
+    pub peer: Arc<str>,
+    /// The caller's text metadata, in order.
+    pub pairs: Vec<(String, String)>,
+    /// Room for Python's form of it.
+    pub python: OnceLock<Box<dyn Any + Send + Sync>>,
+}
+
+impl Caller {
+    pub fn new(peer: Arc<str>, headers: &HeaderMap) -> Self {
+        let owned = |(n, v): (&str, &str)| (n.to_owned(), v.to_owned());
+        Self {
+            peer,
+            pairs: metadata::pairs(headers).map(owned).collect(),
+            python: OnceLock::new(),
+        }
+    }
+
+    /// Whether a call with these headers says the same.
+    pub fn says(&self, headers: &HeaderMap) -> bool {
+        let mine = self.pairs.iter().map(|(n, v)| (n.as_str(), v.as_str()));
+        metadata::pairs(headers).eq(mine)
+    }
+}
+
 /// One call between the connection that it came by and Python.
 pub struct Call {
     /// Index into the server's list of methods.
     pub method: u32,
     pub message: Bytes,
-    pub headers: HeaderMap,
+    pub caller: Arc<Caller>,
     pub received: Instant,
     pub deadline: Option<Instant>,
-    pub peer: Arc<str>,
     /// Whatever Python wants to find again when it hears that the call is gone.
     pub owner: Mutex<Option<Box<dyn Any + Send>>>,
     state: AtomicU8,
@@ -44,18 +71,16 @@ impl Call {
     pub fn new(
         method: u32,
         message: Bytes,
-        headers: HeaderMap,
+        caller: Arc<Caller>,
         deadline: Option<Instant>,
-        peer: Arc<str>,
     ) -> (Arc<Self>, oneshot::Receiver<Outcome>) {
         let (sender, receiver) = oneshot::channel();
         let call = Self {
             method,
             message,
-            headers,
+            caller,
             received: Instant::now(),
             deadline,
-            peer,
             owner: Mutex::new(None),
             state: AtomicU8::new(WAITING),
             answer: Mutex::new(Some(sender)),
@@ -93,6 +118,8 @@ pub struct Bounds {
     pub calls: usize,
     /// Bytes of messages, those that are on their way included.
     pub bytes: usize,
+    /// While a call has waited longer than this, no more are taken: they would only wait longer.
+    pub wait: Duration,
 }
 
 #[derive(Default)]
@@ -143,7 +170,11 @@ impl Inbox {
     /// Hands a call over. False when too many wait.
     pub fn put(&self, call: Arc<Call>) -> bool {
         let mut state = self.state.lock();
-        if state.closed || state.waiting.len() >= self.bounds.calls {
+        let aged = |first: &Arc<Call>| first.received.elapsed() > self.bounds.wait;
+        if state.closed
+            || state.waiting.len() >= self.bounds.calls
+            || state.waiting.front().is_some_and(aged)
+        {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return false;
         }
@@ -250,17 +281,16 @@ mod tests {
     use super::*;
 
     fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
-        Call::new(
-            0,
-            Bytes::from_static(b"m"),
-            HeaderMap::new(),
-            None,
-            "".into(),
-        )
+        Call::new(0, Bytes::from_static(b"m"), Arc::default(), None)
+    }
+
+    fn inbox_with(calls: usize, wait: Duration) -> Arc<Inbox> {
+        let bytes = 100;
+        Arc::new(Inbox::new(Bounds { calls, bytes, wait }))
     }
 
     fn inbox(calls: usize) -> Arc<Inbox> {
-        Arc::new(Inbox::new(Bounds { calls, bytes: 100 }))
+        inbox_with(calls, Duration::from_secs(60))
     }
 
     #[test]
@@ -273,6 +303,17 @@ mod tests {
         let (second, _) = inbox.take(9, Duration::ZERO);
         assert!(Arc::ptr_eq(&first[0], &calls[0].0) && Arc::ptr_eq(&second[0], &calls[1].0));
         assert_eq!(inbox.refused.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn while_a_call_waits_too_long_no_more_are_taken() {
+        let inbox = inbox_with(9, Duration::from_millis(5));
+        let ((first, _f), (second, _s), (third, _t)) = (call(), call(), call());
+        assert!(inbox.put(first));
+        std::thread::sleep(Duration::from_millis(10));
+        assert!(!inbox.put(second.clone()));
+        assert_eq!(inbox.take(9, Duration::ZERO).0.len(), 1);
+        assert!(inbox.put(third), "nothing waits any more");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Forebay's fast lane: terminates gRPC's HTTP/2, gives Python all waiting calls as one batch, and
 //! takes the answers back. It knows no contract: bytes in, bytes out. Calls of other methods go
-//! through to the ordinary lane over a Unix socket, unchanged. Beside it, `rows` reads
-//! google.protobuf.Struct for many rows at once.
+//! through to the ordinary lane over a Unix socket, unchanged. Beside it, `split`
+//! takes many messages apart at one of their fields, and `rows` reads google.protobuf.Struct.
 
 pub mod connection;
 pub mod frame;
@@ -13,5 +13,7 @@ mod python;
 pub mod reply;
 pub mod rows;
 pub mod server;
+pub mod split;
 pub mod status;
 pub mod tls;
+pub mod wire;

@@ -1,19 +1,23 @@
 //! The module `forebay_native`, as Python sees it. `forebay_native.pyi` has its types.
 
+use std::any::Any;
+use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyOSError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
 use crate::inbox::{Bounds, Call, Gone, Outcome};
-use crate::metadata;
-use crate::rows::{self, Number};
+use crate::rows::{self, Number, Text};
 use crate::server::{Config, Server};
+use crate::split as parts;
 use crate::status::{self, Code, Refusal};
 use crate::tls;
 
@@ -27,47 +31,6 @@ struct PyCall {
 
 #[pymethods]
 impl PyCall {
-    #[getter]
-    fn method(&self) -> u32 {
-        self.call.method
-    }
-
-    #[getter]
-    fn message<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.call.message)
-    }
-
-    #[getter]
-    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let dict = PyDict::new(py);
-        for (name, value) in metadata::pairs(&self.call.headers) {
-            dict.set_item(PyString::intern(py, name), value)?;
-        }
-        Ok(dict)
-    }
-
-    #[getter]
-    fn peer(&self) -> &str {
-        &self.call.peer
-    }
-
-    /// Seconds since the request was there in whole.
-    #[getter]
-    fn waited(&self) -> f64 {
-        self.call.received.elapsed().as_secs_f64()
-    }
-
-    /// Seconds until the deadline, negative when it has passed; None without one.
-    #[getter]
-    fn time_left(&self) -> Option<f64> {
-        let deadline = self.call.deadline?;
-        let now = Instant::now();
-        Some(match deadline.checked_duration_since(now) {
-            Some(left) => left.as_secs_f64(),
-            None => -now.duration_since(deadline).as_secs_f64(),
-        })
-    }
-
     /// What `take` names when this call is gone.
     fn set_owner(&self, owner: Py<PyAny>) {
         *self.call.owner.lock() = Some(Box::new(owner));
@@ -132,12 +95,54 @@ type Answer<'py> = (
     Vec<(String, String)>,
 );
 type Leavers = Vec<(Py<PyAny>, bool)>;
+/// Call, method, message, metadata, peer, seconds since it was there, seconds that are left.
+type Arrival<'py> = (
+    Py<PyCall>,
+    u32,
+    Bound<'py, PyBytes>,
+    Py<PyDict>,
+    Py<PyString>,
+    f64,
+    Option<f64>,
+);
+/// Python's form of a `Caller`.
+type PyCaller = (Py<PyDict>, Py<PyString>);
+
+fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_>> {
+    let make = || -> Box<dyn Any + Send + Sync> {
+        let dict = PyDict::new(py);
+        for (name, value) in &call.caller.pairs {
+            // Nothing is left to go wrong: both are strings.
+            let _ = dict.set_item(PyString::intern(py, name), value);
+        }
+        let known: PyCaller = (dict.unbind(), PyString::new(py, &call.caller.peer).unbind());
+        Box::new(known)
+    };
+    let known = call.caller.python.get_or_init(make);
+    let (metadata, peer) = known.downcast_ref::<PyCaller>().expect("made above");
+    let (metadata, peer) = (metadata.clone_ref(py), peer.clone_ref(py));
+    let left = call.deadline.map(|d| match d.checked_duration_since(now) {
+        Some(left) => left.as_secs_f64(),
+        None => -now.duration_since(d).as_secs_f64(),
+    });
+    let waited = now.duration_since(call.received).as_secs_f64();
+    let message = PyBytes::new(py, &call.message);
+    let method = call.method;
+    let call = Py::new(py, PyCall { call })?;
+    Ok((call, method, message, metadata, peer, waited, left))
+}
+
+fn send(ready: Vec<(Arc<Call>, Outcome)>) {
+    for (call, outcome) in ready {
+        call.end(outcome);
+    }
+}
 
 #[pymethods]
 impl PyServer {
     #[new]
     #[pyo3(signature = (address, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
-        max_connections, max_streams, max_waiting_calls, max_waiting_bytes, keepalive_s,
+        max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
         keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, tls = None))]
     #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     fn new(
@@ -152,6 +157,7 @@ impl PyServer {
         max_streams: u32,
         max_waiting_calls: usize,
         max_waiting_bytes: usize,
+        max_waiting_s: f64,
         keepalive_s: f64,
         keepalive_timeout_s: f64,
         max_age_s: f64,
@@ -172,6 +178,7 @@ impl PyServer {
             bounds: Bounds {
                 calls: max_waiting_calls,
                 bytes: max_waiting_bytes,
+                wait: seconds(max_waiting_s),
             },
             keepalive: seconds(keepalive_s),
             keepalive_timeout: seconds(keepalive_timeout_s),
@@ -198,18 +205,16 @@ impl PyServer {
         self.server.port
     }
 
-    fn take(
+    fn take<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         most: usize,
         timeout_s: f64,
-    ) -> PyResult<(Vec<Py<PyCall>>, Leavers)> {
+    ) -> PyResult<(Vec<Arrival<'py>>, Leavers)> {
         let inbox = &self.server.shared.inbox;
         let (taken, gone) = py.detach(|| inbox.take(most, Duration::from_secs_f64(timeout_s)));
-        let calls: PyResult<_> = taken
-            .into_iter()
-            .map(|call| Py::new(py, PyCall { call }))
-            .collect();
+        let now = Instant::now();
+        let calls: PyResult<_> = taken.into_iter().map(|c| arrival(py, c, now)).collect();
         let owner_of = |call: &Call| {
             let owner = call.owner.lock();
             Some(owner.as_ref()?.downcast_ref::<Py<PyAny>>()?.clone_ref(py))
@@ -219,6 +224,36 @@ impl PyServer {
             .filter_map(|(call, why)| Some((owner_of(call)?, *why == Gone::Late)))
             .collect();
         Ok((calls?, gone))
+    }
+
+    /// Sends answers of calls that went well. Each gets the trailers in `shared`, and one of its own.
+    #[staticmethod]
+    #[allow(clippy::needless_pass_by_value)] // PyO3 makes them for the call
+    fn answer_well(
+        py: Python<'_>,
+        calls: Vec<PyRef<'_, PyCall>>,
+        payloads: Vec<Bound<'_, PyBytes>>,
+        own: &str,
+        values: Vec<PyBackedStr>,
+        shared: Vec<(String, String)>,
+    ) -> PyResult<()> {
+        if payloads.len() != calls.len() || values.len() != calls.len() {
+            return Err(PyValueError::new_err("an answer for each call is needed"));
+        }
+        let own = HeaderName::try_from(own).map_err(|e| PyValueError::new_err(e.to_string()))?;
+        let trailers = status::trailers(0, "", b"", headers(shared));
+        let mut ready = Vec::with_capacity(calls.len());
+        for ((call, data), value) in calls.iter().zip(&payloads).zip(&values) {
+            drop(call.call.owner.lock().take());
+            let mut trailers = trailers.clone();
+            if let Ok(value) = HeaderValue::from_str(value) {
+                trailers.insert(own.clone(), value);
+            }
+            let payload = Some(payload(data));
+            ready.push((call.call.clone(), Outcome { payload, trailers }));
+        }
+        py.detach(|| send(ready));
+        Ok(())
     }
 
     /// Sends answers. Each is (call, code, payload or details, message, trailers).
@@ -238,11 +273,7 @@ impl PyServer {
             })
             .collect();
         // Waking the transport's threads takes system calls: others may run Python meanwhile.
-        py.detach(|| {
-            for (call, outcome) in ready {
-                call.end(outcome);
-            }
-        });
+        py.detach(|| send(ready));
     }
 
     #[pyo3(signature = (certificate, key, client_ca = None))]
@@ -286,60 +317,156 @@ fn settings(
     .map_err(PyValueError::new_err)
 }
 
+/// Messages that were taken apart at one field.
+#[pyclass(frozen, name = "Split", module = "forebay_native")]
+struct PySplit {
+    messages: Vec<(Py<PyBytes>, Vec<Range<usize>>)>,
+}
+
+impl PySplit {
+    /// The records of a message.
+    fn records<'a>(&'a self, py: Python<'a>, at: usize) -> PyResult<Vec<&'a [u8]>> {
+        let found = self.messages.get(at);
+        let (message, ranges) = found.ok_or_else(|| PyIndexError::new_err(at))?;
+        let data = message.as_bytes(py);
+        Ok(ranges.iter().map(|r| &data[r.clone()]).collect())
+    }
+}
+
+#[pymethods]
+impl PySplit {
+    /// Record `index` of each member, one after the other. None unless each member has `of` records,
+    /// and this one has `size` bytes.
+    #[allow(clippy::needless_pass_by_value)] // PyO3 makes it for the call
+    fn concat<'py>(
+        &self,
+        py: Python<'py>,
+        members: Vec<usize>,
+        index: usize,
+        of: usize,
+        size: usize,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let mut all = Vec::with_capacity(size * members.len());
+        for &at in &members {
+            let records = self.records(py, at)?;
+            match records.get(index) {
+                Some(record) if records.len() == of && record.len() == size => {
+                    all.extend_from_slice(record);
+                }
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some(PyBytes::new(py, &all)))
+    }
+}
+
+type Groups<'py> = Vec<(Bound<'py, PyBytes>, Vec<usize>)>;
+
+/// Takes messages apart at a field: the pieces, the places of messages that share a head, and the
+/// places of those that are not taken.
+#[pyfunction]
+fn split(
+    py: Python<'_>,
+    messages: Vec<Py<PyBytes>>,
+    field: u64,
+) -> (PySplit, Groups<'_>, Vec<usize>) {
+    let mut heads: Vec<(Vec<u8>, Vec<usize>)> = Vec::new();
+    let mut odd = Vec::new();
+    let mut taken = Vec::with_capacity(messages.len());
+    for (at, message) in messages.into_iter().enumerate() {
+        let Some(found) = parts::split(message.as_bytes(py), field) else {
+            odd.push(at);
+            taken.push((message, Vec::new()));
+            continue;
+        };
+        match heads.iter_mut().find(|(head, _)| *head == found.head) {
+            Some((_, members)) => members.push(at),
+            None => heads.push((found.head, vec![at])),
+        }
+        taken.push((message, found.records));
+    }
+    let groups = heads.into_iter();
+    let groups = groups.map(|(head, members)| (PyBytes::new(py, &head), members));
+    (PySplit { messages: taken }, groups.collect(), odd)
+}
+
 type Columns = Vec<Vec<Py<PyString>>>;
 
 /// Reads rows of google.protobuf.Struct.
 #[pyclass(frozen, name = "RowReader", module = "forebay_native")]
 struct PyRowReader {
     numbers: Vec<Number>,
-    strings: Vec<String>,
+    strings: Vec<Text>,
 }
 
 #[pymethods]
 impl PyRowReader {
     #[new]
-    fn new(numbers: Vec<(String, f64, f64, bool)>, strings: Vec<String>) -> Self {
+    fn new(
+        numbers: Vec<(String, f64, f64, bool)>,
+        strings: Vec<(String, HashSet<String>, bool)>,
+    ) -> Self {
         let number = |(name, least, most, needed)| Number {
             name,
             least,
             most,
             needed,
         };
+        let text = |(name, known, needed)| Text {
+            name,
+            known,
+            needed,
+        };
         Self {
             numbers: numbers.into_iter().map(number).collect(),
-            strings,
+            strings: strings.into_iter().map(text).collect(),
         }
     }
 
-    /// A matrix of numbers, columns of strings, and a flag per row.
-    #[allow(clippy::needless_pass_by_value)] // PyO3 makes it for the call
+    /// The rows of the members that are whole, one after the other: a matrix of numbers, columns of
+    /// strings, how many rows each of them has, and the places of the others.
+    #[allow(clippy::needless_pass_by_value, clippy::type_complexity)] // PyO3 makes it for the call
     fn read<'py>(
         &self,
         py: Python<'py>,
-        rows: Vec<Bound<'py, PyBytes>>,
-    ) -> (Bound<'py, PyBytes>, Columns, Bound<'py, PyBytes>) {
-        let mut values = Vec::with_capacity(rows.len() * self.numbers.len() * 8);
+        split: PyRef<'py, PySplit>,
+        members: Vec<usize>,
+    ) -> PyResult<(
+        Bound<'py, PyBytes>,
+        Columns,
+        Vec<(usize, usize)>,
+        Vec<usize>,
+    )> {
+        let mut values = Vec::with_capacity(members.len() * self.numbers.len() * 4);
         let mut columns: Columns = self.strings.iter().map(|_| Vec::new()).collect();
-        let mut odd = Vec::with_capacity(rows.len());
-        for data in &rows {
-            let row = rows::read(data.as_bytes(), &self.numbers, &self.strings);
-            odd.push(u8::from(row.is_none()));
-            for i in 0..self.numbers.len() {
-                let value = row.as_ref().map_or(f64::NAN, |r| r.numbers[i]);
-                values.extend_from_slice(&value.to_ne_bytes());
-            }
-            for (i, column) in columns.iter_mut().enumerate() {
-                let text = row.as_ref().map_or("", |r| r.strings[i]);
-                column.push(PyString::new(py, text).unbind());
+        let (mut good, mut odd) = (Vec::with_capacity(members.len()), Vec::new());
+        for &at in &members {
+            let records = split.records(py, at)?;
+            let rows = records.iter();
+            let rows = rows.map(|data| rows::read(data, &self.numbers, &self.strings));
+            let Some(rows) = rows.collect::<Option<Vec<_>>>() else {
+                odd.push(at);
+                continue;
+            };
+            good.push((at, rows.len()));
+            for row in rows {
+                for value in row.numbers {
+                    values.extend_from_slice(&(value as f32).to_ne_bytes());
+                }
+                for (column, text) in columns.iter_mut().zip(row.strings) {
+                    column.push(PyString::new(py, text).unbind());
+                }
             }
         }
-        (PyBytes::new(py, &values), columns, PyBytes::new(py, &odd))
+        Ok((PyBytes::new(py, &values), columns, good, odd))
     }
 }
 
 #[pymodule]
 fn forebay_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(split, module)?)?;
+    module.add_class::<PySplit>()?;
     module.add_class::<PyRowReader>()?;
     module.add_class::<PyCall>()?;
     module.add_class::<PyServer>()

@@ -1,6 +1,10 @@
 //! Rows of google.protobuf.Struct, read by their features' names. Knows protobuf's wire format as
 //! far as `Struct` and `Value` need it, and no message of anybody's contract.
 
+use std::collections::HashSet;
+
+use crate::wire::{Field, field};
+
 /// What a row holds for its features. `None` = odd: not this reader's business.
 pub struct Row<'a> {
     /// NaN where missing.
@@ -28,9 +32,28 @@ impl Number {
     }
 }
 
+/// A feature that takes strings, and which of them raise no question.
+pub struct Text {
+    pub name: String,
+    /// Empty: any.
+    pub known: HashSet<String>,
+    /// May not be missing.
+    pub needed: bool,
+}
+
+impl Text {
+    fn takes(&self, value: &str) -> bool {
+        if value.is_empty() {
+            !self.needed
+        } else {
+            self.known.is_empty() || self.known.contains(value)
+        }
+    }
+}
+
 /// Reads one row. `None` when it is malformed, has a name that is unknown, or a value that its
 /// feature does not take.
-pub fn read<'a>(data: &'a [u8], numbers: &[Number], strings: &[String]) -> Option<Row<'a>> {
+pub fn read<'a>(data: &'a [u8], numbers: &[Number], strings: &[Text]) -> Option<Row<'a>> {
     let mut row = Row {
         numbers: vec![f64::NAN; numbers.len()],
         strings: vec![""; strings.len()],
@@ -50,7 +73,7 @@ pub fn read<'a>(data: &'a [u8], numbers: &[Number], strings: &[String]) -> Optio
                 Value::Bool(b) => f64::from(u8::from(b)),
                 Value::Text(_) => return None,
             };
-        } else if let Some(at) = find(strings, |n| n == name, 0) {
+        } else if let Some(at) = find(strings, |t| t.name == name, 0) {
             row.strings[at] = match value {
                 Value::Missing => "",
                 Value::Text(text) => text,
@@ -60,7 +83,8 @@ pub fn read<'a>(data: &'a [u8], numbers: &[Number], strings: &[String]) -> Optio
             return None;
         }
     }
-    let good = numbers.iter().zip(&row.numbers).all(|(n, &v)| n.takes(v));
+    let good = numbers.iter().zip(&row.numbers).all(|(n, &v)| n.takes(v))
+        && strings.iter().zip(&row.strings).all(|(t, v)| t.takes(v));
     good.then_some(row)
 }
 
@@ -76,12 +100,6 @@ enum Value<'a> {
     Number(f64),
     Bool(bool),
     Text(&'a str),
-}
-
-enum Field<'a> {
-    Varint(u64),
-    Fixed64(u64),
-    Bytes(&'a [u8]),
 }
 
 /// An entry of `Struct.fields`: key = 1, value = 2. The last one of each counts.
@@ -112,45 +130,17 @@ fn one(mut data: &[u8]) -> Option<Value<'_>> {
     Some(value)
 }
 
-fn field<'a>(data: &mut &'a [u8]) -> Option<(u64, Field<'a>)> {
-    let tag = varint(data)?;
-    let value = match tag & 7 {
-        0 => Field::Varint(varint(data)?),
-        1 => Field::Fixed64(u64::from_le_bytes(take(data, 8)?.try_into().ok()?)),
-        2 => {
-            let size = usize::try_from(varint(data)?).ok()?;
-            Field::Bytes(take(data, size)?)
-        }
-        _ => return None,
-    };
-    Some((tag >> 3, value))
-}
-
-fn take<'a>(data: &mut &'a [u8], size: usize) -> Option<&'a [u8]> {
-    let (head, rest) = data.split_at_checked(size)?;
-    *data = rest;
-    Some(head)
-}
-
-fn varint(data: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for i in 0..10 {
-        let (&byte, rest) = data.split_first()?;
-        *data = rest;
-        value |= u64::from(byte & 0x7f) << (7 * i);
-        if byte < 0x80 {
-            return Some(value);
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn names(all: &[&str]) -> Vec<String> {
-        all.iter().map(|&n| n.into()).collect()
+    fn names(all: &[&str]) -> Vec<Text> {
+        let free = |&name: &&str| Text {
+            name: name.into(),
+            known: HashSet::new(),
+            needed: false,
+        };
+        all.iter().map(free).collect()
     }
 
     fn numbers(all: &[&str]) -> Vec<Number> {

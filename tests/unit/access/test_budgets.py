@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import Any, cast
 
 import pytest
 from forebay.errors import RateLimited
+from forebay.methods import methods
 from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import Limits
 from forebay_server.access.usage import Counters
-from forebay_server.core.call import Call, CallFacts, Principal
+from forebay_server.core.call import Call, Principal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,17 +31,12 @@ class Ledger:
         return self._counters
 
 
-class FakeCall:
-    """The fields of a call that budgets look at."""
-
-    def __init__(self, key_id: str = "k") -> None:
-        self.principal = Principal(key_id)
-        self.context: dict[str, Any] = {}
-        self.facts = CallFacts()
-
-
 def call(key_id: str = "k") -> Call:
-    return cast(Call, FakeCall(key_id))
+    made = Call(
+        methods()["/forebay.v1.GenerationService/Chat"], {}, started=0.0, on_end=lambda _: None
+    )
+    made.principal = Principal(key_id)
+    return made
 
 
 def budgets(limits: Limits, ledger: Ledger | None = None, now: float = DAY * 10.5) -> Budgets:
@@ -50,7 +45,7 @@ def budgets(limits: Limits, ledger: Ledger | None = None, now: float = DAY * 10.
 
 def end(b: Budgets, c: Call, tokens: int, money: float = 0.0) -> None:
     c.facts.tokens = tokens
-    c.context["cost"] = money
+    c.note("cost", money)
     b.settle(c)
 
 

@@ -8,16 +8,33 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from forebay_server.access.keys import Limits
-from forebay_server.access.limits import Limiter, LimitSpent, ProcessLimiter, RedisLimiter, capacity
+from forebay_server.access.limits import (
+    Limiter,
+    LimitSpent,
+    ProcessLimiter,
+    RedisLimiter,
+    Standing,
+    capacity,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from .conftest import Clock, RedisServer
 
 
+def acquire(limiter: Limiter, key: str, limits: Limits) -> Standing:
+    """One call's admission."""
+    admitted = limiter.admit(key, limits)
+    if admitted.refusal is not None:
+        assert admitted.calls == 0
+        raise admitted.refusal
+    assert admitted.calls == 1
+    return admitted.standing
+
+
 def admitted(limiter: Limiter, limits: Limits, key: str = "k") -> bool:
     try:
-        limiter.acquire(key, limits)
+        acquire(limiter, key, limits)
     except LimitSpent:
         return False
     return True
@@ -38,7 +55,7 @@ def test_calls_never_exceed_the_rate_and_none_is_refused_below_it(
         clock.now += gap
         level = min(full, level + gap * rate)  # the bucket by the book
         try:
-            limiter.acquire("k", limits)
+            acquire(limiter, "k", limits)
             assert level >= 1 - 1e-5
             level -= 1
         except LimitSpent as e:
@@ -54,7 +71,7 @@ def test_the_retry_delay_is_true(rate: float, spent: int, early: float) -> None:
     for _ in range(spent):
         assert admitted(limiter, limits)
         with pytest.raises(LimitSpent) as e:
-            limiter.acquire("k", limits)
+            acquire(limiter, "k", limits)
         wait = e.value.retry_after_s
         assert wait is not None
         if wait > 0.001:
@@ -84,10 +101,10 @@ def test_concurrent_callers_get_the_burst_and_no_more(burst: int, callers: int) 
 def test_tokens_are_taken_after_the_work_and_debt_is_waited_out() -> None:
     clock, limits = Clock(), Limits(tokens_per_minute=600)
     limiter = ProcessLimiter(clock)
-    assert limiter.acquire("k", limits).remaining_tokens == 600
+    assert acquire(limiter, "k", limits).remaining_tokens == 600
     limiter.release("k", limits, 900)
     with pytest.raises(LimitSpent) as e:
-        limiter.acquire("k", limits)
+        acquire(limiter, "k", limits)
     assert e.value.retry_after_s == pytest.approx(30.1)
     assert e.value.violations[0].subject == "key:k"
     assert "600 tokens" in e.value.violations[0].description
@@ -107,17 +124,43 @@ def test_calls_in_flight_are_bounded_and_given_back() -> None:
 def test_a_refusal_takes_nothing() -> None:
     limits, clock = Limits(1.0, 5, max_concurrency=1), Clock()
     limiter = ProcessLimiter(clock)
-    assert limiter.acquire("k", limits).remaining_requests == 4
+    assert acquire(limiter, "k", limits).remaining_requests == 4
     for _ in range(10):
         assert not admitted(limiter, limits)
     limiter.release("k", limits, 0)
-    assert limiter.acquire("k", limits).remaining_requests == 3
+    assert acquire(limiter, "k", limits).remaining_requests == 3
+
+
+@given(
+    limits=st.builds(
+        Limits,
+        st.none() | st.floats(0.01, 50),
+        st.none() | st.integers(1, 9),
+        st.none() | st.integers(1, 100),
+        st.none() | st.integers(1, 9),
+    ),
+    lots=st.lists(st.tuples(st.integers(1, 6), st.floats(0, 3), st.integers(0, 40))),
+)
+def test_calls_that_come_together_are_admitted_as_one_by_one(
+    limits: Limits, lots: list[tuple[int, float, int]]
+) -> None:
+    clock = Clock()
+    together, alone = ProcessLimiter(clock), ProcessLimiter(clock)
+    for calls, gap, tokens in lots:
+        clock.now += gap
+        lot = together.admit("k", limits, calls)
+        assert lot.calls == sum(admitted(alone, limits) for _ in range(calls))
+        assert (lot.refusal is not None) == (lot.calls < calls)
+        if lot.calls:
+            together.release("k", limits, tokens, lot.calls)
+        for i in range(lot.calls):
+            alone.release("k", limits, tokens if i == 0 else 0)
 
 
 def test_headers_say_limit_remaining_and_reset() -> None:
     limits = Limits(2.0, 4, tokens_per_minute=60)
     limiter = ProcessLimiter(Clock())
-    assert dict(limiter.acquire("k", limits).headers()) == {
+    assert dict(acquire(limiter, "k", limits).headers()) == {
         "x-ratelimit-limit-requests": "4",
         "x-ratelimit-remaining-requests": "3",
         "x-ratelimit-reset-requests": "0.5s",
@@ -126,9 +169,9 @@ def test_headers_say_limit_remaining_and_reset() -> None:
         "x-ratelimit-reset-tokens": "0s",
     }
     for _ in range(3):
-        limiter.acquire("k", limits)
+        acquire(limiter, "k", limits)
     with pytest.raises(LimitSpent) as e:
-        limiter.acquire("k", limits)
+        acquire(limiter, "k", limits)
     assert dict(e.value.standing.headers())["x-ratelimit-remaining-requests"] == "0"
 
 
@@ -138,7 +181,7 @@ def test_a_decision_takes_microseconds() -> None:
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(100):
-            limiter.acquire("k", limits)
+            acquire(limiter, "k", limits)
         best = min(best, (time.perf_counter() - start) / 100)
     assert best < 50e-6
 
@@ -150,7 +193,7 @@ def test_redis_servers_share_a_keys_burst(redis_server: RedisServer) -> None:
         got = list(pool.map(lambda i: admitted(limiters[i % 3], limits), range(60)))
     assert sum(got) == 20
     with pytest.raises(LimitSpent) as e:
-        limiters[0].acquire("k", limits)
+        acquire(limiters[0], "k", limits)
     assert e.value.retry_after_s == pytest.approx(1000, rel=0.05)
     assert dict(e.value.standing.headers())["x-ratelimit-limit-requests"] == "20"
 
@@ -165,7 +208,7 @@ def test_redis_bounds_calls_in_flight_and_tokens(redis_server: RedisServer) -> N
     assert admitted(two, limits)
     two.release("k", limits, 200)
     with pytest.raises(LimitSpent, match="tokens per minute") as e:
-        one.acquire("k", limits)
+        acquire(one, "k", limits)
     assert e.value.retry_after_s == pytest.approx(141, abs=5)
 
 

@@ -57,6 +57,28 @@ async def calls(ledger: UsageLedger, key: str = "k") -> int:
     return (await ledger.total(key, "0000-00-00", "9999-99-99")).calls
 
 
+async def test_users_have_rows_of_their_own(ledger: UsageLedger, database: Database) -> None:
+    ledger.record({("k", "m", 1): ONE, ("k", "m", 1, "ann"): ONE})
+    ledger.record({("k", "m", 1, "ann"): ONE})
+    async with database.begin() as db:
+        await ledger.add(db, ("k", "m", 1, "bob\0"), ONE)
+    rows = await ledger.rows("k", None, None, None, 0, 10)
+    assert [(r.user, r.counters.calls) for r in rows] == [("", 1), ("ann", 2), ("bob\ufffd", 1)]
+    (ann,) = await ledger.rows("k", None, None, None, 0, 10, user="ann")
+    assert ann.counters.tokens == 20
+    assert await calls(ledger) == 4
+
+
+async def test_what_a_transaction_counts_goes_with_it(
+    ledger: UsageLedger, database: Database
+) -> None:
+    with pytest.raises(RuntimeError):
+        async with database.begin() as db:
+            await ledger.add(db, ("k", "m", 1), ONE)
+            raise RuntimeError
+    assert await calls(ledger) == 0
+
+
 async def test_records_are_added_up_by_key_model_version_and_day(
     ledger: UsageLedger, clock: Clock
 ) -> None:

@@ -93,6 +93,8 @@ def test_every_task_is_exported_and_equal(tmp_path, architecture, labels, task) 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["task"] == task
     assert manifest["parity"]["max_abs_diff"] < 2e-3
+    pairs = task in ("rerank", "zero-shot-classification")
+    assert manifest["parity"]["inputs"] == ("pairs" if pairs else "texts")
     assert sorted(p.name for p in folder.iterdir()) == [
         "manifest.json",
         "model.onnx",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from forebay_exporters.starters import make_starters, missing
 
 
@@ -30,3 +31,19 @@ def test_a_starter_is_made_once_and_again_when_a_file_is_cut(tmp_path: Path) -> 
     assert "iris" in missing(root)
     make()
     assert len(model.read_bytes()) == len(whole)
+
+
+def test_a_graph_that_is_not_the_model_is_refused(starters: Path, tmp_path: Path, monkeypatch):
+    """The check is by the weights alone: it sees what the graph's writer got wrong."""
+    from forebay_exporters.artefact import ExportError
+    from forebay_exporters.starters import minilm
+
+    class Wrong(minilm.BertGraph):
+        def __init__(self, weights: Path, config: dict) -> None:
+            super().__init__(weights, config | {"num_attention_heads": 6})
+
+    monkeypatch.setattr(minilm, "BertGraph", Wrong)
+    with pytest.raises(ExportError, match="the artefact is not the model: max_abs_diff"):
+        minilm.make(tmp_path, starters.parent / "cache", lambda *_: None)
+    assert not (tmp_path / "minilm" / "1").exists()
+    assert (tmp_path / ".failed" / "minilm-1.json").exists()

@@ -74,7 +74,7 @@ def test_scores_stay_exact_under_random_writes_and_removals(scifact) -> None:
         scores, _ = index.score(query, len(written))
         expected = theirs.get_scores(Analyzer("en").terms(query))
         np.testing.assert_allclose(scores[slots], expected, atol=1e-6)
-    arrays, vocabulary = index.state(alive)
+    arrays, vocabulary = index.state_of(index.freeze(), alive)
     again = KeywordIndex("en")
     again.restore(arrays, vocabulary)
     np.testing.assert_allclose(

@@ -1,11 +1,15 @@
-"""Dashboards and rules ask only for metrics that the real exposition has."""
+"""What deploy/ asks for is there: metrics of the real exposition, fields that Kubernetes knows."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -47,4 +51,79 @@ def test_every_expression_asks_for_what_is_exposed() -> None:
             assert name in have, f"{name} of {expression!r} is not exposed"
         labels = {x.strip() for group in LABELS.findall(expression) for x in group.split(",")}
         for name in names:
-            assert labels <= have[name] | {"le"}, (expression, labels - have[name])
+            assert labels <= have[name] | {"le", "instance"}, (expression, labels - have[name])
+
+
+def promtool() -> str:
+    found = os.environ.get("FOREBAY_TEST_PROMTOOL") or shutil.which("promtool")
+    if not found:
+        pytest.skip("no promtool: apt install prometheus")
+    return found
+
+
+def test_prometheus_takes_the_rules_and_they_fire() -> None:
+    tool = promtool()
+    rules = sorted(str(f) for f in (DEPLOY / "prometheus").glob("*.rules.yml"))
+    cases = Path(__file__).with_name("rules.promtool.yml")
+    for command in (["check", "rules", *rules], ["test", "rules", str(cases)]):
+        done = subprocess.run([tool, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def manifests() -> list[dict]:
+    """The base's resources, and those of the pool where kubectl can build it."""
+    out = [
+        d
+        for f in sorted((DEPLOY / "kubernetes" / "base").glob("*.yaml"))
+        for d in yaml.safe_load_all(f.read_text())
+    ]
+    if shutil.which("kubectl"):
+        command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / "pools" / "qwen")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        out += list(yaml.safe_load_all(done.stdout))
+    return [d for d in out if d["kind"] != "Kustomization"]
+
+
+def test_kubernetes_knows_every_field_of_the_manifests() -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    found = manifests()
+    kinds = {d["kind"] for d in found}
+    assert {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"} <= kinds
+    for document in found:
+        validator.validate(document, validator.latest_version(), strict=True)
+
+
+def test_the_autoscaler_and_the_services_point_at_the_pool() -> None:
+    by_kind = {d["kind"]: d for d in manifests()}
+    deployment, scaler = by_kind["Deployment"], by_kind["HorizontalPodAutoscaler"]
+    assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    metric = scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert metric in exposed()
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for document in manifests():
+        if document["kind"] == "Service":
+            wanted = document["spec"]["selector"]
+            assert wanted.items() <= labels.items() or "forebay.dev/pool" not in wanted
+    probe = deployment["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+    assert probe["httpGet"]["path"] == "/readyz"
+
+
+def test_envoys_routes_lead_to_clusters_that_are_there() -> None:
+    """Envoy itself was not at hand; this is no replacement for `envoy --mode validate`."""
+    config = yaml.safe_load((DEPLOY / "envoy" / "envoy.yaml").read_text())["static_resources"]
+    clusters = {c["name"] for c in config["clusters"]}
+    text = json.dumps(config["listeners"])
+    assert set(re.findall(r'"cluster": "([^"]+)"', text)) == clusters
+
+
+def test_compose_mounts_files_that_are_there() -> None:
+    folder = DEPLOY / "compose"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            if source.startswith("."):
+                assert (folder / source).exists(), source
+        for name in service.get("depends_on", ()):
+            assert name in services

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from forebay_server.observability.logs import (
+    AccessLines,
     ConsoleFormatter,
     JsonFormatter,
     _BoundedHandler,
@@ -25,7 +26,7 @@ def record(message: str = "text", fields: dict[str, Any] | None = None) -> loggi
     made = logging.LogRecord("forebay.x", logging.INFO, "", 0, message, None, None)
     made.created = 1_800_000_000.25
     if fields is not None:
-        made.lines = [fields]
+        made.access = [AccessLines(fields, [(1.5, "id", "unix:")])]
     return made
 
 
@@ -50,10 +51,13 @@ def test_fields_are_the_lines_own() -> None:
 
 def test_calls_that_ended_together_are_lines_of_one_record() -> None:
     made = record("")
-    made.lines = [{"code": "OK"}, {"code": "NOT_FOUND"}]
+    each = [(1.5, "a", 'unix:"'), (2.0, "b", "unix:")]
+    made.access = [AccessLines({"code": "OK"}, each), AccessLines({"code": "NOT_FOUND"}, each[:1])]
     lines = [json.loads(t) for t in JsonFormatter().format(made).split("\n")]
-    assert [line["code"] for line in lines] == ["OK", "NOT_FOUND"]
-    assert len(ConsoleFormatter().format(made).splitlines()) == 2
+    assert [line["code"] for line in lines] == ["OK", "OK", "NOT_FOUND"]
+    assert [line["ms"] for line in lines] == [1.5, 2.0, 1.5]
+    assert (lines[0]["request_id"], lines[0]["peer"]) == ("a", 'unix:"')
+    assert len(ConsoleFormatter().format(made).splitlines()) == 3
 
 
 @pytest.mark.parametrize("value", ["\ud800", 2**70, object(), {1: 2}])
@@ -75,8 +79,8 @@ def test_keys_are_masked_everywhere(formatter: logging.Formatter) -> None:
 
 
 def test_lines_that_do_not_fit_are_dropped_and_counted() -> None:
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(3)
-    handler = _BoundedHandler(lines)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = _BoundedHandler(lines, most=3)
     for i in range(8):
         handler.handle(record(str(i)))
     assert [lines.get().getMessage() for _ in range(3)] == ["0", "1", "2"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from forebay_server.core.batcher import BatchReport
 from forebay_server.core.generation import Tally
 from forebay_server.generation.gate import Gate
-from forebay_server.observability.metrics import Metrics
+from forebay_server.observability.metrics import SIZES, Metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -27,7 +27,7 @@ def filled() -> Metrics:
     """Metrics with at least one sample each."""
     m = Metrics()
     m.rpc.started(["/s/M", "/s/M"])
-    m.rpc.ended([("/s/M", "OK", 0.02)])
+    m.rpc.ended("/s/M", "OK", [0.02])
     m.rejected.labels("QUEUE_FULL").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)
@@ -37,16 +37,23 @@ def filled() -> Metrics:
     report = BatchReport(
         rows=8, tokens=60, padded_tokens=80, queue_s=0.003, execute_s=0.02, queue_depth=5
     )
-    m.batch_observer("m", 2)(report)
+    m.batches.observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
-    m.watch_collections(lambda: [("c", 1, 5)])
+    m.watch_batches(lambda: (1, 4))
+    m.batch_items_ended("completed", 3)
+    m.watch_collections(lambda: [("c", dict.fromkeys(SIZES, 1.0))])
     m.index_rebuilds.labels("c", "checksum").inc()
+    m.search_stage("dense", 0.002)
     m.documents.labels("ready").inc()
+    m.answers.labels("written").inc()
+    m.unsupported.labels("no_citation").inc()
     m.generation.first_token("m", 0.1)
     m.generation.between_tokens("m", 0.02, 2)
     m.generation.queued("m", 0.0)
     m.generation.ended("m", Tally(prompt=5, completion=7), "done")
-    engine = SimpleNamespace(info=lambda: {"kv_use": 0.25})
+    facts = {"kv_use": 0.25, "running": 2, "waiting": 1, "restarts": 1}
+    facts |= {"prefix_queries": 40, "prefix_hits": 16, "num_preempted": 3}
+    engine = SimpleNamespace(info=lambda: facts)
     client = SimpleNamespace(gate=Gate(4, 4), engine=engine)
     m.generation.watch(lambda: [("m", "2", client)])
     return m
@@ -77,6 +84,18 @@ def test_cache_look_ups_are_counted_by_result() -> None:
     m = filled()
     assert sample(m, "forebay_cache_lookups_total", model="m", result="hit") == 3
     assert sample(m, "forebay_cache_lookups_total", model="m", result="miss") == 1
+
+
+def test_an_engines_own_numbers_are_passed_on() -> None:
+    m, labels = filled(), {"model": "m", "version": "2"}
+    name = "forebay_generation_engine_requests"
+    assert sample(m, name, state="running", **labels) == 2
+    assert sample(m, name, state="waiting", **labels) == 1
+    name = "forebay_generation_prefix_tokens_total"
+    assert sample(m, name, result="queried", **labels) == 40
+    assert sample(m, name, result="hit", **labels) == 16
+    assert sample(m, "forebay_generation_preempted_total", **labels) == 3
+    assert sample(m, "forebay_generation_engine_restarts_total", **labels) == 1
 
 
 def test_the_process_itself_is_measured() -> None:

@@ -15,9 +15,9 @@ import pytest
 import sqlalchemy as sa
 from forebay.errors import Unavailable
 from forebay_server.repository.state import HistoryEvent, Routing
-from forebay_server.storage.database import Database, SchemaError
+from forebay_server.storage.database import MIGRATIONS, Database, SchemaError
 from forebay_server.storage.routing_state import StoredRoutingState
-from forebay_server.storage.tables import metadata, model_aliases
+from forebay_server.storage.tables import metadata, model_aliases, usage
 
 
 def sqlite_url(folder: Path) -> str:
@@ -93,6 +93,28 @@ async def test_migrations_make_the_tables_of_the_code(database: tuple[Database, 
         made = await db.run_sync(lambda c: described(sa.inspect(c)))
     made.pop("alembic_version")
     assert made == {t.name: {c.name for c in t.columns} for t in metadata.sorted_tables}
+
+
+async def test_usage_of_an_older_schema_is_kept(tmp_path: Path) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    url = sqlite_url(tmp_path)
+    engine = sa.create_engine(url.replace("+aiosqlite", ""))
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003_knowledge")
+        connection.exec_driver_sql(
+            "INSERT INTO usage VALUES ('k', 'm', 1, '2026-01-01', 3, 4, 50, 0, 0, 0, 1.5, 0.25)"
+        )
+    engine.dispose()
+    database = await Database.open(url)
+    async with database.read() as db:
+        (row,) = (await db.execute(sa.select(usage))).all()
+    assert (row.key_id, row.user, row.calls, row.tokens, row.cost) == ("k", "", 3, 50, 0.25)
+    await database.close()
 
 
 async def test_a_commit_is_as_durable_as_sqlite_can_make_it(tmp_path: Path) -> None:

@@ -1,0 +1,3 @@
+from benchmarks.openloop import build
+
+print(build())

@@ -1,0 +1,1 @@
+"""Callers' files on disk."""

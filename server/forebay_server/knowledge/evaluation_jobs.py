@@ -1,0 +1,185 @@
+"""Evaluations that run by themselves, one after another; kept as files beside the documents.
+
+An evaluation that was cut off by the server's end begins anew at the next start, without the
+configurations that it was done with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from forebay.errors import ForebayError, NotFound
+
+from forebay_server.knowledge.bases import Base, KnowledgeBases
+from forebay_server.knowledge.evaluating import Result
+from forebay_server.knowledge.evaluation import Figure
+
+log = logging.getLogger("forebay.knowledge")
+Status = Literal["running", "done", "failed"]
+
+
+@dataclass(slots=True)
+class EvaluationJob:
+    """An evaluation. `request` is what its maker sent; `models` what the maker's key may use."""
+
+    id: str
+    base_id: int
+    name: str
+    key_id: str
+    models: list[str]
+    items: int
+    request: bytes
+    created_at: float
+    status: Status = "running"
+    progress: float = 0.0
+    message: str = ""
+    ended_at: float = 0.0
+    results: list[Result] = field(default_factory=list)
+
+
+#: Carries a job out: adds its results one by one, and calls the function after each and in between.
+Execute = Callable[[EvaluationJob, Callable[[], None]], Awaitable[None]]
+
+
+class EvaluationJobs:
+    """See the module. Lives on one event loop."""
+
+    def __init__(self, bases: KnowledgeBases) -> None:
+        self._bases = bases
+        self._jobs: dict[str, EvaluationJob] = {}
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self._running: tuple[str, asyncio.Task[None]] | None = None
+        self.execute: Execute | None = None
+
+    async def start(self) -> None:
+        """Read what is kept, go on with what was cut off."""
+        for base in self._bases.all():
+            for path in sorted(self._folder(base.row.id).glob("*.json")):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    job = _from_json(path.read_bytes())
+                    self._jobs[job.id] = job
+        for job in sorted(self._jobs.values(), key=lambda j: j.created_at):
+            if job.status == "running":
+                self._queue.put_nowait(job.id)
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop; what is not done goes on at the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def add(
+        self, base: Base, name: str, key_id: str, models: list[str], items: int, request: bytes
+    ) -> EvaluationJob:
+        """Keep and queue an evaluation."""
+        job = EvaluationJob(
+            secrets.token_hex(8), base.row.id, name, key_id, models, items, request, time.time()
+        )
+        await asyncio.to_thread(self._keep, job)
+        self._jobs[job.id] = job
+        self._queue.put_nowait(job.id)
+        return job
+
+    def get(self, base: Base, job_id: str) -> EvaluationJob:
+        """The evaluation. Raises NotFound."""
+        job = self._jobs.get(job_id)
+        if job is None or job.base_id != base.row.id:
+            raise NotFound("evaluation", job_id)
+        return job
+
+    def of(self, base: Base) -> list[EvaluationJob]:
+        """A knowledge base's evaluations, newest first."""
+        mine = [j for j in self._jobs.values() if j.base_id == base.row.id]
+        return sorted(mine, key=lambda j: (-j.created_at, j.id))
+
+    async def delete(self, base: Base, job_id: str) -> None:
+        """Stop it where it runs, and remove it."""
+        job = self.get(base, job_id)
+        self._jobs.pop(job.id)
+        if self._running is not None and self._running[0] == job.id:
+            self._running[1].cancel()
+        await asyncio.to_thread(self._path(job).unlink, True)
+
+    def forget(self, base: Base) -> None:
+        """A knowledge base goes with its files."""
+        for job in self.of(base):
+            self._jobs.pop(job.id)
+            if self._running is not None and self._running[0] == job.id:
+                self._running[1].cancel()
+
+    async def _run(self) -> None:
+        while True:
+            job = self._jobs.get(await self._queue.get())
+            if job is None:
+                continue
+            task = asyncio.create_task(self._carry_out(job))
+            self._running = (job.id, task)
+            try:
+                await asyncio.wait({task})
+            finally:
+                task.cancel()
+                self._running = None
+
+    async def _carry_out(self, job: EvaluationJob) -> None:
+        assert self.execute is not None
+        kept = len(job.results)
+
+        def note() -> None:
+            nonlocal kept
+            if len(job.results) > kept and job.id in self._jobs:
+                kept = len(job.results)
+                self._keep(job)
+
+        try:
+            await self.execute(job, note)
+            job.status, job.progress = "done", 1.0
+        except ForebayError as e:
+            job.status, job.message = "failed", e.message
+        except Exception:
+            log.exception("evaluation %s failed", job.id)
+            job.status, job.message = "failed", "internal error; the log has more"
+        job.ended_at = time.time()
+        if job.id in self._jobs:
+            await asyncio.to_thread(self._keep, job)
+
+    def _folder(self, base_id: int) -> Path:
+        return self._bases.folder(base_id) / "evaluations"
+
+    def _path(self, job: EvaluationJob) -> Path:
+        return self._folder(job.base_id) / f"{job.id}.json"
+
+    def _keep(self, job: EvaluationJob) -> None:
+        path = self._path(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
+        values = {name: getattr(job, name) for name in EvaluationJob.__slots__}
+        values["request"] = base64.b64encode(job.request).decode()
+        with temporary.open("wb") as file:
+            file.write(orjson.dumps(values))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+def _from_json(data: bytes) -> EvaluationJob:
+    values: Mapping[str, Any] = orjson.loads(data)
+    results = [
+        Result(r["name"], r["seconds"], [Figure(**f) for f in r["figures"]])
+        for r in values["results"]
+    ]
+    request = base64.b64decode(values["request"])
+    return EvaluationJob(**{**values, "request": request, "results": results})

@@ -1,0 +1,73 @@
+"""Points of NDJSON files, one a line, that come in pieces."""
+
+from __future__ import annotations
+
+import orjson
+from forebay.constraints import Validator
+from forebay.errors import InvalidArgument
+from forebay.twin.v1 import collection_pb2 as twin
+from forebay.v1 import collection_pb2 as pb
+from google.protobuf import json_format
+
+from forebay_server.dataplane.collections import NewPoint
+from forebay_server.services.collection_messages import new_point
+
+#: Points that are written together.
+NDJSON_POINTS = 1000
+#: Bytes of one line.
+MAX_LINE = 4 << 20
+
+
+class PointLines:
+    """See the module."""
+
+    def __init__(self, validator: Validator) -> None:
+        self._validator = validator
+        self._rest = b""
+        self._path = ""
+        self._line = 0
+        self._points: list[NewPoint] = []
+        self.where = "files"
+
+    def feed(self, path: str, data: bytes) -> list[list[NewPoint]]:
+        """Full groups of points after one more piece."""
+        out: list[list[NewPoint]] = []
+        if path != self._path:
+            self._take(self._rest, out)
+            self._path, self._line, self._rest = path, 0, b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(line, out)
+        if len(self._rest) > MAX_LINE:
+            where = f"{self._path}:{self._line + 1}"
+            raise InvalidArgument.at(where, f"is a line of more than {MAX_LINE} bytes")
+        return out
+
+    def end(self) -> list[list[NewPoint]]:
+        """What is left."""
+        out: list[list[NewPoint]] = []
+        self._take(self._rest, out)
+        self._rest = b""
+        if self._points:
+            out.append(self._points)
+            self._points = []
+        return out
+
+    def _take(self, line: bytes, out: list[list[NewPoint]]) -> None:
+        self._line += 1
+        if not line.strip():
+            return
+        where = self.where = f"{self._path}:{self._line}"
+        message = pb.Point()
+        try:
+            json_format.ParseDict(orjson.loads(line), message)
+            self._validator.check(message)
+        except (orjson.JSONDecodeError, json_format.ParseError, AttributeError) as e:
+            raise InvalidArgument.at(where, f"is no point: {e}"[:300]) from None
+        except InvalidArgument as e:
+            raise InvalidArgument.at(where, e.message) from None
+        double = twin.Point.FromString(message.SerializeToString())
+        self._points.append(new_point(double, where))
+        if len(self._points) >= NDJSON_POINTS:
+            out.append(self._points)
+            self._points = []

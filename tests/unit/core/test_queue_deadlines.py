@@ -1,0 +1,98 @@
+"""Admission by deadline: who would wait too long is refused at once, and nobody else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from forebay.errors import QueueFull
+from forebay_server.core.completion import RequestCompletion
+from forebay_server.core.interfaces import BatchPolicy, EngineRequest, Item, TokenInput
+from forebay_server.core.queue import MOST_WAIT, RequestQueue
+from hypothesis import given
+from hypothesis import strategies as st
+
+RATE = 1000.0  # tokens a second
+
+
+def completion(tokens: int, deadline: float | None = None) -> RequestCompletion:
+    item = Item(TokenInput(np.zeros(0, np.int64)), tokens)
+    return RequestCompletion(EngineRequest([item], deadline=deadline), 0.0)
+
+
+@pytest.fixture
+def queue() -> RequestQueue:
+    """A second's worth of work waits."""
+    queue = RequestQueue(BatchPolicy(max_batch_tokens=500))
+    for _ in range(10):
+        queue.push(completion(100), RATE, 0.0)
+    return queue
+
+
+def test_who_would_wait_too_long_is_told_when_to_come_again(queue: RequestQueue) -> None:
+    with pytest.raises(QueueFull) as refused:
+        queue.push(completion(1, deadline=1.2), RATE, 0.2)
+    assert refused.value.retry_after_s == pytest.approx(1.0 - MOST_WAIT)
+    assert queue.waiting_tokens == 1000, "what is refused is not counted"
+
+
+def test_who_has_time_waits(queue: RequestQueue) -> None:
+    queue.push(completion(1, deadline=2.2), RATE, 0.2)
+    queue.push(completion(1), RATE, 0.2)
+    assert queue.waiting_rows == 12
+
+
+def test_an_unknown_throughput_refuses_nobody(queue: RequestQueue) -> None:
+    queue.push(completion(1, deadline=4.1), 0.0, 4.0)
+    assert queue.waiting_rows == 11
+
+
+def test_a_deadline_that_has_passed_is_no_full_queue(queue: RequestQueue) -> None:
+    late = completion(1, deadline=3.0)
+    queue.push(late, RATE, 4.0)
+    assert queue.expire(4.0) == [late]
+
+
+def test_nothing_waits_so_nobody_is_refused() -> None:
+    queue = RequestQueue(BatchPolicy())
+    queue.push(completion(100, deadline=1e-6), 1.0, 0.0)
+    assert queue.waiting_rows == 1
+
+
+def test_an_engine_that_became_slow_shows_in_what_the_oldest_has_waited(
+    queue: RequestQueue,
+) -> None:
+    with pytest.raises(QueueFull):
+        queue.push(completion(1, deadline=9.0), 1000 * RATE, 8.0)
+    while queue.waiting_tokens > 500:
+        queue.cut()
+    queue.push(completion(1, deadline=9.0), 1000 * RATE, 8.0)  # the next batch takes all that waits
+
+
+def test_work_that_left_makes_room(queue: RequestQueue) -> None:
+    assert queue.cut(0.0) is not None  # half a second's worth
+    queue.push(completion(1, deadline=1.2), RATE, 0.2)
+    assert queue.waiting_tokens == 501
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.sampled_from(["push", "cut", "discard", "expire"])))
+)
+def test_tokens_are_counted_in_and_out(steps: list[tuple[int, str]]) -> None:
+    queue = RequestQueue(BatchPolicy(max_batch_tokens=100, max_batch_size=3))
+    waiting: list[RequestCompletion] = []
+    for now, (tokens, what) in enumerate(steps):
+        if what == "push":
+            waiting.append(completion(tokens, deadline=now + tokens))
+            queue.push(waiting[-1], 0.0, now)
+        elif what == "cut":
+            queue.cut(now)
+        elif what == "expire":
+            queue.expire(now)
+        elif waiting:
+            queue.discard(waiting.pop())
+        held = sum(c.waiting_tokens for c in waiting)
+        assert queue.waiting_tokens >= held >= 0
+        assert (queue.waiting_tokens == 0) == (queue.waiting_rows == 0)
+    while queue.cut():
+        pass
+    assert queue.waiting_tokens == queue.waiting_rows == 0
