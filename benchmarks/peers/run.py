@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import http.client
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -313,6 +314,8 @@ def install() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is left, write the results."""
     a = arguments(argv)
+    # A run that is cut off takes its server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if a.install:
         return install()
     if a.report:

@@ -52,6 +52,9 @@ class State:
                 raise ValueError(
                     f"{path} was begun with another {', '.join(keys)}; --new begins again"
                 )
+            text = path.read_text()
+            if not text.endswith("\n"):  # a line that was cut off must not swallow the next one
+                path.write_text(text[: text.rfind("\n") + 1])
             return state
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(state.facts) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -31,8 +31,9 @@ def checkout() -> Path:
 def _register(name: str, module: str, text: str) -> None:
     @app.command(name, help=text, context_settings=_REST, add_help_option=False)
     def command(context: typer.Context) -> None:
-        done = subprocess.run([sys.executable, "-m", module, *context.args], cwd=checkout())
-        raise typer.Exit(done.returncode)
+        os.chdir(checkout())
+        # In this process's place, so that a signal reaches the measurement itself.
+        os.execv(sys.executable, [sys.executable, "-m", module, *context.args])  # noqa: S606
 
 
 for _name, (_module, _text) in MODULES.items():

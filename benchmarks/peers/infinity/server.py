@@ -7,12 +7,18 @@ benchmarks.peers.models writes that file and what transformers wants beside it.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+from pathlib import Path
+
 import bench_arguments
 import uvicorn
 from infinity_emb.args import EngineArgs
 from infinity_emb.infinity_server import create_server
+from infinity_emb.transformer.embedder import optimum
 
 if __name__ == "__main__":
+    # It gives a local file's whole path where optimum wants its name.
+    files = optimum.get_onnx_files
+    optimum.get_onnx_files = lambda **kwargs: Path(files(**kwargs).name)
     a = bench_arguments.parser().parse_args()
     engine = EngineArgs(
         model_name_or_path=f"{a.folder}/hidden",

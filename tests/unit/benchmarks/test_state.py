@@ -20,6 +20,8 @@ def test_records_are_there_again_and_a_line_cut_off_is_dropped(tmp_path: Path) -
     again = State.open(path, FACTS, new=False)
     assert again.has(round=0, server="a")
     assert not again.has(round=1, server="a")
+    again.add(round=1, server="a", rps=2.0)
+    assert State.open(path, FACTS, new=False).has(round=1, server="a")
 
 
 def test_other_code_or_options_are_another_run(tmp_path: Path) -> None:
