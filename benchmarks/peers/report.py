@@ -91,7 +91,7 @@ def markdown(
         "",
         "## Targets",
         "",
-        "| issue's point | what | median (rounds) | asked | |",
+        "| target | what | median (rounds) | asked | |",
         "|---|---|---|---|---|",
     ]
     for t in targets:
