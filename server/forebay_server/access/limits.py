@@ -359,10 +359,10 @@ class RedisLimiter:
             if back:
                 self._ended.setdefault(key_id, []).extend(members[-back:])
                 del members[-back:]
-        if owned:
-            # Tokens of a mixed lot are counted where most of it was admitted last: here.
-            self._own.release(key_id, limits, tokens, owned)
-            tokens = 0
+        if owned:  # of a mixed lot, each bucket pays for the calls that it admitted
+            here = tokens * owned // calls
+            self._own.release(key_id, limits, here, owned)
+            tokens -= here
         metered = limits.tokens_per_minute is not None and tokens > 0
         with self._lock:
             ended = self._ended.pop(key_id, [])

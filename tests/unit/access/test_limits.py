@@ -212,6 +212,20 @@ def test_redis_bounds_calls_in_flight_and_tokens(redis_server: RedisServer) -> N
     assert e.value.retry_after_s == pytest.approx(141, abs=5)
 
 
+def test_a_lot_of_calls_pays_and_gives_back_in_redis_as_one(redis_server: RedisServer) -> None:
+    limiter = RedisLimiter(redis_server.url)
+    limits = Limits(0.001, 5, tokens_per_minute=60, max_concurrency=4)
+    lot = limiter.admit("k", limits, 7)
+    assert (lot.calls, lot.standing.remaining_requests) == (4, 1)
+    assert lot.refusal is not None
+    assert limiter.admit("k", limits).calls == 0  # the house is full
+    limiter.release("k", limits, 30, 4)
+    after = limiter.admit("k", limits, 3)
+    assert after.calls == 1  # of the burst of five; the house has room for four
+    assert after.standing.remaining_tokens is not None
+    assert 29 <= after.standing.remaining_tokens <= 32
+
+
 def test_without_redis_a_servers_own_limits_hold_and_permits_come_back(
     redis_server: RedisServer,
 ) -> None:
