@@ -179,13 +179,17 @@ def free_port() -> int:
 
 
 def test_sigterm_under_load_answers_every_accepted_call(starters: Path, tmp_path: Path) -> None:
-    models = copy_models(starters, tmp_path / "m", "minilm")
+    # 50 batches of 50 ms: however fast the machine, most calls still wait at the signal.
+    yaml = "engine_options: {base_s: 0.05}\nbatching: {max_batch_size: 4}\n"
+    models = deterministic(tmp_path / "m", starters, "det", yaml)
     port = free_port()
     process = serve(tmp_path / "home", models, port)
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-        request = embedding_pb2.EmbedRequest(texts=["some words to embed " * 8])
+        request = embedding_pb2.EmbedRequest(model="det", texts=["some words to embed " * 8])
         futures = [stub.Embed.future(request) for _ in range(200)]
+        while not any(f.done() for f in futures):
+            time.sleep(0.01)
         time.sleep(0.4)  # all are accepted, most of them wait in the queue
         done_before = sum(f.done() for f in futures)
         process.send_signal(signal.SIGTERM)
