@@ -83,12 +83,18 @@ func (l *load) output() *Output {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := &Output{Samples: r.samples}
+	begin := r.start
 	for i, p := range l.spec.Phases {
 		whole := &PhaseFigures{Name: p.Name, Seconds: p.Seconds, Workloads: map[string]*Figures{}}
-		whole.Figures = *figures(r.phases[i], p.Seconds, l.spec.Histograms)
-		for name, t := range r.workloads[i] {
-			whole.Workloads[name] = figures(t, p.Seconds, l.spec.Histograms)
+		seconds := p.Seconds
+		if p.Callers > 0 { // the last answers of a closed loop come after its end
+			seconds = max(seconds, r.phases[i].last.Sub(begin).Seconds())
 		}
+		whole.Figures = *figures(r.phases[i], seconds, l.spec.Histograms)
+		for name, t := range r.workloads[i] {
+			whole.Workloads[name] = figures(t, seconds, l.spec.Histograms)
+		}
+		begin = begin.Add(time.Duration(p.Seconds * 1e9))
 		out.Wrong += whole.Wrong
 		out.Phases = append(out.Phases, whole)
 	}

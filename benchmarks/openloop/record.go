@@ -34,6 +34,7 @@ type tally struct {
 	latency, refusal Histogram
 	withRetryInfo    uint64
 	refused          uint64
+	last             time.Time // when the last of them ended
 }
 
 func newTally() *tally { return &tally{codes: map[string]uint64{}} }
@@ -112,6 +113,7 @@ func (r *recorder) ended(c *call, code, wrong string, now time.Time) {
 	retry := c.details != "" && r.hasRetryInfo(c.details)
 	for _, t := range []*tally{r.phases[c.phase], r.workloads[c.phase][c.workload.Name]} {
 		t.add(code, took, retry)
+		t.last = now
 		if wrong != "" {
 			t.wrong++
 		}

@@ -52,7 +52,7 @@ def up(
     from forebay_cli.up import run
 
     flags = {"home": home, "grpc__port": grpc_port, "http__port": http_port}
-    sys.exit(run(settings_of(config, **flags), config))
+    run(settings_of(config, **flags), config)
 
 
 @app.command()

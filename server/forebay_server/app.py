@@ -36,6 +36,7 @@ from forebay_server.generation.client import GenerationClient
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer
 from forebay_server.repository import Defaults, ModelRepository
+from forebay_server.repository.loading import trim
 from forebay_server.services.base import Service, handlers
 from forebay_server.services.classification import ClassificationService
 from forebay_server.services.embedding import EmbeddingService
@@ -133,6 +134,7 @@ class Server:
         if self._retrieval is not None:
             await self._retrieval.start()
         await self._deferred.start()
+        trim()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._background = [
             asyncio.create_task(self.keys.keep_fresh(s.auth.reload_s)),

@@ -60,7 +60,12 @@ def regressor(features: pd.DataFrame) -> Any:
     if strings:
         parts.append(("strings", OneHotEncoder(handle_unknown="ignore"), strings))
     forest = RandomForestRegressor(
-        n_estimators=100, max_depth=12, min_samples_leaf=2, random_state=SEED, n_jobs=-1
+        n_estimators=40,
+        max_depth=13,
+        min_samples_leaf=5,
+        max_features=0.5,
+        random_state=SEED,
+        n_jobs=-1,
     )
     return Pipeline([("features", ColumnTransformer(parts)), ("forest", forest)])
 

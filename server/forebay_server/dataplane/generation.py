@@ -30,8 +30,7 @@ from forebay_server.core.interfaces import BACKGROUND_PRIORITY
 from forebay_server.core.structure import fault_of
 from forebay_server.dataplane.generation_cache import AnswerCache, Collected, Kept, NoCache
 from forebay_server.dataplane.models import ModelAccess, ServedModel
-from forebay_server.generation.client import GenerationClient
-from forebay_server.generation.templates import TemplateRefused
+from forebay_server.generation.client import GenerationClient, TemplateRefused
 
 #: Prompts with more characters are tokenised in a thread: the event loop serves others meanwhile.
 LONG_TEXT = 20_000

@@ -97,11 +97,17 @@ class OnnxEngine:
 
     def warmup(self, shapes: Sequence[tuple[int, int]]) -> None:
         """Run each (rows, length) once. Tensor models need none: their first run costs little."""
-        if self.spec.kind != "tokens":
+        if self.spec.kind != "tokens" or not shapes:
             return
         for rows, length in shapes:
             batch = arrays.example(self.spec, rows, length)
             self.finish(self.execute(self.prepare(batch)), batch)
+        if self._session is not None and self._providers[0] == "cpu":
+            # An idle server holds no activations: after this run the arena gives back what is free.
+            options = ort.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            least = self.prepare(arrays.example(self.spec, 1, min(length for _, length in shapes)))
+            self._session.run(self._outputs, least.feeds, options)
 
     def prepare(self, batch: Batch) -> Prepared:
         """Pad ids to [rows, length], or concatenate tensors along the first axis."""

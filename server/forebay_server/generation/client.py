@@ -9,7 +9,10 @@ from forebay_server.core.generation import GenerationSpec
 from forebay_server.core.interfaces import GenerationEngine
 from forebay_server.core.statistics import EngineStatistics
 from forebay_server.generation.gate import Gate
-from forebay_server.generation.templates import render
+
+
+class TemplateRefused(ValueError):
+    """The chat template does not take these messages; the message says why."""
 
 
 class GenerationClient:
@@ -39,7 +42,10 @@ class GenerationClient:
         documents: Sequence[Mapping[str, str]],
         values: Mapping[str, Any],
     ) -> str:
-        """The prompt of a conversation. Raises templates.TemplateRefused."""
+        """The prompt of a conversation. Raises TemplateRefused."""
+        # Here: without a language model a server does not hold jinja2's 4 MB.
+        from forebay_server.generation.templates import render
+
         return render(
             self.template,
             messages,

@@ -13,9 +13,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-class TemplateRefused(ValueError):
-    """The template does not take these messages; the message says why."""
+from forebay_server.generation.client import TemplateRefused
 
 
 class _Generation(Extension):

@@ -1,4 +1,4 @@
-"""What ghz and wrk print becomes figures; a failed call is never a figure."""
+"""What ghz, openloop and wrk print becomes figures; a failed call is never a figure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.load import CallsFailed, parse_ghz, parse_wrk
+from benchmarks.load import CallsFailed, parse_frames, parse_ghz, parse_wrk
 
 GHZ = {
     "count": 200,
@@ -49,6 +49,25 @@ def test_a_call_that_ghz_saw_fail_raises_with_its_code() -> None:
 def test_ghz_without_calls_raises() -> None:
     with pytest.raises(CallsFailed, match="no call"):
         parse_ghz(json.dumps({"count": 0, "rps": 0, "latencyDistribution": None}))
+
+
+def frames(**codes: int) -> dict[str, object]:
+    latency = {"percentiles_ms": {"50": 2.5, "90": 4.0, "99": 9.0}}
+    return {
+        "phases": [{"ok": codes.get("OK", 0), "ok_per_s": 99.5, "codes": codes, "latency": latency}]
+    }
+
+
+def test_a_closed_loop_of_frames_becomes_figures() -> None:
+    load = parse_frames(frames(OK=200))
+    assert (load.calls, load.rps) == (200, 99.5)
+    assert (load.p50_ms, load.p90_ms, load.p99_ms) == (2.5, 4.0, 9.0)
+
+
+@pytest.mark.parametrize("codes", [{"OK": 199, "UNAVAILABLE": 1}, {}])
+def test_a_closed_loop_of_frames_with_a_failed_call_raises(codes: dict[str, int]) -> None:
+    with pytest.raises(CallsFailed, match=r"UNAVAILABLE|no call"):
+        parse_frames(frames(**codes))
 
 
 def test_wrk_figures_are_found_below_its_own_report() -> None:

@@ -12,11 +12,12 @@ from forebay_server.core.fairness import FairQueue
 from forebay_server.core.generation import GenerationDelta, Structure
 from forebay_server.core.structure import check_enforceable, check_regex, fault_of
 from forebay_server.generation.channel import Channel
+from forebay_server.generation.client import TemplateRefused
 from forebay_server.generation.detokenize import Detokenizer
 from forebay_server.generation.gate import Gate
 from forebay_server.generation.hermes import HermesParser
 from forebay_server.generation.json_regex import regex_of
-from forebay_server.generation.templates import TemplateRefused, render
+from forebay_server.generation.templates import render
 from forebay_server.generation.upstream import REST_S, TRIP, Breaker
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,0 +1,94 @@
+"""The process that stays of `forebay up`: starts server and gateway, ends both when one ends.
+
+It is run by its path, `python -I -S supervise.py SPEC`, and uses the standard library alone: 6 MB
+stay resident, where `up` with its settings and command line held 32.
+
+SPEC is JSON: `commands` (lists of arguments, in the order of their start; ended in reverse),
+`environment`, `patience_s` (from a signal to SIGKILL), `ready` (a URL, or host:port), `said` (printed
+when `ready` answers), `since` (seconds of the monotonic clock).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+READY_TIMEOUT_S = 300.0
+POLL_S = 0.1
+
+
+def end(process: subprocess.Popen[bytes], patience_s: float) -> int:
+    """SIGTERM, then SIGKILL. Gives the exit status; 0 for one that ends by the signal that it got."""
+    if process.poll() is not None:
+        return process.returncode
+    process.terminate()
+    try:
+        status = process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+    # The gateway's server raises the signal again when it has drained.
+    return 0 if status == -signal.SIGTERM else status
+
+
+def answers(target: str) -> bool:
+    """True when host:port[/path] takes a connection, and a path gives 200."""
+    address, slash, path = target.partition("/")
+    host, _, port = address.rpartition(":")
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host.strip("[]"), int(port)), 1) as s,
+    ):
+        if not slash:
+            return True
+        s.settimeout(1)
+        s.sendall(f"GET /{path} HTTP/1.0\r\nHost: {address}\r\n\r\n".encode())
+        return s.recv(64).split(b" ")[1:2] == [b"200"]
+    return False
+
+
+def main() -> int:
+    """Serve until a signal, or until a process ends by itself."""
+    spec = json.loads(sys.argv[1])
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    environment = {**os.environ, **spec["environment"]}
+    # Sessions of their own: the terminal's Ctrl-C reaches this process alone, which ends them in order.
+    processes = [
+        subprocess.Popen(command, env=environment, start_new_session=True)
+        for command in spec["commands"]
+    ]
+    said = False
+    while not stopped:
+        if not said and time.monotonic() < spec["since"] + READY_TIMEOUT_S:
+            said = answers(spec["ready"])
+            if said:
+                took = time.monotonic() - spec["since"]
+                print(f"Forebay is ready ({took:.1f} s).\n{spec['said']}", flush=True)
+        ended = [p for p in processes if p.poll() is not None]
+        if ended:
+            status = ended[0].returncode
+            print(f"forebay: a process ended with status {status}", file=sys.stderr, flush=True)
+            break
+        time.sleep(POLL_S)
+    # The gateway first: its calls in flight need the server.
+    status = 0
+    for process in reversed(processes):
+        status = end(process, spec["patience_s"]) or status
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""`forebay up`: it says when it is ready, ends in order, and does not outlive its server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from forebay_cli.up import free_port
+
+from tests.conftest import copy_models
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@contextmanager
+def up(starters: Path, home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `forebay up` and its REST address."""
+    port = free_port()
+    env = {
+        **os.environ,
+        "FOREBAY_HOME": str(home),
+        "FOREBAY_GRPC_PORT": str(free_port()),
+        "FOREBAY_HTTP_PORT": str(port),
+        "FOREBAY_MODELS__ROOT": str(copy_models(starters, home / "models", "iris")),
+        "FOREBAY_MODELS__STARTERS": "false",
+    }
+    command = [sys.executable, "-m", "forebay_cli", "up"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert re.fullmatch(r"Forebay is ready \(\d+\.\d s\)\.\n", process.stdout.readline())
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def children(pid: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_answers_when_it_says_so_and_a_signal_ends_all(
+    starters: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with up(starters, tmp_path) as (process, url):
+        with urllib.request.urlopen(f"{url}/api/v1/models", timeout=10) as answer:
+            assert json.load(answer)["models"][0]["name"] == "iris"
+        parts = children(process.pid)
+        assert len(parts) == 2
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    assert not any(alive(p) for p in parts)
+
+
+def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Path) -> None:
+    with up(starters, tmp_path) as (process, _):
+        server, gateway = children(process.pid)
+        os.kill(server, signal.SIGKILL)
+        assert process.wait(60) != 0
+    assert not alive(gateway)
