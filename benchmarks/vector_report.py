@@ -67,7 +67,7 @@ def peers(part: dict[str, Any]) -> list[str]:
     """What is said of peers."""
     out = [
         "\n## Beside peers, 100,000 points, one run\n",
-        "The least effort that reaches recall@10 of 0.95. Forebay through gRPC with 64 callers by ghz; "
+        "The least effort that reaches recall@10 of 0.95. Forebay through gRPC with 64 callers, prepared frames; "
         "the others in process, by their fastest way of those tried (1, 2, 8 threads of single queries; "
         "64 queries a call where they take them).\n",
     ]

@@ -43,7 +43,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks import vector_data
 from benchmarks.common import RESULTS, ROOT, machine, median
-from benchmarks.load import grpc_load
+from benchmarks.load import frames_load
 
 SEARCH = "forebay.v1.CollectionService/Search"
 #: Queries of the recall of filtered and of flat search; others take all.
@@ -306,18 +306,25 @@ def one_round(
     """One turn of each: the server without and with payloads, then FAISS."""
     chosen = queries[:500]
     body = {"collection": "bench", "limit": 10, **extra}
-    plain = [{**body, "vector": q.tolist(), "with_payload": False} for q in chosen]
+    plain = [
+        json_format.ParseDict(
+            {**body, "vector": q.tolist(), "with_payload": False}, pb.SearchRequest()
+        )
+        for q in chosen
+    ]
     before, cpu, at = server.batches(), server.cpu_s, machine_time()
-    ghz = resource.getrusage(resource.RUSAGE_CHILDREN)
-    served = grpc_load(server.port, SEARCH, plain, args.callers, args.seconds)
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    served = frames_load(server.port, SEARCH, plain, args.callers, args.seconds)
     done = resource.getrusage(resource.RUSAGE_CHILDREN)
-    mine = server.cpu_s - cpu + done.ru_utime + done.ru_stime - ghz.ru_utime - ghz.ru_stime
+    mine = server.cpu_s - cpu + done.ru_utime + done.ru_stime - begun.ru_utime - begun.ru_stime
     wall, busy = (b - a for a, b in zip(at, machine_time(), strict=True))
     after = server.batches()
     batch = (after[1] - before[1]) / max(1, after[0] - before[0])
     cpu = (server.cpu_s - cpu) / max(1, after[1] - before[1]) * 1e6
-    whole = [{**body, "vector": q.tolist()} for q in chosen]
-    with_payload = grpc_load(server.port, SEARCH, whole, args.callers, args.seconds / 2)
+    whole = [
+        json_format.ParseDict({**body, "vector": q.tolist()}, pb.SearchRequest()) for q in chosen
+    ]
+    with_payload = frames_load(server.port, SEARCH, whole, args.callers, args.seconds / 2)
     alone, bare_cpu = bare(index, queries, params, max(1, round(batch)), args.callers, args.seconds)
     best = max(alone.values())
     return {
@@ -326,7 +333,7 @@ def one_round(
         "p99_ms": served.p99_ms,
         "batch": batch,
         "cpu_us": cpu,
-        "ghz_cores": (mine - (server_cpu := cpu * (after[1] - before[1]) / 1e6)) / wall,
+        "generator_cores": (mine - (server_cpu := cpu * (after[1] - before[1]) / 1e6)) / wall,
         "server_cores": server_cpu / wall,
         "others_cores": (busy - mine) / wall,
         "bare_cpu_us": bare_cpu,
