@@ -64,7 +64,9 @@ def wait(stub, base: str, seconds: float = 60) -> dict[str, pb.Document]:
     """Documents by name, when none is being worked on."""
     deadline = time.monotonic() + seconds
     while True:
-        documents = stub.ListDocuments(pb.ListDocumentsRequest(knowledge_base=base)).documents
+        page = stub.ListDocuments(pb.ListDocumentsRequest(knowledge_base=base, page_size=1000))
+        assert not page.next_page_token
+        documents = page.documents
         busy = [d for d in documents if d.status in (1, 2, 3)]
         if not busy:
             return {d.name: d for d in documents}
