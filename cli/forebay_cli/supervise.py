@@ -4,7 +4,7 @@ It is run by its path, `python -I -S supervise.py SPEC`, and uses the standard l
 stay resident, where `up` with its settings and command line held 32.
 
 SPEC is JSON: `commands` (lists of arguments, in the order of their start; ended in reverse),
-`environment`, `patience_s` (from a signal to SIGKILL), `ready` (a URL, or host:port), `said` (printed
+`environment`, `patience_s` (from a signal to SIGKILL), `ready` (see `answers`), `said` (printed
 when `ready` answers), `since` (seconds of the monotonic clock).
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -21,6 +22,11 @@ SLACK_S = 10.0
 def run(loaded: Loaded, config: Path | None) -> NoReturn:
     """Become the process that starts server and gateway and stays with them until a signal."""
     settings = loaded.settings
+    # The one that listens there would answer, and be taken for this one.
+    for address in (settings.grpc, settings.http)[: 1 + settings.http.enabled]:
+        if address.port and taken(address.host, address.port):
+            typer.echo(f"forebay: {address.host}:{address.port} is in use by a program", err=True)
+            sys.exit(1)
     started = time.monotonic()
     if settings.models.starters:
         make_starters(settings)
@@ -77,6 +83,20 @@ def _data_folder() -> Path | None:
     """`../shared/data`, where a checkout has it."""
     folder = Path.cwd().parent / "shared" / "data"
     return folder if (folder / "tabular").is_dir() else None
+
+
+def taken(host: str, port: int) -> bool:
+    """Whether a program listens there already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as s:
+        s.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # not the last one's ended connections
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            return e.errno == errno.EADDRINUSE
+    return False
 
 
 def free_port() -> int:

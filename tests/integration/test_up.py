@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -19,6 +20,18 @@ from forebay_cli.up import free_port
 from tests.conftest import copy_models
 
 pytestmark = pytest.mark.timeout(120)
+
+
+def test_it_refuses_a_port_on_which_another_listens(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        env = {**os.environ, "FOREBAY_HOME": str(tmp_path), "FOREBAY_HTTP_PORT": str(port)}
+        env |= {"FOREBAY_GRPC_PORT": str(free_port()), "FOREBAY_MODELS__STARTERS": "false"}
+        command = [sys.executable, "-m", "forebay_cli", "up"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port} is in use" in done.stderr
+    assert "ready" not in done.stdout
 
 
 @contextmanager
