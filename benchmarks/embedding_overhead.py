@@ -57,7 +57,7 @@ class FifoQueue(RequestQueue):
 
 
 def engine() -> OnnxEngine:
-    """MiniLM fp32 as the server loads it."""
+    """MiniLM fp32 as the server loads it; alone, it runs on all cores."""
     folder = common.starters() / "minilm" / "1"
     from tokenizers import Tokenizer
 
@@ -125,8 +125,9 @@ def closed_loop(client: Any, work: list[Item], callers: int, seconds: float) -> 
 
 
 def batcher(model: OnnxEngine, queue: type[RequestQueue] = RequestQueue) -> BatchingEngineClient:
-    """The engine behind queue and batcher."""
-    client = BatchingEngineClient([model])
+    """The model's instances behind queue and batcher."""
+    more = [model.share() for _ in range(model.spec.instances - 1)]
+    client = BatchingEngineClient([model, *more])
     client._intake._queue = queue(model.spec.policy)
     return client
 

@@ -55,8 +55,9 @@ def _text(points: Any) -> bool:
 
 def _name(candidate: Any) -> str:
     policy = candidate.policy
+    lone = f" (alone {candidate.lone_threads})" if candidate.lone_threads else ""
     return (
-        f"{candidate.instances} x {candidate.threads} threads, {policy.max_batch_tokens} tokens, "
+        f"{candidate.instances} x {candidate.threads} threads{lone}, {policy.max_batch_tokens} tokens, "
         f"{policy.max_batch_size} rows, {policy.max_queue_delay_s * 1e3:g} ms"
     )
 
@@ -80,6 +81,7 @@ def _write(path: Path, best: Any, text: bool) -> None:
     execution = data.setdefault("execution", {})
     execution["instances"] = best.instances
     execution["intra_op_threads"] = best.threads
+    execution["lone_threads"] = best.lone_threads
     beside = path.with_suffix(".yaml.new")  # a server that looks meanwhile sees one or the other
     beside.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     os.replace(beside, path)

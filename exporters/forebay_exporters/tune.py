@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from forebay_server.core.batcher import BatchingEngineClient
 from forebay_server.core.interfaces import Batch, Engine, EngineRequest, Item, TokenInput
-from forebay_server.engines.factory import create
+from forebay_server.engines.factory import open_all
 from forebay_server.repository.inspect import describe
 from forebay_server.repository.loading import Defaults, engine_spec
 from forebay_server.repository.manifest import TEXT_TASKS, ModelConfig, read_config
@@ -81,11 +81,7 @@ class Loaded:
         self.longest = manifest.max_tokens or 512
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.longest)
-        self.engines: list[Engine] = []
-        for _ in range(config.execution.instances):
-            engine = create(self.spec)
-            engine.load()
-            self.engines.append(engine)
+        self.engines: list[Engine] = open_all(self.spec)
 
     @property
     def lacks(self) -> str:

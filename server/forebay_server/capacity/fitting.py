@@ -63,7 +63,7 @@ def fit_folder(
     policy = engine.spec.policy
     items = "texts" if engine.spec.kind == "tokens" else "rows"
     source: dict[str, object] = {"model": folder.name, "kind": "engine alone", "items": items}
-    return fit(samples, source=source), policy, config.execution.instances
+    return fit(samples, source=source), policy, engine.spec.instances
 
 
 def measure(engine: Engine, manifest: Manifest, lengths: Sequence[int] = ()) -> list[Sample]:

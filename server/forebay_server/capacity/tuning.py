@@ -16,7 +16,7 @@ import numpy as np
 from forebay_server.capacity.fitting import item_of, newest
 from forebay_server.core.batcher import QUICK_S, BatchingEngineClient
 from forebay_server.core.interfaces import BatchPolicy, Engine, EngineRequest, EngineSpec, Item
-from forebay_server.engines.factory import create
+from forebay_server.engines.factory import open_all
 from forebay_server.repository import loading
 from forebay_server.repository.inspect import describe
 from forebay_server.repository.manifest import TEXT_TASKS, Manifest, read_config
@@ -30,11 +30,13 @@ ALONE = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is tried: instances, threads of each, and how batches are cut."""
+    """What is tried: instances, threads of each (and of a run without others beside it, 0 = the same),
+    and how batches are cut."""
 
     instances: int
     threads: int
     policy: BatchPolicy
+    lone_threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,12 @@ def candidates(spec: EngineSpec, longest: int) -> list[Candidate]:
         else:
             for rows in (16, 64, 256, 1024):
                 policies.append(replace(policy, max_batch_size=rows, max_queue_delay_s=delay))
-    own = Candidate(1, spec.intra_op_threads or cores, policy)
-    every = [own, *(Candidate(i, t, p) for i, t in splits for p in dict.fromkeys(policies))]
+    own = Candidate(spec.instances, spec.intra_op_threads or cores, policy, spec.lone_threads)
+    wide = cores if spec.kind == "tokens" and spec.engine == "onnxruntime" else 0
+    every = [own]
+    for i, t in splits:
+        lone = wide if i > 1 and spec.isolation == "thread" else 0
+        every += [Candidate(i, t, p, lone) for p in dict.fromkeys(policies)]
     return list(dict.fromkeys(every))
 
 
@@ -110,8 +116,8 @@ def sweep(
     items = [item_of(spec, manifest, rng, rows, n) for n in lengths for _ in range(8)]
     rng.shuffle(items)  # type: ignore[arg-type]
     out = []
-    for (instances, threads), group in _by_engines(candidates(spec, max(lengths))):
-        engines = _engines(spec, manifest, instances, threads)
+    for (instances, threads, lone), group in _by_engines(candidates(spec, max(lengths))):
+        engines = _engines(spec, manifest, instances, threads, lone)
         try:
             for candidate in group:
                 for n in callers:
@@ -146,19 +152,23 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 def _by_engines(
     every: Sequence[Candidate],
-) -> Iterator[tuple[tuple[int, int], list[Candidate]]]:
-    groups: dict[tuple[int, int], list[Candidate]] = {}
+) -> Iterator[tuple[tuple[int, int, int], list[Candidate]]]:
+    groups: dict[tuple[int, int, int], list[Candidate]] = {}
     for one in every:
-        groups.setdefault((one.instances, one.threads), []).append(one)
+        groups.setdefault((one.instances, one.threads, one.lone_threads), []).append(one)
     yield from groups.items()
 
 
-def _engines(spec: EngineSpec, manifest: Manifest, instances: int, threads: int) -> list[Engine]:
-    engines = [create(replace(spec, intra_op_threads=threads)) for _ in range(instances)]
-    for engine in engines:
+def _engines(
+    spec: EngineSpec, manifest: Manifest, instances: int, threads: int, lone: int
+) -> list[Engine]:
+    spec = replace(spec, instances=instances, intra_op_threads=threads, lone_threads=lone)
+
+    def load(engine: Engine) -> None:
         engine.load()
         engine.warmup(loading.WARMUP if manifest.task in TEXT_TASKS else ())
-    return engines
+
+    return open_all(spec, load)
 
 
 def _measure(

@@ -99,6 +99,10 @@ class EngineSpec:
             leaves the engine's process; `none` for outputs that are already [batch, n].
         batches: False when the model's first dimension is fixed: each item runs alone.
         providers: execution providers in order of preference: tensorrt, cuda, cpu.
+        intra_op_threads: threads of a run; 0 = as the runtime chooses.
+        instances: engines behind one queue, each with a thread of its own.
+        lone_threads: threads of a run while no other instance runs, on a CPU in this process; 0 = as
+            any other. Costs the weights' memory a second time.
         options: engine-specific options (cost model, TensorRT cache folder, ...).
     """
 
@@ -118,6 +122,8 @@ class EngineSpec:
     policy: BatchPolicy = field(default_factory=BatchPolicy)
     providers: tuple[str, ...] = ("cpu",)
     intra_op_threads: int = 0
+    instances: int = 1
+    lone_threads: int = 0
     isolation: Literal["thread", "process"] = "thread"
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 
 from forebay.errors import FailedPrecondition
 
@@ -19,6 +20,35 @@ def create(spec: EngineSpec) -> Engine:
 
         return ProcessEngine(spec)
     return create_in_process(spec)
+
+
+def open_all(spec: EngineSpec, load: Callable[[Engine], None] | None = None) -> list[Engine]:
+    """`spec.instances` engines, loaded; where the runtime can, they share one set of weights.
+
+    Args:
+        load: loads an engine, and may do more; `Engine.load` by default. Not called for engines that
+            share what another one loaded.
+
+    Raises:
+        What `load` raises; nothing is left open then.
+    """
+    engines: list[Engine] = []
+    try:
+        for _ in range(spec.instances):
+            share = getattr(engines[0], "share", None) if engines else None
+            if share is not None:
+                engines.append(share())
+                continue
+            engines.append(create(spec))
+            if load is None:
+                engines[-1].load()
+            else:
+                load(engines[-1])
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    return engines
 
 
 def create_in_process(spec: EngineSpec) -> Engine:

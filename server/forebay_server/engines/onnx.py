@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,48 @@ DATATYPES = {
     "tensor(string)": "BYTES",
 }
 
+#: See _Sessions; about the time between two batches of a busy instance.
+BESIDE_S = 0.05
+
+
+class _Sessions:
+    """One model's sessions, which its instances share: `Run` may be called from several threads.
+
+    With `wide`, a run that has the machine to itself uses all of its threads; runs beside each other
+    use the threads of `narrow` each. Under load one run may end as the next begins: it stays narrow
+    for `BESIDE_S` after two last ran beside each other, as a wide one would meet the next.
+    """
+
+    def __init__(self, narrow: ort.InferenceSession, wide: ort.InferenceSession | None) -> None:
+        self.narrow = narrow
+        self.wide = wide
+        self._lock = threading.Lock()
+        self._running = 0
+        self._beside_until = 0.0
+
+    @property
+    def all(self) -> list[ort.InferenceSession]:
+        return [self.narrow] if self.wide is None else [self.narrow, self.wide]
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
+        """Run on a CPU; ONNX Runtime releases the GIL."""
+        if self.wide is None:
+            return list(self.narrow.run(outputs, feeds))
+        with self._lock:
+            self._mark()
+            session = self.narrow if time.monotonic() < self._beside_until else self.wide
+            self._running += 1
+        try:
+            return list(session.run(outputs, feeds))
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._mark()
+
+    def _mark(self) -> None:
+        if self._running:
+            self._beside_until = time.monotonic() + BESIDE_S
+
 
 class OnnxEngine:
     """See interfaces.Engine. `instead_of`: the engine that was asked for and cannot be had here."""
@@ -41,7 +85,8 @@ class OnnxEngine:
     def __init__(self, spec: EngineSpec, instead_of: str = "") -> None:
         self.spec = spec
         self._instead_of = [instead_of] if instead_of else []
-        self._session: ort.InferenceSession | None = None
+        self._sessions: _Sessions | None = None
+        self._shares = False
         self._providers: list[str] = []
         self._lacking: list[str] = []
         self._outputs: list[str] = []
@@ -56,23 +101,38 @@ class OnnxEngine:
         chosen = [
             (providers.NAMES[name], providers.options(name, path, cache, device)) for name in order
         ]
+        threads = self.spec.intra_op_threads
+
+        def opened(threads: int) -> ort.InferenceSession:
+            options = self._session_options(threads)
+            return ort.InferenceSession(str(path), options, providers=chosen)
+
         try:
-            session = ort.InferenceSession(str(path), self._session_options(), providers=chosen)
+            session = opened(threads)
+            self._providers = [providers.OURS.get(p, p) for p in session.get_providers()]
+            lone = self.spec.lone_threads if self._providers[0] == "cpu" else 0
+            wide = opened(lone) if lone not in (0, threads) else None
         except Exception as e:
             raise rejected(f"{path.name} cannot be loaded: {first_line(e)}") from e
         self._check_signature(session)
-        self._session = session
-        self._providers = [providers.OURS.get(p, p) for p in session.get_providers()]
+        self._sessions = _Sessions(session, wide)
         self._outputs = (
             [self.spec.output]
             if self.spec.kind == "tokens"
             else [o.name for o in session.get_outputs()]
         )
 
-    def _session_options(self) -> ort.SessionOptions:
+    def share(self) -> OnnxEngine:
+        """Another instance of the loaded model, on the same sessions: no weights of its own."""
+        other = OnnxEngine(self.spec)
+        other.__dict__.update(self.__dict__)
+        other._shares = True
+        return other
+
+    def _session_options(self, threads: int) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self.spec.intra_op_threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         # Spinning threads burn the cores that the transport needs: on 2 cores, 64 callers and
@@ -102,12 +162,15 @@ class OnnxEngine:
         for rows, length in shapes:
             batch = arrays.example(self.spec, rows, length)
             self.finish(self.execute(self.prepare(batch)), batch)
-        if self._session is not None and self._providers[0] == "cpu":
+            if self._sessions is not None and self._sessions.wide is not None:
+                self._sessions.narrow.run(self._outputs, self.prepare(batch).feeds)
+        if self._sessions is not None and self._providers[0] == "cpu":
             # An idle server holds no activations: after this run the arena gives back what is free.
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
             least = self.prepare(arrays.example(self.spec, 1, min(length for _, length in shapes)))
-            self._session.run(self._outputs, least.feeds, options)
+            for session in self._sessions.all:
+                session.run(self._outputs, least.feeds, options)
 
     def prepare(self, batch: Batch) -> Prepared:
         """Pad ids to [rows, length], or concatenate tensors along the first axis."""
@@ -115,15 +178,15 @@ class OnnxEngine:
 
     def execute(self, inputs: Prepared) -> Executed:
         """Run the model; ONNX Runtime releases the GIL."""
-        session = self._session
-        if session is None:
+        sessions = self._sessions
+        if sessions is None:
             raise Unavailable(
                 "the model is not loaded", reason="MODEL_NOT_READY", retry_after_s=1.0
             )
         if self._providers[0] == "cpu":
-            values = session.run(self._outputs, inputs.feeds)
+            values = sessions.run(self._outputs, inputs.feeds)
         else:
-            values = self._run_bound(session, inputs.feeds)
+            values = self._run_bound(sessions.narrow, inputs.feeds)
         return Executed(
             cast(dict[str, NDArray[Any]], dict(zip(self._outputs, values, strict=True))),
             inputs.mask,
@@ -147,24 +210,25 @@ class OnnxEngine:
 
     def check_health(self) -> None:
         """Raise Unavailable when there is no session."""
-        if self._session is None:
+        if self._sessions is None:
             raise Unavailable(
                 "the model is not loaded", reason="MODEL_NOT_READY", retry_after_s=1.0
             )
 
     def close(self) -> None:
         """Drop the session; a thread's memory goes back as far as the allocator lets it."""
-        self._session = None
+        self._sessions = None
 
     def info(self) -> Mapping[str, Any]:
         """Providers in force, those wanted in vain, and an estimate of resident bytes."""
         path = Path(self.spec.path)
         size = path.stat().st_size if path.exists() else 0
+        sessions = 0 if self._sessions is None or self._shares else len(self._sessions.all)
         return {
             "providers": list(self._providers),
             "providers_missing": [*self._instead_of, *self._lacking],
             # Packed weights plus arenas: 1.3 times the file, measured on the starter models.
-            "memory_bytes": int(size * 1.3) if self._session is not None else 0,
+            "memory_bytes": int(size * 1.3) * sessions,
             "pid": os.getpid(),
         }
 

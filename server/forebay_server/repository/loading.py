@@ -18,7 +18,7 @@ from forebay.errors import ForebayError
 from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
 from forebay_server.core.priority import lowered
-from forebay_server.engines.factory import create
+from forebay_server.engines.factory import open_all
 from forebay_server.repository import language_models
 from forebay_server.repository.inspect import describe
 from forebay_server.repository.manifest import (
@@ -39,6 +39,8 @@ WARMUP = ((1, 16), (8, 64))
 #: small batches leave the queue more to choose equal lengths from: on MiniLM, 5-256 tokens, 1024
 #: gave 65 texts/s, 4096 gave 49, first-come batches of 32 gave 32 (benchmarks/results).
 BATCH_TOKENS = {False: 1024, True: 16384}
+#: Up to so many cores, an encoder gets an instance to each core unless model.yaml says otherwise.
+FEW_CORES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,22 +107,20 @@ def load(
         return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
     tokenizer = tokenizer_of(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
-    engines: list[Engine] = []
     nice = defaults.engine_nice if spec.kind == "tokens" and spec.isolation == "thread" else 0
+
+    def load_one(engine: Engine) -> None:
+        if nice:  # the engine's own threads inherit the priority of the one that loads
+            lowered(engine.load, nice)
+        else:
+            engine.load()
+        _prove(engine, manifest)
+
     try:
-        for _ in range(config.execution.instances):
-            engine = create(spec)
-            engines.append(engine)
-            if nice:  # the engine's own threads inherit the priority of the one that loads
-                lowered(engine.load, nice)
-            else:
-                engine.load()
-            _prove(engine, manifest)
+        engines = open_all(spec, load_one)
+    except ForebayError:
+        raise
     except Exception as e:
-        for engine in engines:
-            engine.close()
-        if isinstance(e, ForebayError):
-            raise
         raise rejected(f"the model fails on a first run: {e}") from e
     trim()
     client = BatchingEngineClient(
@@ -167,6 +167,7 @@ def engine_spec(
     if folder.resolve() not in model.parents:
         raise rejected(f"model_file {manifest.model_file!r} lies outside of the model's folder")
     execution = config.execution
+    instances, threads, lone = _threads(config, defaults, head is not None)
     return EngineSpec(
         model=name,
         version=version,
@@ -189,21 +190,32 @@ def engine_spec(
             any(p != "cpu" for p in execution.providers or defaults.providers),
         ),
         providers=tuple(execution.providers or defaults.providers),
-        intra_op_threads=(
-            execution.intra_op_threads
-            if execution.intra_op_threads is not None
-            else _threads(defaults, head is not None)
-        ),
+        intra_op_threads=threads,
+        instances=instances,
+        lone_threads=lone,
         isolation=execution.isolation,
         options={"tensorrt_cache": defaults.tensorrt_cache, **config.engine_options},
     )
 
 
-def _threads(defaults: Defaults, text: bool) -> int:
-    """Encoders use all cores; a tree ensemble is done before a second thread has woken up."""
-    if defaults.intra_op_threads:
-        return defaults.intra_op_threads
-    return (os.cpu_count() or 1) if text else 1
+def _threads(config: ModelConfig, defaults: Defaults, text: bool) -> tuple[int, int, int]:
+    """Instances, threads of each, and threads of a run that has the machine to itself.
+
+    A tree ensemble is done before a second thread has woken up. Encoders use all cores: on few, by a
+    thread to each of as many batches when there is work for that (no core waits for the other at the
+    end of each operator: ADR 0026), by all threads on a batch that comes alone.
+    """
+    execution = config.execution
+    cores = os.cpu_count() or 1
+    unset = execution.instances is None and execution.intra_op_threads is None
+    on_cpu = tuple(execution.providers or defaults.providers) == ("cpu",)
+    alone = execution.isolation == "thread" and config.engine in ("auto", "onnxruntime") and on_cpu
+    if text and unset and alone and not defaults.intra_op_threads and 1 < cores <= FEW_CORES:
+        return cores, 1, cores
+    threads = execution.intra_op_threads
+    if threads is None:
+        threads = defaults.intra_op_threads or (cores if text else 1)
+    return execution.instances or 1, threads, execution.lone_threads
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 from forebay.errors import FailedPrecondition
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from forebay_server.core.interfaces import TensorSpec
 
@@ -261,8 +261,15 @@ class Execution(_Strict):
     providers: list[Literal["tensorrt", "cuda", "cpu"]] | None = None
     isolation: Literal["thread", "process"] = "thread"
     intra_op_threads: int | None = Field(default=None, ge=0, le=1024)
-    instances: int = Field(default=1, ge=1, le=64)
+    instances: int | None = Field(default=None, ge=1, le=64)
+    lone_threads: int = Field(default=0, ge=0, le=1024)
     preload: bool = True
+
+    @model_validator(mode="after")
+    def _lone_threads_fit(self) -> Execution:
+        if self.lone_threads and self.isolation == "process":
+            raise ValueError("lone_threads needs isolation: thread")
+        return self
 
 
 class Batching(_Strict):
