@@ -61,8 +61,8 @@ class Server:
     def take(self, most: int, timeout_s: float) -> tuple[list[Arrival], list[tuple[object, bool]]]:
         """Wait for calls. Also gives the owners of calls that were taken and are gone, with True
         for those whose deadline passed, False for those that the client left."""
-    @staticmethod
     def answer_well(
+        self,
         calls: Sequence[Call],
         payloads: Sequence[bytes],
         own: str,
@@ -71,8 +71,9 @@ class Server:
     ) -> None:
         """End calls well. Trailers are `shared` for all, and `own` with each one's value. Raises
         ValueError for lists of different lengths."""
-    @staticmethod
-    def answer(answers: Sequence[tuple[Call, int, bytes, str, Sequence[tuple[str, str]]]]) -> None:
+    def answer(
+        self, answers: Sequence[tuple[Call, int, bytes, str, Sequence[tuple[str, str]]]]
+    ) -> None:
         """End calls: (call, code, data, message, trailers). For code 0 the data is the response;
         else it is a serialised google.rpc.Status or empty. Ends of calls that ended are ignored."""
     def set_tls(self, certificate: bytes, key: bytes, client_ca: bytes | None = None) -> None:

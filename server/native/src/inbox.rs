@@ -90,8 +90,12 @@ impl Call {
 
     /// Ends the call. False when it has ended before, or when nobody waits.
     pub fn end(&self, outcome: Outcome) -> bool {
-        let sender = self.answer.lock().take();
-        sender.is_some_and(|s| s.send(outcome).is_ok())
+        self.ending().is_some_and(|s| s.send(outcome).is_ok())
+    }
+
+    /// The right to end the call; None when it has ended, or somebody else has it.
+    pub fn ending(&self) -> Option<oneshot::Sender<Outcome>> {
+        self.answer.lock().take()
     }
 
     fn answered(&self) -> bool {

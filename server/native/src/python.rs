@@ -132,12 +132,6 @@ fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_
     Ok((call, method, message, metadata, peer, waited, left))
 }
 
-fn send(ready: Vec<(Arc<Call>, Outcome)>) {
-    for (call, outcome) in ready {
-        call.end(outcome);
-    }
-}
-
 #[pymethods]
 impl PyServer {
     #[new]
@@ -227,9 +221,9 @@ impl PyServer {
     }
 
     /// Sends answers of calls that went well. Each gets the trailers in `shared`, and one of its own.
-    #[staticmethod]
     #[allow(clippy::needless_pass_by_value)] // PyO3 makes them for the call
     fn answer_well(
+        &self,
         py: Python<'_>,
         calls: Vec<PyRef<'_, PyCall>>,
         payloads: Vec<Bound<'_, PyBytes>>,
@@ -252,13 +246,12 @@ impl PyServer {
             let payload = Some(payload(data));
             ready.push((call.call.clone(), Outcome { payload, trailers }));
         }
-        py.detach(|| send(ready));
+        py.detach(|| self.server.answer(ready));
         Ok(())
     }
 
     /// Sends answers. Each is (call, code, payload or details, message, trailers).
-    #[staticmethod]
-    fn answer(py: Python<'_>, answers: Vec<Answer<'_>>) {
+    fn answer(&self, py: Python<'_>, answers: Vec<Answer<'_>>) {
         let ready: Vec<_> = answers
             .into_iter()
             .map(|(call, code, data, message, more)| {
@@ -273,7 +266,7 @@ impl PyServer {
             })
             .collect();
         // Waking the transport's threads takes system calls: others may run Python meanwhile.
-        py.detach(|| send(ready));
+        py.detach(|| self.server.answer(ready));
     }
 
     #[pyo3(signature = (certificate, key, client_ca = None))]

@@ -6,18 +6,19 @@ use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::runtime::Runtime;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 
 use crate::connection;
-use crate::inbox::{Bounds, Inbox};
+use crate::inbox::{Bounds, Call, Inbox, Outcome};
 use crate::status::Refusal;
 
 /// All that the server needs to know; times in seconds are `Duration`s here.
@@ -68,8 +69,46 @@ pub struct Server {
     pub port: u16,
     phase: watch::Sender<Phase>,
     alive: Mutex<Option<mpsc::Receiver<()>>>,
-    runtime: Mutex<Option<Runtime>>,
+    handle: Handle,
+    driver: Mutex<Option<Driver>>,
 }
+
+/// What runs the connections.
+enum Driver {
+    /// One thread takes what is ready in turn: all answers that are there reach a connection before it
+    /// writes, where a worker of the other kind writes after each.
+    One(oneshot::Sender<()>, thread::JoinHandle<()>),
+    Many(Runtime),
+}
+
+impl Driver {
+    fn new(runtime: Runtime, threads: usize) -> io::Result<Self> {
+        if threads > 1 {
+            return Ok(Self::Many(runtime));
+        }
+        let (stop, stopped) = oneshot::channel();
+        let run = move || {
+            let _ = runtime.block_on(stopped);
+            runtime.shutdown_timeout(LAST_WORDS);
+        };
+        let thread = thread::Builder::new().name(NAME.to_owned()).spawn(run)?;
+        Ok(Self::One(stop, thread))
+    }
+
+    fn end(self) {
+        match self {
+            Self::One(stop, thread) => {
+                drop(stop);
+                let _ = thread.join();
+            }
+            Self::Many(runtime) => runtime.shutdown_timeout(LAST_WORDS),
+        }
+    }
+}
+
+const NAME: &str = "forebay-grpc";
+/// For what runs when the server closes.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 enum Listener {
     Tcp(TcpListener),
@@ -83,11 +122,18 @@ impl Server {
         config: Config,
         tls: Option<Arc<ServerConfig>>,
     ) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(config.threads)
-            .thread_name("forebay-grpc")
+        let threads = config.threads;
+        let mut builder = if threads > 1 {
+            Builder::new_multi_thread()
+        } else {
+            Builder::new_current_thread()
+        };
+        let runtime = builder
+            .worker_threads(threads)
+            .thread_name(NAME)
             .enable_all()
             .build()?;
+        let handle = runtime.handle().clone();
         let (listener, port) = {
             let _guard = runtime.enter();
             listen(address)?
@@ -109,8 +155,26 @@ impl Server {
             port,
             phase,
             alive: Mutex::new(Some(alive)),
-            runtime: Mutex::new(Some(runtime)),
+            handle,
+            driver: Mutex::new(Some(Driver::new(runtime, threads)?)),
         })
+    }
+
+    /// Ends calls together: their connections are woken once, and write all answers at once.
+    pub fn answer(&self, ready: Vec<(Arc<Call>, Outcome)>) {
+        let mut ready: Vec<_> = ready
+            .into_iter()
+            .filter_map(|(call, outcome)| Some((call.ending()?, outcome)))
+            .collect();
+        if ready.len() > 1 {
+            self.handle.spawn(async move {
+                for (sender, outcome) in ready {
+                    let _ = sender.send(outcome);
+                }
+            });
+        } else if let Some((sender, outcome)) = ready.pop() {
+            let _ = sender.send(outcome);
+        }
     }
 
     /// Takes these TLS settings for connections from now on.
@@ -125,17 +189,19 @@ impl Server {
         let Some(mut alive) = self.alive.lock().take() else {
             return true;
         };
-        let Some(handle) = self.runtime.lock().as_ref().map(|r| r.handle().clone()) else {
+        if self.driver.lock().is_none() {
             return true;
-        };
-        handle.block_on(async move { tokio::time::timeout(timeout, alive.recv()).await.is_ok() })
+        }
+        self.handle
+            .block_on(async move { tokio::time::timeout(timeout, alive.recv()).await.is_ok() })
     }
 
     /// Ends all that is left. Idempotent.
     pub fn close(&self) {
         self.shared.inbox.close();
-        if let Some(runtime) = self.runtime.lock().take() {
-            runtime.shutdown_timeout(Duration::from_secs(1));
+        let driver = self.driver.lock().take();
+        if let Some(driver) = driver {
+            driver.end();
         }
     }
 }
