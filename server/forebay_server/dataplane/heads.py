@@ -44,7 +44,8 @@ def vectors(
 
     A vector that is cut to fewer dimensions (Matryoshka) is normalised anew where normalising is on.
     """
-    matrix = np.stack(rows).astype("<f4", copy=False)
+    # Most calls bring one text, and `stack` takes longer than all else here.
+    matrix = (rows[0][None] if len(rows) == 1 else np.stack(rows)).astype("<f4", copy=False)
     cut = dimensions is not None and dimensions < matrix.shape[1]
     if cut:
         matrix = matrix[:, :dimensions]

@@ -1,6 +1,7 @@
 //! One HTTP/2 connection: which lane each of its calls takes, and how it ends.
 
 use std::convert::Infallible;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout, timeout_at};
 
+use crate::cork::Cork;
 use crate::frame::Receiver;
 use crate::inbox::{Call, Caller, Gone, Outcome, Reservation};
 use crate::metadata;
@@ -44,11 +46,11 @@ pub async fn serve(
 ) {
     let config = &shared.config;
     let greeted = Arc::new(AtomicBool::new(false));
-    let stream = Greeted {
+    let stream = Cork::new(Greeted {
         stream,
         heard: greeted.clone(),
         read: 0,
-    };
+    });
     let ordinary = Arc::new(Ordinary::new(config.ordinary.clone(), peer));
     let callers = Arc::new(Callers::new(peer.into()));
     let service = service_fn(|request| {
@@ -66,7 +68,7 @@ pub async fn serve(
             .max_send_buf_size(SEND_BUFFER)
             .keep_alive_interval(config.keepalive)
             .keep_alive_timeout(config.keepalive_timeout)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(stream.clone()), service)
     );
     let age = config
         .max_age
@@ -76,8 +78,15 @@ pub async fn serve(
     let mut unsure = true;
     let mut ending = false;
     loop {
+        let turn = poll_fn(|context| {
+            let ended = connection.as_mut().poll(context);
+            match stream.poll_out(context) {
+                Poll::Ready(Err(_)) => Poll::Ready(()), // nobody is there any more
+                _ => ended.map(|_| ()),
+            }
+        });
         tokio::select! {
-            _ = connection.as_mut() => return,
+            () = turn => return,
             () = &mut greeting, if unsure => {
                 if !greeted.load(Ordering::Relaxed) {
                     return; // opened, and never spoke HTTP/2
@@ -209,7 +218,7 @@ async fn receive(
     let mut held = None;
     let overload = || shared.config.overload.clone();
     loop {
-        let next = std::future::poll_fn(|c| Pin::new(&mut body).poll_frame(c)).await;
+        let next = poll_fn(|c| Pin::new(&mut body).poll_frame(c)).await;
         let Some(frame) = next else { break };
         let broken = |_| Refusal::new(Code::Unavailable, "the request broke off");
         let Ok(piece) = frame.map_err(broken)?.into_data() else {

@@ -4,6 +4,7 @@
 //! takes many messages apart at one of their fields, and `rows` reads google.protobuf.Struct.
 
 pub mod connection;
+pub mod cork;
 pub mod frame;
 pub mod inbox;
 pub mod metadata;
