@@ -226,14 +226,20 @@ class Intake:
 
     # The slots' side.
 
-    def take(self) -> Cut | None:
-        """Wait for the next batch; None when the client closes and nothing waits any more."""
+    def take(self, rows: int = 0, until: float = 0.0) -> Cut | None:
+        """Wait for the next batch; None when the client closes and nothing waits any more.
+
+        Args:
+            rows: so many are likely to come soon: until the time `until`, fewer are not taken.
+        """
         while True:
             with self._work:
                 now = self.clock()
                 late = self._queue.expire(now)
                 if not late:
                     delay = self._delay(now)
+                    if now < until and self._queue.waiting_rows < rows:
+                        delay = max(delay, 0.0 if self.closing.is_set() else until - now)
                     cut = self._queue.cut(now) if delay <= 0 else None
                     if cut is not None:
                         self._arm()
