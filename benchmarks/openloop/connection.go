@@ -40,7 +40,8 @@ type connection struct {
 	streamRoom int64 // what a new stream's window has
 	blocked    []*call
 	closed     bool
-	leaving    bool // the server said GOAWAY
+	leaving    bool          // the server said GOAWAY
+	told       chan struct{} // closed when it has
 	wake       chan struct{}
 
 	unacked int // bytes received and not given back to the connection's window
@@ -53,7 +54,7 @@ func dial(k *kind, target string) (*connection, error) {
 	}
 	c := &connection{
 		kind: k, socket: socket, nextID: 1, flight: map[uint32]*call{}, maxStreams: math.MaxInt32,
-		room: defaultSends, streamRoom: defaultSends, wake: make(chan struct{}, 1),
+		room: defaultSends, streamRoom: defaultSends, wake: make(chan struct{}, 1), told: make(chan struct{}),
 	}
 	c.encoder = hpack.NewEncoder(&c.headers)
 	var hello bytes.Buffer
@@ -363,6 +364,9 @@ func (c *connection) headersEnded(one *call, ended bool) {
 
 func (c *connection) goAway(last uint32) {
 	c.mu.Lock()
+	if !c.leaving {
+		close(c.told)
+	}
 	c.leaving = true
 	var back []*call
 	for id, one := range c.flight {

@@ -133,15 +133,9 @@ func (k *kind) keep(slot int, ready func()) {
 			})
 			close(left)
 		}()
-		for waiting := true; waiting; {
-			select {
-			case <-left:
-				waiting = false
-			case <-time.After(10 * time.Millisecond):
-				c.mu.Lock()
-				waiting = !c.leaving // its last calls end beside the new connection
-				c.mu.Unlock()
-			}
+		select {
+		case <-left:
+		case <-c.told: // its last calls end beside the new connection
 		}
 		k.replace(c)
 	}
@@ -298,7 +292,12 @@ func (l *load) run() {
 	runtime.LockOSThread() // its sleeps are the kernel's: a Go timer may be a millisecond late
 	begin := time.Now()
 	l.recorder = newRecorder(l.spec, begin)
-	go l.sweep()
+	for _, w := range l.spec.Workloads {
+		if w.DeadlineMS > 0 {
+			go l.sweep() // it wakes up five hundred times a second: not for nothing
+			break
+		}
+	}
 	for i, p := range l.spec.Phases {
 		l.phase.Store(int32(i))
 		until := begin.Add(time.Duration(p.Seconds * 1e9))
