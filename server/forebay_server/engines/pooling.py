@@ -19,6 +19,8 @@ def pool(
     """
     values = hidden.astype(np.float32, copy=False)
     if pooling == "mean":
+        if len(values) == 1 and mask.all():  # a lone call: half the time of what follows
+            return np.add.reduce(values, axis=1) / np.float32(values.shape[1])
         weights = mask.astype(np.float32)
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
         return np.matmul(weights[:, None, :], values)[:, 0]
