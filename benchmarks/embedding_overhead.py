@@ -210,7 +210,7 @@ def table(result: dict[str, Any]) -> str:
         "# Overhead by layer: MiniLM fp32, texts of 20 tokens",
         "",
         f"{result['machine']}; medians of {result['rounds']} rounds, server and load on the same cores.",
-        "Load of gRPC by prepared frames (benchmarks/openloop, 4 to 15 us of CPU a call), of HTTP by wrk.",
+        "Load of gRPC by prepared frames (benchmarks/openloop, 4 to 17 us of CPU a call), of HTTP by wrk.",
         "",
         "| layer | texts/s | ratio to bare | one caller, p50 ms |",
         "|---|---|---|---|",
