@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 from forebay.errors import FailedPrecondition
 
 from forebay_server.capacity.cost import CostModel, Sample, fit
-from forebay_server.core.batcher import BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TokenInput
 from forebay_server.core.queue import padded
 from forebay_server.engines.arrays import NUMPY
+from forebay_server.engines.factory import open_all
 from forebay_server.repository import loading
+from forebay_server.repository.inspect import describe
 from forebay_server.repository.manifest import Manifest, read_config
 
 #: Each shape runs until it took this long, and this often at most.
@@ -49,21 +51,21 @@ def fit_folder(
     version, path = newest(folder)
     config = read_config(folder / "model.yaml")
 
-    def unobserved(name: str, version: int) -> Callable[[BatchReport], None] | None:
-        return None
-
-    model = loading.load(
-        folder.name, version, path, config, defaults or loading.Defaults(), unobserved
+    manifest = describe(path)
+    tokenizer = loading.tokenizer_of(path, manifest)
+    spec = loading.engine_spec(
+        folder.name, version, path, manifest, config, defaults or loading.Defaults(), tokenizer
     )
+    # As it runs under load, beside others: alone it may have their cores too.
+    (engine,) = open_all(replace(spec, instances=1, lone_threads=0))
     try:
-        engine: Engine = model.client.engines[0]
-        samples = measure(engine, model.manifest, lengths)
+        samples = measure(engine, manifest, lengths)
     finally:
-        model.client.close()
-    policy = engine.spec.policy
-    items = "texts" if engine.spec.kind == "tokens" else "rows"
+        engine.close()
+    policy = spec.policy
+    items = "texts" if spec.kind == "tokens" else "rows"
     source: dict[str, object] = {"model": folder.name, "kind": "engine alone", "items": items}
-    return fit(samples, source=source), policy, engine.spec.instances
+    return fit(samples, source=source), policy, spec.instances
 
 
 def measure(engine: Engine, manifest: Manifest, lengths: Sequence[int] = ()) -> list[Sample]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forebay.errors import FailedPrecondition
+from forebay_server.capacity import fitting
 from forebay_server.core.interfaces import Batch, EngineSpec, Item, TokenInput
 from forebay_server.engines import factory
 from forebay_server.engines.onnx import BESIDE_S, OnnxEngine
@@ -148,3 +149,23 @@ def test_a_process_has_no_lone_threads(tmp_path: Path) -> None:
     path.write_text("execution: {isolation: process, lone_threads: 2}\n")
     with pytest.raises(FailedPrecondition, match="lone_threads needs isolation: thread"):
         read_config(path)
+
+
+def test_a_plan_counts_an_instance_with_its_own_threads(
+    starters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[EngineSpec] = []
+
+    def watched(spec: EngineSpec) -> Any:
+        opened.append(spec)
+        return factory.open_all(spec)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(fitting, "open_all", watched)
+    monkeypatch.setattr(fitting, "SHAPE_S", 0.0)
+    _, _, instances = fitting.fit_folder(starters / "sentiment", [16])
+    (spec,) = opened
+    assert instances == 2
+    assert (spec.intra_op_threads, spec.lone_threads) == (1, 0), (
+        "alone it would look twice as quick"
+    )
