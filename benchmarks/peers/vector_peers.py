@@ -34,10 +34,10 @@ FOLDER = KEPT / "peers"
 POINTS = 100_000
 
 
-def install() -> None:
-    """Make the environments."""
+def install(wanted: dict[str, str] = PACKAGES) -> None:
+    """Make the environments. `wanted`: packages by the environment's name."""
     uv = Path(sys.executable).parent / "uv"
-    for name, packages in PACKAGES.items():
+    for name, packages in wanted.items():
         place = str(FOLDER / name)
         subprocess.run([uv, "venv", "-q", "--python", sys.executable, place], check=True)
         python = f"{place}/bin/python"

@@ -41,6 +41,7 @@ from forebay_gateway.openai import (
 )
 from forebay_gateway.openai.generation import renamed
 from forebay_gateway.openai.paths import PATHS
+from forebay_gateway.route_table import RouteTable
 from forebay_gateway.upstream import Upstream
 
 INFO = methods()["/forebay.v1.ServerService/GetServerInfo"]
@@ -74,12 +75,9 @@ def create_app(
         target, settings.timeout_s, settings.max_body_bytes, settings.max_upload_bytes
     )
     registry = CollectorRegistry()
-    add = app.router.routes.append
-
-    for route in [*rest.routes(upstream), *connect.routes(upstream)]:
-        add(route)
-    for route in OpenInference(upstream, settings.max_body_bytes).routes():
-        add(route)
+    routes = [*rest.routes(upstream), *connect.routes(upstream)]
+    routes += OpenInference(upstream, settings.max_body_bytes).routes()
+    add = routes.append
     for verb, path, endpoint in (
         ("POST", "/v1/embeddings", embeddings.endpoint(upstream)),
         ("GET", "/v1/models", models.list_endpoint(upstream)),
@@ -122,9 +120,10 @@ def create_app(
         ("/docs", _docs),
     ):
         add(Route(path, endpoint, methods=["GET"]))
+    app.router.routes.insert(0, RouteTable(routes))
     # A page of static files, without a build step.
     app.mount("/ui", StaticFiles(directory=Path(__file__).parent / "ui", html=True), name="ui")
-    add(Route("/", lambda request: RedirectResponse("/ui/"), methods=["GET"]))
+    app.add_route("/", lambda request: RedirectResponse("/ui/"), methods=["GET"])
     app.mount("/docs/assets", StaticFiles(directory=_swagger_folder()), name="assets")
     page = schema.openapi(PATHS)
     app.openapi = lambda: page  # type: ignore[method-assign]

@@ -17,10 +17,11 @@ from google.rpc import code_pb2, status_pb2
 from grpc import aio
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from forebay_gateway import http_errors
 from forebay_gateway.json_codec import parse_json, to_message
+from forebay_gateway.route_table import Listed
 from forebay_gateway.upstream import ClientGone, Upstream, returned
 
 #: The protocol's own table; it differs from google.rpc's in a few places.
@@ -41,7 +42,7 @@ HTTP = {
 }
 
 
-def routes(upstream: Upstream) -> list[BaseRoute]:
+def routes(upstream: Upstream) -> list[Listed]:
     """A route per unary method."""
     return [
         Route(m.path, _endpoint(upstream, m), methods=["POST"])

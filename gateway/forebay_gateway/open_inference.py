@@ -19,10 +19,11 @@ from forebay.oip import open_inference_pb2 as pb
 from grpc import aio
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from forebay_gateway import http_errors
 from forebay_gateway.json_codec import dumps, parse_json, to_dict
+from forebay_gateway.route_table import Listed
 from forebay_gateway.upstream import ClientGone, Upstream
 
 _SERVICE = "/inference.GRPCInferenceService/"
@@ -51,7 +52,7 @@ class OpenInference:
         self._upstream = upstream
         self._max_body = max_body
 
-    def routes(self) -> list[BaseRoute]:
+    def routes(self) -> list[Listed]:
         """All of /v2."""
         table: list[tuple[str, str, Endpoint]] = [
             ("GET", "/v2", self.metadata),

@@ -19,12 +19,13 @@ from google.rpc import status_pb2
 from grpc import aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from forebay_gateway import http_errors
 from forebay_gateway.contract import Binding, bindings
 from forebay_gateway.json_codec import parse_json, response_json, to_message
+from forebay_gateway.route_table import Listed
 from forebay_gateway.upstream import ClientGone, Upstream, returned, with_heartbeats
 
 HEARTBEAT_S = 10.0
@@ -36,9 +37,9 @@ Rename = Callable[[status_pb2.Status], status_pb2.Status]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def routes(upstream: Upstream) -> list[BaseRoute]:
+def routes(upstream: Upstream) -> list[Listed]:
     """All routes of the contract."""
-    out: list[BaseRoute] = []
+    out: list[Listed] = []
     for binding in bindings():
         if binding.method.kind == "bidi_stream":
             out.append(WebSocketRoute(binding.path, websocket(upstream, binding)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 from forebay.errors import InvalidArgument, TooLarge
@@ -17,6 +17,8 @@ from starlette.requests import Request
 FORWARDED = ("authorization", "x-request-id", "traceparent", "tracestate", "idempotency-key")
 #: Trailing metadata that becomes headers of the answer.
 RETURNED = re.compile(r"x-request-id|x-ratelimit-.*")
+#: Seconds after which a call's client is watched.
+WATCH_AFTER_S = 0.02
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 T = TypeVar("T")
@@ -152,25 +154,37 @@ class Upstream:
 
 
 async def unless_gone(request: Request, call: Any) -> bytes:
-    """The call's answer; the call is cancelled when the client leaves first."""
-    watcher = asyncio.ensure_future(_disconnected(request))
-    answer = asyncio.ensure_future(_answer(call))
+    """The call's answer; the call is cancelled when the client leaves first.
+
+    Whether the client is still there is looked at only once an answer takes longer than most do:
+    a watcher for every call would cost more than all else that is done for a small one.
+    """
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        await _disconnected(request)
+        gone = True
+        call.cancel()
+
+    def start() -> None:
+        nonlocal watcher
+        watcher = asyncio.ensure_future(watch())
+
+    watcher: asyncio.Future[None] | None = None
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start)
     try:
-        await asyncio.wait((answer, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            call.cancel()
-            answer.cancel()
-            raise ClientGone
-        return answer.result()
+        return await call
     except asyncio.CancelledError:
         call.cancel()
+        task = asyncio.current_task()
+        if gone and not (task and task.cancelling()):
+            raise ClientGone from None
         raise
     finally:
-        watcher.cancel()
-
-
-async def _answer(call: Awaitable[bytes]) -> bytes:
-    return await call
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()
 
 
 async def _disconnected(request: Request) -> None:
