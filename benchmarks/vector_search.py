@@ -18,6 +18,7 @@ one each as there are cores, or in one batch of all callers by all cores, whiche
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -52,6 +53,7 @@ TARGET = 0.95
 KINDS = {"hnsw": "INDEX_TYPE_HNSW", "flat": "INDEX_TYPE_FLAT", "ivf_pq": "INDEX_TYPE_IVF_PQ"}
 #: What makes a search look further, by kind; the least that reaches TARGET is measured.
 STEPS = {"hnsw": (64, 96, 128, 192, 256, 384, 512, 768), "ivf_pq": (16, 32, 64, 128)}
+HUGE = 2 << 20
 FIELD = {"hnsw": "ef_search", "ivf_pq": "probes"}
 
 
@@ -247,6 +249,24 @@ def bare(
     return out, least
 
 
+def large_pages(index: Any) -> None:
+    """Move the vectors and links of a flat or HNSW index to pages of 2 MB, where there are such."""
+    import faiss
+
+    storage = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
+    if not hasattr(storage, "get_xb"):
+        return
+    areas = [(int(storage.get_xb()), storage.ntotal * storage.d * 4)]
+    if hasattr(index, "hnsw"):
+        links = index.hnsw.neighbors
+        areas.append((int(links.data()), links.size() * 4))
+    libc = ctypes.CDLL(None)
+    for start, size in areas:
+        first, last = -(-start // HUGE) * HUGE, (start + size) // HUGE * HUGE
+        for advice in (14, 25):  # MADV_HUGEPAGE, MADV_COLLAPSE (linux/mman.h)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(0, last - first)), advice)
+
+
 def measure(kind: str, data: Any, queries: Any, truth: Any, args: Any) -> dict[str, Any]:
     """All figures of one kind of index."""
     import faiss
@@ -284,6 +304,11 @@ def measure(kind: str, data: Any, queries: Any, truth: Any, args: Any) -> dict[s
         same = index.search(queries[few], 10, params=params)[1]
         out["bare_recall@10"] = recall(same.tolist(), truth[few])
         out["rounds"] = [one_round(server, index, params, queries, extra, args) for _ in range(args.rounds)]  # fmt: skip
+        # The server has its memory in large pages (docs/adr/0027), other programs have not.
+        batch, callers = max(1, round(out["rounds"][-1]["batch"])), args.callers
+        large_pages(index)
+        again = [bare(index, queries, params, batch, callers, args.seconds) for _ in range(args.rounds)]  # fmt: skip
+        out["bare_large_pages_rps"] = median([max(ways.values()) for ways, _ in again])
     for name in (
         "rps",
         "p50_ms",

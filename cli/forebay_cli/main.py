@@ -58,7 +58,10 @@ def up(
 @app.command()
 def serve(config: Config = None, home: Home = None, grpc_port: GrpcPort = None) -> None:
     """Serve gRPC."""
+    from forebay_cli import huge_pages
     from forebay_cli.serve import run
+
+    huge_pages.ensure()
 
     sys.exit(run(settings_of(config, home=home, grpc__port=grpc_port).settings))
 

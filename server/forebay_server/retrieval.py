@@ -19,7 +19,7 @@ from forebay_server.dataplane.collections import Collections
 from forebay_server.dataplane.embedding import Embedded, TextEmbedder
 from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.models import ModelAccess
-from forebay_server.dataplane.searching import PointReader, SearchPipeline
+from forebay_server.dataplane.searching import LARGEST, PointReader, SearchPipeline
 from forebay_server.dataplane.snapshots import Snapshots
 from forebay_server.dataplane.texts import TextPipeline
 from forebay_server.indexes.backends import Backends
@@ -83,11 +83,11 @@ class Retrieval:
             lambda name, why: metrics.index_rebuilds.labels(name, why).inc(),
             self._backends,
         )
-        policy = BatchPolicy(
-            max_batch_tokens=1 << 30, max_batch_size=256, max_queue_size=8192, sort_window=1
-        )
         # An engine a core, each with one thread: a batch's threads would wait for the slowest of
         # them, and spin while they do.
+        policy = BatchPolicy(
+            max_batch_tokens=LARGEST, max_batch_size=LARGEST, max_queue_size=8192, sort_window=1
+        )
         engines = [SearchEngine(policy, metrics.search_stage) for _ in range(os.cpu_count() or 1)]
         self._client = BatchingEngineClient(
             engines, observer=metrics.batches.observer("collections", 1), name="collections"

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forebay_cli import huge_pages
 from forebay_cli.up import free_port
 
 from tests.conftest import copy_models
@@ -88,3 +89,25 @@ def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Pat
         os.kill(server, signal.SIGKILL)
         assert process.wait(60) != 0
     assert not alive(gateway)
+
+
+@pytest.mark.skipif(
+    not huge_pages.optional(), reason="this kernel gives large pages to all or none"
+)
+@pytest.mark.parametrize("given", [None, "glibc.malloc.hugetlb=0"])
+def test_the_server_has_large_pages_unless_it_is_told_otherwise(
+    starters: Path, tmp_path: Path, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is None:
+        monkeypatch.delenv(huge_pages.VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(huge_pages.VARIABLE, given)
+    with up(starters, tmp_path) as (process, _):
+        server = next(
+            p
+            for p in children(process.pid)
+            if b"serve" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\0")
+        )
+        environ = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
+    wanted = given or huge_pages.VALUE
+    assert f"{huge_pages.VARIABLE}={wanted}".encode() in environ

@@ -36,6 +36,10 @@ from forebay_server.storage.collections import CollectionStore, PointRow
 
 #: Searches that go through the queue together.
 BLOCK = 8
+#: Searches of a batch, at most: of those that share work, and of those that do not. Of the latter a
+#: batch takes only as many as make its own cost small: the others are left to the next engine that is
+#: free, which would else wait for answers to bring new searches while one engine works off all of them.
+LARGEST, APART = 256, 16
 #: Bytes of payloads that are kept in memory for the next searches.
 PAYLOAD_CACHE_BYTES = 64 << 20
 
@@ -210,7 +214,9 @@ class SearchPipeline:
             deadlines = [job.call.deadline for job, _, _ in block]
             known = [d for d in deadlines if d is not None]
             latest = max(known) if len(known) == len(deadlines) else None
-            item = Item({"tasks": tasks}, rows=len(tasks))  # type: ignore[dict-item]
+            # The policy bounds length x rows of a batch by LARGEST.
+            length = 1 if all(t.shares_work for t in tasks) else LARGEST // APART
+            item = Item({"tasks": tasks}, length, len(tasks))  # type: ignore[dict-item]
             first = block[0][0].call.request_id
             requests.append(EngineRequest([item], first, latest, calls=len(block)))
         if not requests:

@@ -44,6 +44,13 @@ class SearchTask:
     threshold: float | None = None
 
     @property
+    def shares_work(self) -> bool:
+        """Whether a batch of such makes each cheaper: vectors that are all compared are read once for
+        all. Walks through a graph, lists and words are each query's own."""
+        dense = self.index.config.dense
+        return self.mode == "dense" and dense is not None and (self.exact or dense.kind == "flat")
+
+    @property
     def depth(self) -> int:
         """Points that each list needs."""
         return max(self.candidates, self.limit) if self.mode == "hybrid" else self.limit
