@@ -147,9 +147,8 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
 
     aware = batcher(model)
     naive = batcher(engine(), FifoQueue)
-    fp32 = "default_for: [embedding]\nengine: onnxruntime\n"
     with (
-        common.repository("minilm", fp32) as root,
+        common.exact_starters() as root,
         common.serving(FOREBAY_MODELS__ROOT=str(root)) as (grpc_port, http_port),
     ):
         frames_load(grpc_port, EMBED, short, 64, 2)

@@ -223,7 +223,6 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=NAMES)
     parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
-    models = common.starters()
     result: dict[str, Any] = {
         "machine": common.machine(),
         "seconds": args.seconds,
@@ -231,11 +230,12 @@ def main() -> None:
         "workloads": {},
     }
     make = {"tabular": workloads.tabular, "forest": workloads.forest, "embed": workloads.embed}
-    for name in args.only or NAMES:
-        with serve(models, FOREBAY_GRPC__LANE="fast") as server:
-            result["workloads"][name] = measure(
-                server, make[name](models), args.seconds, args.times
-            )
+    with common.exact_starters() as models:
+        for name in args.only or NAMES:
+            with serve(models, FOREBAY_GRPC__LANE="fast") as server:
+                result["workloads"][name] = measure(
+                    server, make[name](models), args.seconds, args.times
+                )
     print(table(result))
     for name, m in result["workloads"].items():
         print(name, {k: v for k, v in m.items() if k not in ("timeline", "memory")})

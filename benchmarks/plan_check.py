@@ -134,13 +134,13 @@ def main() -> None:
     parser.add_argument("--only", action="append")
     parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
-    models = common.starters()
     names = args.only or ["embed", "mixed", "forest"]
-    result = {
-        "machine": common.machine(),
-        "seconds": args.seconds,
-        "cases": {n: check(models, n, args.seconds) for n in names},
-    }
+    with common.exact_starters() as models:
+        result = {
+            "machine": common.machine(),
+            "seconds": args.seconds,
+            "cases": {n: check(models, n, args.seconds) for n in names},
+        }
     print(table(result))
     for name, case in result["cases"].items():
         print(name, {k: v for k, v in case["cost"].items() if k not in ("ratios", "overhead_s")})

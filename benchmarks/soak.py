@@ -190,10 +190,7 @@ def judge(result: dict[str, Any]) -> list[str]:
 
 def measure(minutes: int, scale: float) -> dict[str, Any]:
     """Load, samples, verdict."""
-    # In int8, the starter's own precision, a vector's third digit goes by the batch that it rides in: a
-    # wrong answer could hide in what had to be allowed for that.
-    exact = "default_for: [embedding]\nengine: onnxruntime\n"
-    with common.repository("minilm", exact) as models, tempfile.TemporaryDirectory() as folder:
+    with common.exact_starters() as models, tempfile.TemporaryDirectory() as folder:
         inside = Path(folder, "inside.ndjson")
         command = (sys.executable, "-m", "benchmarks.soak_server", str(inside))
         with serve(models, command=command, FOREBAY_GRPC__LANE="fast") as server:
