@@ -21,9 +21,11 @@ def main() -> None:
     """Serve until SIGTERM."""
     import uvloop
     from forebay.settings import load_settings
+    from forebay_cli import huge_pages
     from forebay_server.app import Server
     from forebay_server.observability.logs import configure
 
+    huge_pages.ensure()
     settings = load_settings().settings
     o = settings.observability
     listener = configure(o.log_format, o.log_level, o.access_log)

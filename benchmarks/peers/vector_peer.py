@@ -32,7 +32,8 @@ class Chroma:
     def __init__(self, folder: Path, points: Any) -> None:
         import chromadb
 
-        client = chromadb.PersistentClient(path=str(folder))
+        self._folder = str(folder)
+        client = chromadb.PersistentClient(path=self._folder)
         hnsw = {"space": "cosine", "max_neighbors": 16, "ef_construction": 100, "ef_search": 64}
         self._table = client.create_collection("bench", configuration={"hnsw": hnsw})
         size = min(5000, client.get_max_batch_size())
@@ -44,7 +45,12 @@ class Chroma:
     steps = EFS
 
     def step(self, ef: int) -> None:
+        import chromadb
+        from chromadb.api.shared_system_client import SharedSystemClient
+
         self._table.modify(configuration={"hnsw": {"ef_search": ef}})
+        SharedSystemClient.clear_system_cache()  # only a new client searches by what was modified
+        self._table = chromadb.PersistentClient(path=self._folder).get_collection("bench")
 
     def search(self, queries: Any) -> list[list[int]]:
         found = self._table.query(query_embeddings=queries, n_results=10, include=[])

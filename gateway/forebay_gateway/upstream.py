@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 from forebay.errors import InvalidArgument, TooLarge
 from forebay.methods import Method
 from grpc import aio
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, Headers
 from starlette.requests import Request
 
 #: Headers that become metadata of the call.
-FORWARDED = ("authorization", "x-request-id", "traceparent", "tracestate", "idempotency-key")
+FORWARDED = {
+    name.encode(): name
+    for name in ("authorization", "x-request-id", "traceparent", "tracestate", "idempotency-key")
+}
+_READ = {*FORWARDED, b"grpc-timeout", b"x-forebay-timeout-ms", b"connect-timeout-ms"}
 #: Trailing metadata that becomes headers of the answer.
 RETURNED = re.compile(r"x-request-id|x-ratelimit-.*")
 #: Seconds after which a call's client is watched.
@@ -82,19 +86,23 @@ class Upstream:
             stub = self._stubs[method.path] = makers[method.kind](method.path)
         return stub
 
-    def start(self, method: Method, headers: Mapping[str, str], messages: Any) -> Any:
+    def start(self, method: Method, headers: Headers, messages: Any) -> Any:
         """Begin a call. `messages` is the message's bytes, or an iterator of them for streams."""
-        metadata = [(k, v) for k in FORWARDED if (v := headers.get(k)) and _printable(v)]
-        return self._stub(method)(messages, metadata=metadata, timeout=self._timeout(headers))
+        # One look through them: each `headers.get` would be one. Of a name given twice the first counts.
+        known = {k: v.decode("latin-1") for k, v in reversed(headers.raw) if k in _READ}
+        metadata = [
+            (name, v) for k, name in FORWARDED.items() if (v := known.get(k)) and _printable(v)
+        ]
+        return self._stub(method)(messages, metadata=metadata, timeout=self._timeout(known))
 
-    def _timeout(self, headers: Mapping[str, str]) -> float:
-        text = headers.get("grpc-timeout")
+    def _timeout(self, headers: Mapping[bytes, str]) -> float:
+        text = headers.get(b"grpc-timeout")
         if text is not None:
             match = _TIMEOUT.fullmatch(text)
             if match is None:
                 raise InvalidArgument.at("grpc-timeout", "is not a number and one of H M S m u n")
             return int(match[1]) * _UNITS[match[2]]
-        text = headers.get("x-forebay-timeout-ms") or headers.get("connect-timeout-ms")
+        text = headers.get(b"x-forebay-timeout-ms") or headers.get(b"connect-timeout-ms")
         if text is not None:
             if not text.isascii() or not text.isdigit() or len(text) > 10:
                 raise InvalidArgument.at("x-forebay-timeout-ms", "is not a number of milliseconds")

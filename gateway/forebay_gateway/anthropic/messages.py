@@ -11,6 +11,7 @@ from forebay.methods import methods
 from forebay.v1 import generation_pb2 as pb
 from google.rpc import status_pb2
 from grpc import aio
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -100,9 +101,9 @@ def endpoint(upstream: Upstream) -> Any:
     async def messages(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
         message = read(body)
-        headers = dict(request.headers)
+        headers = request.headers
         if "x-api-key" in headers and "authorization" not in headers:
-            headers["authorization"] = f"Bearer {headers['x-api-key']}"
+            headers = Headers({**headers, "authorization": f"Bearer {headers['x-api-key']}"})
         if fields.flag(body, "stream"):
             return await stream(upstream, headers, message)
         call = upstream.start(CHAT, headers, message.SerializeToString())
@@ -293,7 +294,7 @@ class _Blocks:
         return [_event("content_block_stop", {"index": self.index})]
 
 
-async def stream(upstream: Upstream, headers: dict[str, str], message: pb.ChatRequest) -> Response:
+async def stream(upstream: Upstream, headers: Headers, message: pb.ChatRequest) -> Response:
     """The answer as Anthropic's events."""
     wrapped = pb.ChatStreamRequest(request=message)
     call, events, first = await generation.begin(upstream, STREAM, headers, wrapped)
