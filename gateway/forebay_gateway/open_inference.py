@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from forebay.datatypes import DTYPES
 from forebay.errors import ForebayError, InvalidArgument, TooLarge, http_error
 from forebay.methods import methods
 from forebay.oip import open_inference_pb2 as pb
@@ -28,20 +29,6 @@ from forebay_gateway.upstream import ClientGone, Upstream
 
 _SERVICE = "/inference.GRPCInferenceService/"
 HEADER = "inference-header-content-length"
-DTYPES = {
-    "BOOL": "?",
-    "UINT8": "u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP16": "<f2",
-    "FP32": "<f4",
-    "FP64": "<f8",
-}
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from forebay.datatypes import DTYPES
 from forebay.errors import ForebayError, InvalidArgument
 from numpy.typing import NDArray
 
@@ -17,21 +18,6 @@ from forebay_server.core.interfaces import TensorSpec
 from forebay_server.dataplane.blocks import Blocks, answer_each
 from forebay_server.dataplane.models import ModelAccess, ServedModel
 
-#: OIP datatype -> little-endian numpy dtype; BYTES is apart.
-DTYPES: Mapping[str, str] = {
-    "BOOL": "?",
-    "UINT8": "u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP16": "<f2",
-    "FP32": "<f4",
-    "FP64": "<f8",
-}
 _NAMES = {np.dtype(v).newbyteorder("="): k for k, v in DTYPES.items()}
 #: Elements of one tensor at most; the message bound holds long before for dense data.
 MAX_ELEMENTS = 1 << 28

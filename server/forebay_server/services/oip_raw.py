@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from forebay.constraints import Validator
+from forebay.datatypes import DTYPES
 from forebay.errors import ForebayError
 from forebay.oip import open_inference_pb2 as pb
 from google.protobuf.message import DecodeError
@@ -111,7 +112,7 @@ class RawInfer:
         inputs: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
         dummies: dict[str, NDArray[Any]] = {}
         for tensor in request.inputs:
-            kind = tensors.DTYPES.get(tensor.datatype)
+            kind = DTYPES.get(tensor.datatype)
             shape = tuple(tensor.shape)
             if kind is None or not shape or tensor.HasField("contents") or tensor.name in dummies:
                 return None

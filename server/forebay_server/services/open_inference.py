@@ -13,6 +13,7 @@ from typing import Any, cast
 import forebay
 import numpy as np
 from forebay.constraints import Validator
+from forebay.datatypes import DTYPES
 from forebay.errors import ForebayError, InvalidArgument
 from forebay.oip import open_inference_pb2 as pb
 from numpy.typing import NDArray
@@ -318,7 +319,7 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, path: str) -> NDArray[
     if tensor.datatype == "BYTES":
         return np.array(list(values), object).reshape(tuple(tensor.shape))
     try:
-        return np.array(values, tensors.DTYPES[tensor.datatype]).reshape(tuple(tensor.shape))
+        return np.array(values, DTYPES[tensor.datatype]).reshape(tuple(tensor.shape))
     except OverflowError:
         raise InvalidArgument.at(
             f"{path}.contents.{field}", f"has a value outside of {tensor.datatype}"
