@@ -38,7 +38,7 @@ def outcome(
 
     began = time.monotonic()
     (sent,) = stub.UploadDocument(messages()).documents
-    ask = pb.GetDocumentRequest(knowledge_base=BASE, document=sent.id, with_text=True)
+    ask = pb.GetDocumentRequest(knowledge_base=BASE, document=sent.document.id, with_text=True)
     while True:
         found = stub.GetDocument(ask)
         ended = (pb.DOCUMENT_STATUS_READY, pb.DOCUMENT_STATUS_FAILED)
