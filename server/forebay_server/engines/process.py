@@ -36,6 +36,7 @@ KEEP_ENV = (
     "CUDA_VISIBLE_DEVICES",
     "PYTHONPATH",
     "TMPDIR",
+    "GLIBC_TUNABLES",  # large pages: docs/adr/0027
 )
 
 

@@ -40,7 +40,16 @@ LOAD_TIMEOUT_S = 900.0
 RESTART_WAIT_S = 180.0
 BACKOFF_S = (0.5, 30.0)
 #: Environment that the process keeps; keys and tokens of the server are none of its business.
-KEEP_ENV = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "TMPDIR", "CUDA_HOME")
+KEEP_ENV = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "TMPDIR",
+    "CUDA_HOME",
+    "GLIBC_TUNABLES",  # large pages: docs/adr/0027
+)
 KEEP_PREFIXES = ("VLLM_", "CUDA_", "NCCL_", "OMP_", "RAY_", "HF_HOME", "HF_HUB_OFFLINE", "TORCH")
 
 
