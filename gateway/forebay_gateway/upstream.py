@@ -164,8 +164,8 @@ class Upstream:
 async def unless_gone(request: Request, call: Any) -> bytes:
     """The call's answer; the call is cancelled when the client leaves first.
 
-    Whether the client is still there is looked at only once an answer takes longer than most do:
-    a watcher for every call would cost more than all else that is done for a small one.
+    Whether the client is still there is looked at only once an answer takes longer than most do: two
+    tasks for every call would be a good part of what a small one costs.
     """
     gone = False
 

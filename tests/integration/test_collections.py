@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -311,6 +312,37 @@ def test_streams_write_and_search(stub) -> None:
         if not token:
             break
     assert pages == [f"p{i}" for i in range(3000)]
+
+
+def batches(live: Live) -> tuple[float, float]:
+    """(batches, searches) so far."""
+    text = live.server.metrics.exposition().decode()
+    found = [
+        re.search(rf'forebay_batch_rows_{x}{{model="collections".*?}} (\S+)', text)
+        for x in ("count", "sum")
+    ]
+    return tuple(float(f[1]) if f else 0.0 for f in found)  # type: ignore[return-value]
+
+
+def test_only_searches_that_share_work_go_in_large_batches(stub, live: Live) -> None:
+    create(stub, "batched", dimensions=8)
+    vectors = np.random.default_rng(4).normal(size=(200, 8)).astype(np.float32)
+    points = [point(f"p{i}", v.tolist()) for i, v in enumerate(vectors)]
+    stub.UpsertPoints(pb.UpsertPointsRequest(collection="batched", points=points))
+    means = {}
+    for exact in (False, True):
+        asked = [
+            pb.SearchRequest(collection="batched", vector=v.tolist(), limit=1, exact=exact)
+            for v in vectors
+        ]
+        before = batches(live)
+        answers = list(stub.SearchStream(pb.SearchStreamRequest(requests=asked)))
+        assert {a.index: ids(a.response) for a in answers} == {i: [f"p{i}"] for i in range(200)}
+        count, searches = (b - a for a, b in zip(before, batches(live), strict=True))
+        assert searches == 200
+        means[exact] = searches / count
+    assert means[False] <= 16
+    assert means[True] > 32
 
 
 def test_rest_speaks_the_same(gateway: Gateway) -> None:

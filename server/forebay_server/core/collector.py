@@ -47,7 +47,7 @@ def gathering() -> bool:
     return _local.pending is not None
 
 
-class together:  # noqa: N801: used as a function
+class together:  # noqa: N801 - used as a function
     """Context manager; the outermost one on a thread counts."""
 
     __slots__ = ("_outermost",)
