@@ -232,11 +232,13 @@ def test_completions_of_several_prompts_and_ids(stub: rpc.GenerationServiceStub)
     assert answer.completions[0].text.startswith("The origin")
     assert answer.completions[2].text.startswith("To be")
     assert answer.generation_usage.completion_tokens == 32
-    streamed = ["", "", "", ""]
+    streamed, tokens = ["", "", "", ""], [0, 0, 0, 0]
     for event in stub.CompleteStream(pb.CompleteStreamRequest(request=request)):
         if event.HasField("text"):
             streamed[event.text.index] += event.text.text
+            tokens[event.text.index] += event.text.tokens
     assert streamed == [c.text for c in answer.completions]
+    assert tokens == [8, 8, 8, 8]
     by_ids = pb.CompleteRequest(token_ids=[{"ids": [5, 6, 7]}], sampling=sampling)
     assert len(stub.Complete(by_ids).completions) == 2
     by_ids.token_ids[0].ids.append(99999)

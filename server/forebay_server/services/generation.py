@@ -105,8 +105,8 @@ class GenerationService(Service):
                 yield pb.CompleteStreamResponse(text=pb.TextDelta(index=i, text=prompt))
         async with aclosing(self._generation.run(job)) as deltas:
             async for delta in deltas:
-                # Without text, too: a token that is no whole character yet is a sign of life.
-                if delta.text or delta.logprobs or (delta.tokens and delta.finish_reason is None):
+                # Without text, too: a token that is no whole character yet counts, and is a sign of life.
+                if delta.text or delta.logprobs or delta.tokens:
                     yield pb.CompleteStreamResponse(text=messages.text_delta(delta))
                 if delta.finish_reason is not None:
                     yield pb.CompleteStreamResponse(finish=messages.finish(delta))
