@@ -47,8 +47,8 @@ def gathering() -> bool:
     return _local.pending is not None
 
 
-class together:  # noqa: N801 - used as a function
-    """Context manager; the outermost one on a thread counts."""
+class together:
+    """Context manager, named as it is used; the outermost one on a thread counts."""
 
     __slots__ = ("_outermost",)
 
