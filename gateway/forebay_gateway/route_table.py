@@ -15,7 +15,8 @@ Listed = Route | WebSocketRoute
 
 
 class RouteTable(BaseRoute):
-    """Many routes as one. Of those that match, the first in order serves, as in Starlette's router."""
+    """Many routes as one. Of those that match, the one with the longest literal part serves; of several
+    with the same, the first. Every route of the gateway is found as Starlette's own router finds it."""
 
     def __init__(self, routes: Iterable[Listed]) -> None:
         self.routes = list(routes)
