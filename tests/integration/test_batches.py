@@ -103,7 +103,8 @@ def test_typed_items_get_typed_results_in_their_order(
 ) -> None:
     items = [chat(f"c{i}", f"Hello {i}", max_tokens=20) for i in range(10)]
     items.append(pb.BatchItem(custom_id="w", note="mine", complete={"prompts": ["To be"]}))
-    items[-1].complete.sampling.max_tokens = 5
+    sampling = items[-1].complete.sampling
+    sampling.temperature, sampling.max_tokens, sampling.ignore_eos = 0, 5, True
     items.append(pb.BatchItem(custom_id="e", embed={"model": "minilm-int8", "texts": ["a", "b"]}))
     made = batch(stub, items, metadata=None, endpoint="/x")
     assert made.status == pb.BATCH_STATUS_VALIDATING and made.counts.total == 12
@@ -115,6 +116,7 @@ def test_typed_items_get_typed_results_in_their_order(
     assert [r.custom_id for r in found] == [i.custom_id for i in items]
     alone = generation_pb2_grpc.GenerationServiceStub(tiny.channel).Chat(items[3].chat)
     assert text_of(found[3].chat.choices[0]) == text_of(alone.choices[0])
+    assert found[10].complete.generation_usage.completion_tokens == 5
     assert found[10].complete.completions[0].text and found[10].note == "mine"
     assert len(found[11].embed.embeddings) == 2
     tokens = sum(
