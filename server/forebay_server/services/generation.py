@@ -10,7 +10,8 @@ from forebay.v1 import generation_pb2 as pb
 
 from forebay_server.core.call import Call
 from forebay_server.core.generation import GenerationDelta
-from forebay_server.dataplane.generation import GenerationPipeline, Job
+from forebay_server.dataplane.generation import GenerationPipeline
+from forebay_server.dataplane.generation_jobs import Job
 from forebay_server.services import generation_messages as messages
 from forebay_server.services.base import Service
 from forebay_server.services.common import served_by, timing, usage

@@ -20,7 +20,7 @@ from forebay_server.core.generation import (
     ToolSpec,
 )
 from forebay_server.core.structure import check_enforceable, check_regex, parse_schema
-from forebay_server.dataplane.generation import ChatAsk, CompleteAsk
+from forebay_server.dataplane.generation_jobs import ChatAsk, CompleteAsk
 from forebay_server.services.common import exactly_one
 
 ROLES = {

@@ -14,7 +14,8 @@ from forebay.v1 import generation_pb2 as generation
 from forebay.v1 import response_pb2 as pb
 
 from forebay_server.core.call import Call
-from forebay_server.dataplane.generation import GenerationPipeline, Job
+from forebay_server.dataplane.generation import GenerationPipeline
+from forebay_server.dataplane.generation_jobs import Job
 from forebay_server.services import generation_messages as messages
 from forebay_server.services.common import check_metadata, served_by
 from forebay_server.services.model import timestamp
