@@ -136,7 +136,7 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         # Spinning threads burn the cores that the transport needs: on 2 cores, 64 callers and
-        # 20-token texts, throughput rose by a tenth without it (benchmarks/README.md).
+        # 20-token texts, throughput rose by a tenth without it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Weights live once in memory: the file's own copy is not kept beside the packed one.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
