@@ -63,8 +63,14 @@ $("#rerank-form").addEventListener("submit", guarded(async () => {
 
 let features = [], target = null;
 async function loadFeatures() {
-  ({ features, target } = await api("GET", `/api/v1/tabular/${enc(select.value)}/signature`));
+  // Those of the model before must not be sent to this one; nor may a late answer replace a newer one.
+  const name = select.value;
+  $("#tabular-form").hidden = true;
   $("#tabular-out").replaceChildren();
+  const found = await api("GET", `/api/v1/tabular/${enc(name)}/signature`);
+  if (select.value !== name) return;
+  ({ features, target } = found);
+  $("#tabular-form").hidden = false;
   $("#features").replaceChildren(element("legend", "Features"), ...features.map((f) => {
     const range = f.min !== undefined && f.max !== undefined ? ` (${Number(f.min.toPrecision(4))} to ${Number(f.max.toPrecision(4))})` : "";
     let input;
@@ -100,7 +106,11 @@ $("#tabular-form").addEventListener("submit", guarded(async () => {
 // Tensors, as the Open Inference Protocol has them.
 
 async function loadTensors() {
-  const facts = await api("GET", `/v2/models/${enc(select.value)}`);
+  const name = select.value;
+  $("#tensor-form").hidden = true;
+  const facts = await api("GET", `/v2/models/${enc(name)}`);
+  if (select.value !== name) return;
+  $("#tensor-form").hidden = false;
   const inputs = facts.inputs.map((i) => {
     const shape = i.shape.map((n) => (n < 1 ? 1 : n));
     const count = shape.reduce((a, b) => a * b, 1);
