@@ -21,6 +21,7 @@ from forebay_cli.fit import fit_live
 from forebay_server.capacity.planning import peak
 from forebay_server.capacity.simulation import Call, Scenario, simulate
 from forebay_server.core.interfaces import BatchPolicy
+from forebay_server.repository.loading import BATCH_TOKENS, PADDING_TOKENS
 
 from benchmarks import common
 from benchmarks.openloop import Workload, run, workloads
@@ -28,7 +29,7 @@ from benchmarks.openloop.live import serve
 
 SHARES = (0.3, 0.5, 0.7)
 WITHIN = 0.2
-TEXTS = BatchPolicy(max_batch_tokens=1024, max_batch_size=32)
+TEXTS = BatchPolicy(BATCH_TOKENS[False], 32, PADDING_TOKENS[False])
 ROWS = BatchPolicy(max_batch_size=256)
 
 

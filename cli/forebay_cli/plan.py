@@ -24,6 +24,7 @@ def plan(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a tabular call.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
+    max_padding_tokens: Annotated[int, typer.Option(min=0, help="Padding of a batch.")] = 12,
     instances: Annotated[int, typer.Option(min=1, help="Engines of a replica.")] = 1,
     call_us: Annotated[
         float, typer.Option(min=0, help="Server CPU of a call beside its engine, microseconds.")
@@ -47,7 +48,7 @@ def plan(
     if bool(fit) == (cost is not None):
         _fail("one of --fit and --cost is needed")
     lengths = lengths_of(tokens)
-    policy = BatchPolicy(max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size)
+    policy = BatchPolicy(max_batch_tokens, max_batch_size, max_padding_tokens)
     model, policy, instances, text = _cost(fit, cost, lengths, rows, policy, instances)
     calls = [Call(n) for n in lengths] if text else [Call(1, rows)]
     if save is not None:

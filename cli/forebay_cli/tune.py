@@ -58,7 +58,7 @@ def _name(candidate: Any) -> str:
     lone = f" (alone {candidate.lone_threads})" if candidate.lone_threads else ""
     return (
         f"{candidate.instances} x {candidate.threads} threads{lone}, {policy.max_batch_tokens} tokens, "
-        f"{policy.max_batch_size} rows, {policy.max_queue_delay_s * 1e3:g} ms"
+        f"{policy.max_padding_tokens} of padding, {policy.max_batch_size} rows, {policy.max_queue_delay_s * 1e3:g} ms"
     )
 
 
@@ -76,6 +76,7 @@ def _write(path: Path, best: Any, text: bool) -> None:
     batching = data.setdefault("batching", {})
     if text:
         batching["max_batch_tokens"] = best.policy.max_batch_tokens
+        batching["max_padding_tokens"] = best.policy.max_padding_tokens
     batching["max_batch_size"] = best.policy.max_batch_size
     batching["max_queue_delay_ms"] = best.policy.max_queue_delay_s * 1e3
     execution = data.setdefault("execution", {})

@@ -14,7 +14,7 @@ from forebay.errors import FailedPrecondition
 
 from forebay_server.capacity.cost import CostModel, Sample, fit
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TokenInput
-from forebay_server.core.queue import padded
+from forebay_server.core.lane import padded
 from forebay_server.engines.arrays import NUMPY
 from forebay_server.engines.factory import open_all
 from forebay_server.repository import loading

@@ -57,6 +57,8 @@ def candidates(spec: EngineSpec, longest: int) -> list[Candidate]:
     splits = sorted({(1, cores), (1, 1), (cores, 1)} | ({(2, cores // 2)} if cores >= 4 else set()))
     policy = spec.policy
     policies = [policy]
+    if spec.kind == "tokens":
+        policies += [replace(policy, max_padding_tokens=n) for n in (0, 12, 64, 4096)]
     for delay in (0.0, 0.002):
         if spec.kind == "tokens":
             for tokens in (256, 512, 1024, 2048, 4096):

@@ -23,8 +23,9 @@ from forebay.errors import (
 
 from forebay_server.core.completion import RequestCompletion
 from forebay_server.core.interfaces import Batch, BatchPolicy, Clock, EngineRequest
+from forebay_server.core.lane import Entry, padded
 from forebay_server.core.quarantine import Quarantine
-from forebay_server.core.queue import Cut, Entry, RequestQueue, padded
+from forebay_server.core.queue import Cut, RequestQueue
 from forebay_server.core.statistics import EngineStatistics
 
 log = logging.getLogger("forebay.batcher")
@@ -243,6 +244,8 @@ class Intake:
                     cut = self._queue.cut(now) if delay <= 0 else None
                     if cut is not None:
                         self._arm()
+                        if self._idle and self._queue.waiting_rows:
+                            self._work.notify()  # one request may be work for several slots
                         return cut
                     if self.closing.is_set() and not self._queue.waiting_rows:
                         return None

@@ -72,6 +72,8 @@ class BatchPolicy:
     Attributes:
         max_batch_tokens: bound of padded length x rows.
         max_batch_size: bound of rows.
+        max_padding_tokens: bound of what a batch pads; None = none. Best is about what a batch costs
+            beyond its tokens, in tokens: an item that brings more padding is cheaper in another batch.
         max_queue_size: bound of waiting rows; beyond it `QueueFull`.
         max_queue_delay_s: 0 = cut at once when the engine is free.
         length_buckets: lengths are padded up to the next of these; empty = to the longest item.
@@ -80,6 +82,7 @@ class BatchPolicy:
 
     max_batch_tokens: int = 8192
     max_batch_size: int = 64
+    max_padding_tokens: int | None = None
     max_queue_size: int = 4096
     max_queue_delay_s: float = 0.0
     length_buckets: tuple[int, ...] = ()

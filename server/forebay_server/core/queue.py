@@ -4,13 +4,13 @@ The rules (docs/concepts.md has them with a picture):
 
 - Work-conserving: `cut` gives a batch whenever anything waits.
 - The highest priority goes first; among equals, the group with the oldest waiting item.
-- When one batch takes all of a group, it takes all, in order. When more waits, the oldest
+- When one batch takes all of a group, it takes all, in order. When it does not, the oldest
   `sort_window` batches' worth become a window. Its first batch is the oldest item with those whose
   lengths are nearest; the rest is sorted by length and sliced, and the slices go out by age: little
   padding, without a timer. Newer items wait until the window is through, so nothing starves; they
   only fill up the room that its last slice leaves.
-- padded length x rows stays within `max_batch_tokens`, rows within `max_batch_size`. An item that
-  is larger than that runs alone.
+- padded length x rows stays within `max_batch_tokens`, rows within `max_batch_size`, the tokens that
+  a batch pads within `max_padding_tokens`. An item that is larger than that runs alone.
 - Cancelled and expired requests are dropped at the cut, and counted out of the bound at once.
 - A request that would wait out most of its deadline is refused at once: to serve those that came
   in time, and not, first come first served, those whose callers are about to leave.
@@ -20,8 +20,6 @@ Each item is sorted once or twice and moved a few times, whatever the queue's le
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -29,27 +27,14 @@ from itertools import count
 from forebay.errors import QueueFull
 
 from forebay_server.core.completion import RequestCompletion
-from forebay_server.core.interfaces import Batch, BatchPolicy, Item
+from forebay_server.core.interfaces import Batch, BatchPolicy
+from forebay_server.core.lane import Entry, Lane, padded
 
 #: Bounds of the retry delay that a refusal names, seconds.
 MIN_RETRY_S, MAX_RETRY_S = 0.01, 30.0
 #: Share of the time left until a request's deadline that it may wait. The rest is for its batch,
 #: its way back, and for what the throughput's estimate is off.
 MOST_WAIT = 0.65
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One waiting item of a request. `order` counts the queue's items: lower is older."""
-
-    owner: RequestCompletion
-    index: int
-    item: Item
-    order: int = 0
-
-    def wanted(self) -> bool:
-        """Whether anybody still waits for it."""
-        return self.owner.waiting_rows > 0 and not self.owner.done()
 
 
 @dataclass(slots=True)
@@ -65,9 +50,9 @@ class RequestQueue:
 
     def __init__(self, policy: BatchPolicy) -> None:
         self.policy = policy
-        self._lanes: dict[tuple[int, str], _Lane] = {}
+        self._lanes: dict[tuple[int, str], Lane] = {}
         #: One (-priority, order of the oldest item at most, lane) for each lane that has entries.
-        self._ready: list[tuple[int, int, _Lane]] = []
+        self._ready: list[tuple[int, int, Lane]] = []
         self._deadlines: list[tuple[float, int, RequestCompletion]] = []
         self._deadlines_bound = 256
         self._expired: list[RequestCompletion] = []
@@ -115,7 +100,7 @@ class RequestQueue:
             key = (request.priority, item.group)
             lane = self._lanes.get(key)
             if lane is None:
-                lane = self._lanes[key] = _Lane(self.policy, key)
+                lane = self._lanes[key] = Lane(self.policy, key)
                 heappush(self._ready, (-request.priority, entry.order, lane))
             lane.add(entry)
         if request.deadline is not None:
@@ -246,209 +231,3 @@ class RequestQueue:
         self.waiting_rows -= rows
         self.waiting_tokens -= tokens
         return Cut(Batch(items, padded(self.policy, longest), rows), chosen)
-
-
-def padded(policy: BatchPolicy, length: int) -> int:
-    """The length that items of at most `length` are padded to: the next bucket, else itself."""
-    buckets = policy.length_buckets
-    if not buckets:
-        return length
-    at = bisect_left(buckets, length)
-    return buckets[at] if at < len(buckets) else length
-
-
-class _Lane:
-    """The items of one priority and group: a window that is cut into slices, and those behind it.
-
-    `entries`, `rows` and `tokens` count all that is held, dropped ones included until met.
-    """
-
-    __slots__ = ("_pending", "_plan", "_policy", "entries", "key", "rows", "tokens")
-
-    def __init__(self, policy: BatchPolicy, key: tuple[int, str]) -> None:
-        self.key = key
-        self._policy = policy
-        self._pending: deque[Entry] = deque()
-        #: Slices of the window, next last; the first is the remainder, with room to fill up.
-        self._plan: list[list[Entry]] = []
-        self.entries = 0
-        self.rows = 0
-        self.tokens = 0
-
-    def __lt__(self, other: _Lane) -> bool:
-        return self.key < other.key  # never decides: orders differ
-
-    def add(self, entry: Entry) -> None:
-        """Append the newest item."""
-        self._pending.append(entry)
-        item = entry.item
-        self.entries += 1
-        self.rows += item.rows
-        self.tokens += item.length * item.rows
-
-    def order(self) -> int:
-        """The order of the oldest item held, dropped ones included."""
-        plan = self._plan
-        if plan:  # slices are by age but for the remainder, which goes last
-            return min(_age(plan[0]), _age(plan[-1]))
-        return self._pending[0].order
-
-    def oldest(self) -> Entry | None:
-        """The oldest item that is wanted. Forgets dropped ones on the way."""
-        plan = self._plan
-        while plan:
-            heads = [min(s, key=_order) for s in (plan[0], plan[-1])]
-            head = min(heads, key=_order)
-            if head.wanted():
-                return head
-            at = 0 if head is heads[0] else -1
-            plan[at].remove(head)
-            self._forget(head)
-            if not plan[at]:
-                del plan[at]
-            plan[1:] = sorted(plan[1:], key=_age, reverse=True)  # without it, it may be younger
-        while self._pending:
-            if self._pending[0].wanted():
-                return self._pending[0]
-            self._forget(self._pending.popleft())
-        return None
-
-    def full(self) -> bool:
-        """Whether the next batch is full."""
-        return (
-            len(self._plan) > 1
-            or self.rows >= self._policy.max_batch_size
-            or self.tokens >= self._policy.max_batch_tokens
-        )
-
-    def take(self) -> list[Entry]:
-        """The next batch's items; only called when `oldest` gave one."""
-        plan = self._plan
-        seed: list[Entry] = []
-        if len(plan) > 1 and _age(plan[0]) < _age(plan[-1]):
-            # The remainder's turn has come: a full batch around its oldest, from the same window.
-            entries = self._live([e for part in plan for e in part])
-            entries.sort(key=_order)
-            self._plan = []
-            seed = self._around([], entries)
-        while self._plan and not seed:
-            seed = self._live(self._plan.pop())
-            if seed and not self._plan and self._pending and self._room(seed):
-                seed = self._around(seed, self._window())
-        if not seed:
-            seed = self._around([], self._window())
-        for entry in seed:
-            self._forget(entry)
-        return seed
-
-    def _forget(self, entry: Entry) -> None:
-        item = entry.item
-        self.entries -= 1
-        self.rows -= item.rows
-        self.tokens -= item.length * item.rows
-
-    def _live(self, entries: list[Entry]) -> list[Entry]:
-        live = [e for e in entries if e.wanted()]
-        if len(live) < len(entries):
-            for entry in entries:
-                if not entry.wanted():
-                    self._forget(entry)
-        return live
-
-    def _fits(self, longest: int, rows: int) -> bool:
-        policy = self._policy
-        return (
-            rows <= policy.max_batch_size
-            and padded(policy, longest) * rows <= policy.max_batch_tokens
-        )
-
-    def _room(self, entries: list[Entry]) -> bool:
-        return self._fits(_longest(entries), sum(e.item.rows for e in entries) + 1)
-
-    def _around(self, seed: list[Entry], window: list[Entry]) -> list[Entry]:
-        """A batch with `seed`, else with the window's first; what is left becomes the plan."""
-        every = seed + window
-        if self._fits(_longest(every), sum(e.item.rows for e in every)):
-            return every
-        if not seed:
-            seed, window = window[:1], window[1:]
-        keys = {id(e): padded(self._policy, e.item.length) for e in window}
-        chosen = self._nearest(seed, window, keys)
-        taken = set(map(id, chosen))
-        rest = [e for e in window if id(e) not in taken]
-        rest.sort(key=lambda e: keys[id(e)])
-        self._slice(rest)
-        return chosen
-
-    def _window(self) -> list[Entry]:
-        """The oldest entries that are wanted, a few batches' worth."""
-        policy = self._policy
-        most_rows = policy.max_batch_size * policy.sort_window
-        most_tokens = policy.max_batch_tokens * policy.sort_window
-        pending = self._pending
-        out: list[Entry] = []
-        rows = tokens = 0
-        while pending:
-            entry = pending[0]
-            item = entry.item
-            if not entry.wanted():
-                self._forget(pending.popleft())
-                continue
-            rows += item.rows
-            tokens += item.length * item.rows
-            if out and (rows > most_rows or tokens > most_tokens):
-                break
-            out.append(pending.popleft())
-        return out
-
-    def _nearest(self, seed: list[Entry], window: list[Entry], keys: dict[int, int]) -> list[Entry]:
-        """`seed` filled up with the nearest shorter items, oldest first among equals, then longer."""
-        longest = padded(self._policy, _longest(seed))
-        shorter = [e for e in window if keys[id(e)] <= longest]
-        shorter.sort(key=lambda e: keys[id(e)], reverse=True)
-        chosen, full = self._fill(seed, shorter)
-        if full or len(shorter) == len(window):
-            return chosen
-        longer = [e for e in window if keys[id(e)] > longest]
-        longer.sort(key=lambda e: keys[id(e)])
-        return self._fill(chosen, longer)[0]
-
-    def _fill(self, chosen: list[Entry], candidates: list[Entry]) -> tuple[list[Entry], bool]:
-        chosen = list(chosen)
-        longest = _longest(chosen)
-        rows = sum(e.item.rows for e in chosen)
-        for entry in candidates:
-            longest = max(longest, entry.item.length)
-            rows += entry.item.rows
-            if not self._fits(longest, rows):
-                return chosen, True
-            chosen.append(entry)
-        return chosen, False
-
-    def _slice(self, rest: list[Entry]) -> None:
-        """Cut what is sorted by length into batches: full ones by age, the remainder last."""
-        slices: list[list[Entry]] = []
-        part: list[Entry] = []
-        rows = longest = 0
-        for entry in rest:
-            item = entry.item
-            longest = max(longest, item.length)
-            if part and not self._fits(longest, rows + item.rows):
-                slices.append(part)
-                part, rows, longest = [], 0, item.length
-            part.append(entry)
-            rows += item.rows
-        slices.sort(key=_age, reverse=True)
-        self._plan = ([part] if part else []) + slices
-
-
-def _order(entry: Entry) -> int:
-    return entry.order
-
-
-def _age(entries: list[Entry]) -> int:
-    return min(e.order for e in entries)
-
-
-def _longest(entries: list[Entry]) -> int:
-    return max(e.item.length for e in entries)

@@ -30,8 +30,9 @@ from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 from forebay_server.core.collector import together
 from forebay_server.core.intake import Intake, quarantined, too_late
 from forebay_server.core.interfaces import Batch, Engine
+from forebay_server.core.lane import Entry, padded
 from forebay_server.core.priority import lower
-from forebay_server.core.queue import Cut, Entry, padded
+from forebay_server.core.queue import Cut
 
 log = logging.getLogger("forebay.batcher")
 

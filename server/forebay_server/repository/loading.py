@@ -39,6 +39,8 @@ WARMUP = ((1, 16), (8, 64))
 #: small batches leave the queue more to choose equal lengths from: on MiniLM, 5-256 tokens, 1024
 #: gave 65 texts/s, 4096 gave 49, first-come batches of 32 gave 32 (benchmarks/results).
 BATCH_TOKENS = {False: 1024, True: 16384}
+#: Tokens that a batch may pad, on a CPU and on a GPU.
+PADDING_TOKENS = {False: 12, True: 4096}
 #: Up to so many cores, an encoder gets an instance to each core unless model.yaml says otherwise.
 FEW_CORES = 4
 
@@ -231,10 +233,12 @@ def _policy(
 ) -> BatchPolicy:
     rows = defaults.max_batch_size if text else defaults.max_batch_rows
     tokens = batching.max_batch_tokens or defaults.max_batch_tokens or BATCH_TOKENS[gpu]
+    padding = batching.max_padding_tokens
     return BatchPolicy(
         # A budget below the longest text would only mean that it runs alone; say so by its number.
         max_batch_tokens=max(tokens, longest),
         max_batch_size=batching.max_batch_size or rows,
+        max_padding_tokens=PADDING_TOKENS[gpu] if padding is None else padding,
         max_queue_size=batching.max_queue_size or defaults.max_queue_size,
         max_queue_delay_s=batching.max_queue_delay_ms / 1e3,
         length_buckets=tuple(sorted(batching.length_buckets or ())),

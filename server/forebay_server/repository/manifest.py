@@ -277,6 +277,7 @@ class Batching(_Strict):
 
     max_batch_tokens: int | None = Field(default=None, ge=1)
     max_batch_size: int | None = Field(default=None, ge=1)
+    max_padding_tokens: int | None = Field(default=None, ge=0)
     max_queue_size: int | None = Field(default=None, ge=1)
     max_queue_delay_ms: float = Field(default=0.0, ge=0, le=10_000)
     length_buckets: list[int] | None = None

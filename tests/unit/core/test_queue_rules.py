@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from forebay.errors import QueueFull
@@ -34,10 +36,12 @@ steps = st.lists(
 POLICY = BatchPolicy(max_batch_tokens=256, max_batch_size=8, max_queue_size=60, sort_window=3)
 
 
-@settings(max_examples=150, deadline=None)
-@given(steps)
-def test_batches_keep_the_rules_and_every_item_is_served_once(script) -> None:
-    queue = RequestQueue(POLICY)
+@settings(max_examples=200, deadline=None)
+@given(steps, st.sampled_from([None, 0, 10]))
+def test_batches_keep_the_rules_and_every_item_is_served_once(
+    script: list[tuple[str, list[int], str]], padding: int | None
+) -> None:
+    queue = RequestQueue(replace(POLICY, max_padding_tokens=padding))
     live: list[RequestCompletion] = []
     order: dict[tuple[int, int], int] = {}
     waiting: set[tuple[int, int]] = set()
@@ -56,6 +60,8 @@ def test_batches_keep_the_rules_and_every_item_is_served_once(script) -> None:
         assert batch.rows <= POLICY.max_batch_size
         assert batch.length >= max(i.length for i in batch.items)
         assert batch.length * batch.rows <= POLICY.max_batch_tokens or batch.rows == 1
+        padded = batch.length * batch.rows - sum(i.length for i in batch.items)
+        assert padding is None or padded <= padding
         assert len({i.group for i in batch.items}) == 1
         waiting.difference_update(keys)
         return True
@@ -121,6 +127,28 @@ def test_near_lengths_ride_together_when_more_waits_than_fits() -> None:
     while (made := queue.cut()) is not None:
         batches.append(sorted(i.length for i in made.batch.items))
     assert sorted(batches) == [[10, 11, 12, 13], [170, 180, 190, 200]]
+
+
+def test_what_would_be_padded_too_much_goes_apart() -> None:
+    policy = BatchPolicy(max_batch_tokens=10_000, max_batch_size=8, max_padding_tokens=20)
+    queue = RequestQueue(policy)
+    for n in [100, 20, 22, 95, 24, 60, 26]:
+        queue.push(RequestCompletion(request([n]), 0.0))
+    batches = []
+    while (made := queue.cut()) is not None:
+        batches.append(sorted(i.length for i in made.batch.items))
+    assert batches[0] == [95, 100], "the oldest goes first"
+    assert sorted(batches) == [[20, 22, 24, 26], [60], [95, 100]]
+
+
+def test_lengths_of_one_bucket_are_not_padded_against_each_other() -> None:
+    policy = BatchPolicy(max_padding_tokens=0, length_buckets=(16, 32))
+    queue = RequestQueue(policy)
+    for n in [10, 16, 30, 12]:
+        queue.push(RequestCompletion(request([n]), 0.0))
+    made = queue.cut()
+    assert made is not None
+    assert sorted(i.length for i in made.batch.items) == [10, 12, 16]
 
 
 def test_buckets_round_lengths_up() -> None:
