@@ -83,6 +83,15 @@ def check_enforceable(schema: Any, path: str) -> None:
     _compile(schema, path)
 
 
+def enforceable(schema: Any) -> bool:
+    """Whether `check_enforceable` has nothing against it."""
+    try:
+        check_enforceable(schema, "")
+    except InvalidArgument:
+        return False
+    return True
+
+
 #: Parts of regular expressions that grammars can be made of.
 _REGEX = frozenset(
     {

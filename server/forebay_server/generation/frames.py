@@ -30,6 +30,7 @@ from forebay_server.core.generation import (
     ToolCallPiece,
     ToolSpec,
 )
+from forebay_server.core.structure import enforceable
 from forebay_server.generation.json_regex import regex_of
 
 log = logging.getLogger("forebay.generation")
@@ -102,7 +103,7 @@ def plain(request: GenerationRequest) -> dict[str, Any]:
         if chat is None
         else {
             "messages": list(chat.messages),
-            "tools": [_tool(t) for t in chat.tools],
+            "tools": [_tool(t, chat.tool_mode) for t in chat.tools],
             "tool_mode": chat.tool_mode,
             "tool_name": chat.tool_name,
             "parallel_tool_calls": chat.parallel_tool_calls,
@@ -110,10 +111,13 @@ def plain(request: GenerationRequest) -> dict[str, Any]:
     }
 
 
-def _tool(tool: ToolSpec) -> dict[str, Any]:
+def _tool(tool: ToolSpec, mode: str) -> dict[str, Any]:
+    """A call that is forced keeps to the schema where a grammar can hold it: left free, vLLM lets a
+    model write `false` for arguments, which no client takes."""
     out = tool.as_openai()
-    if tool.strict:
+    if tool.strict or (mode in ("required", "named") and enforceable(tool.parameters)):
         out["function"]["strict"] = True
+        out["function"]["parameters"].setdefault("type", "object")
     return out
 
 

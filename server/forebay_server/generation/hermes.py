@@ -15,7 +15,7 @@ from forebay_server.core.generation import ToolCallPiece
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(
-    r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*'
+    r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 
 
@@ -107,7 +107,7 @@ class _Call:
         if self.named:
             return self._arguments(text)
         head = _HEAD.match(self.raw)
-        if head is None or head.end() == len(self.raw):
+        if head is None:
             return []
         self.named = True
         name = json.loads(f'"{head[1]}"')
@@ -139,20 +139,21 @@ class _Call:
         return [ToolCallPiece(self._number, arguments=text)] if text else []
 
     def close(self) -> list[ToolCallPiece]:
-        """Calls that are written in another order, all at once."""
+        """Calls that are written in another order, all at once. Arguments are an object, or a string
+        that holds one: what has others is no call."""
         if self.named:
             return []
         try:
             value = json.loads(self.raw)
             name, arguments = value["name"], value.get("arguments", value.get("parameters", {}))
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
         except (ValueError, KeyError, TypeError, AttributeError):
             return []
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not isinstance(arguments, dict):
             return []
         self.named = True
-        text = (
-            arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        )
+        text = json.dumps(arguments, ensure_ascii=False)
         return [ToolCallPiece(self._number, call_id(), name, text)]
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from typing import Any
 
 import pytest
 from forebay.errors import InvalidArgument, QueueFull
 from forebay_server.core.fairness import FairQueue
-from forebay_server.core.generation import GenerationDelta, Structure
+from forebay_server.core.generation import (
+    ChatContext,
+    GenerationDelta,
+    GenerationRequest,
+    SamplingParameters,
+    Structure,
+    ToolMode,
+    ToolSpec,
+)
 from forebay_server.core.structure import check_enforceable, check_regex, fault_of
 from forebay_server.generation.channel import Channel
 from forebay_server.generation.client import TemplateRefused
 from forebay_server.generation.detokenize import Detokenizer
+from forebay_server.generation.frames import plain
 from forebay_server.generation.gate import Gate
 from forebay_server.generation.hermes import HermesParser
 from forebay_server.generation.json_regex import regex_of
@@ -105,7 +115,35 @@ def test_tool_calls_are_the_same_however_the_stream_is_cut(cuts: list[int]) -> N
     assert all(c["name"] == "f" and c["id"] for c in calls.values())
 
 
-@pytest.mark.parametrize("text", ["a <tool_call> b", "<tool_call>{no json}</tool_call>", "a < b"])
+NOT_AN_OBJECT = [
+    f'<tool_call>{{"name": "f", "arguments": {v}}}</tool_call>' for v in ("false", "[1]", '"a"')
+]
+
+
+def test_arguments_in_a_string_are_an_object() -> None:
+    parser = HermesParser()
+    said, pieces = parser.feed('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')
+    assert not said and json.loads(pieces[0].arguments) == {"a": 1}
+
+
+def test_a_forced_call_keeps_to_its_schema() -> None:
+    def sent(mode: ToolMode, **tool: Any) -> dict[str, Any]:
+        context = ChatContext([], [ToolSpec("f", **tool)], mode)
+        request = GenerationRequest("a", SamplingParameters(), chat=context)
+        return plain(request)["chat"]["tools"][0]["function"]
+
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    assert sent("required", parameters=schema)["strict"]
+    assert sent("named")["strict"] and sent("named")["parameters"] == {"type": "object"}
+    assert "strict" not in sent("auto", parameters=schema)
+    beyond = {"type": "object", "not": {"required": ["b"]}}
+    assert "strict" not in sent("required", parameters=beyond)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a <tool_call> b", "<tool_call>{no json}</tool_call>", "a < b", *NOT_AN_OBJECT],
+)
 def test_text_that_is_no_call_stays_text(text: str) -> None:
     parser = HermesParser()
     said = "".join(parser.feed(c)[0] for c in text)
