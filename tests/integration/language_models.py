@@ -78,14 +78,6 @@ def vllm_python() -> Path:
     return python
 
 
-def vllm_models(root: Path, running: int = 256, options: str = "") -> Path:
-    """A repository with the trained tiny model for vLLM."""
-    vllm_python()
-    if not TINY.is_dir():
-        pytest.skip("the tiny language model was not made: `make tiny-lm`")
-    return _put(root, "tiny", TINY, "vllm", options or VLLM, "hermes", running)
-
-
 def _put(
     root: Path,
     name: str,

@@ -24,7 +24,7 @@ from forebay_server.access.keys import Limits
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.language_models import random_openvino
+from tests.integration.language_models import random_openvino, random_vllm, vllm_python
 from tests.integration.test_gateway import Gateway
 from tests.integration.test_generation import text_of, user
 from tests.integration.test_kill import free_port
@@ -377,16 +377,22 @@ def test_kill_9_loses_no_item_and_runs_none_twice(
         server.kill()
 
 
-def test_kill_9_of_the_engine_costs_no_item(start: Start, models: Path) -> None:
-    live = start(models)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["openvino", "vllm"])
+def test_kill_9_of_the_engine_costs_no_item(start: Start, tmp_path: Path, engine: str) -> None:
+    if engine == "vllm":
+        set_up = {"generation__vllm_python": vllm_python(), "generation__vllm_cache_gb": 1}
+        live = start(random_vllm(tmp_path), **set_up)
+    else:
+        live = start(random_openvino(tmp_path))
     stub = rpc.BatchServiceStub(live.channel)
     items = [chat(f"c{i}", f"Hello {i}", max_tokens=300, ignore_eos=True) for i in range(100)]
     made = batch(stub, items)
     while not stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts.completed:
         time.sleep(0.02)
-    engine = live.server.repository.loaded[("tiny", 1)].client.engine
-    os.kill(engine.info()["pid"], signal.SIGKILL)
-    done = until_ended(stub, made.id, seconds=100)
+    process = live.server.repository.loaded[("tiny", 1)].client.engine
+    os.kill(process.info()["pid"], signal.SIGKILL)
+    done = until_ended(stub, made.id, seconds=300)
     assert (done.counts.completed, done.counts.failed) == (100, 0)
 
 
