@@ -53,13 +53,20 @@ def open_all(spec: EngineSpec, load: Callable[[Engine], None] | None = None) -> 
 
 def create_in_process(spec: EngineSpec) -> Engine:
     """The engine itself. Imports its runtime only here."""
-    if spec.engine == "onnxruntime":
+    engine, lacks = runtime(spec)
+    if engine == "onnxruntime":
         from forebay_server.engines.onnx import OnnxEngine
 
-        return OnnxEngine(spec)
-    if spec.engine == "openvino":
-        return _openvino(spec)
-    if spec.engine == "deterministic":
+        if lacks:
+            log.warning(
+                "%s: %s; ONNX Runtime serves it, in the file's precision", spec.model, lacks
+            )
+        return OnnxEngine(spec, instead_of=spec.engine if lacks else "")
+    if engine == "openvino":
+        from forebay_server.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(spec)
+    if engine == "deterministic":
         from forebay_server.engines.deterministic import DeterministicEngine
 
         return DeterministicEngine(spec)
@@ -69,23 +76,18 @@ def create_in_process(spec: EngineSpec) -> Engine:
     )
 
 
-def _openvino(spec: EngineSpec) -> Engine:
-    """OpenVINO; ONNX Runtime on the same file where a GPU serves or OpenVINO cannot do it."""
+def runtime(spec: EngineSpec) -> tuple[str, str]:
+    """The runtime that serves a spec on this machine, and what the one that was asked for lacks:
+    ONNX Runtime on the same file where a GPU serves or OpenVINO cannot do it."""
     from forebay_server.engines import providers
 
+    if spec.engine != "openvino":
+        return spec.engine, ""
     if any(p != "cpu" and p in providers.available() for p in spec.providers):
-        from forebay_server.engines.onnx import OnnxEngine
-
-        return OnnxEngine(spec)
+        return "onnxruntime", ""
     if importlib.util.find_spec("openvino") is None:
-        lacks = "openvino is not installed (the extra `cpu`)"
-    else:
-        from forebay_server.engines import openvino
+        return "onnxruntime", "openvino is not installed (the extra `cpu`)"
+    from forebay_server.engines import openvino
 
-        lacks = openvino.lacking(spec)
-        if not lacks:
-            return openvino.OpenVinoEngine(spec)
-    from forebay_server.engines.onnx import OnnxEngine
-
-    log.warning("%s: %s; ONNX Runtime serves it, in the file's precision", spec.model, lacks)
-    return OnnxEngine(spec, instead_of="openvino")
+    lacks = openvino.lacking(spec)
+    return ("onnxruntime" if lacks else "openvino"), lacks

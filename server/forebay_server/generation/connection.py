@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import struct
@@ -18,8 +17,9 @@ from forebay_server.generation.frames import delta_of, died, error_of, pack, pla
 
 log = logging.getLogger("forebay.generation")
 
-#: Seconds for an abort to be acknowledged.
-ABORT_S = 5.0
+#: Seconds for an abort to be acknowledged. It waits for the step that runs, which on a busy CPU, with
+#: long prompts, takes seconds; what that step brings counts.
+ABORT_S = 60.0
 STATS_EVERY_S = 1.0
 
 
@@ -79,8 +79,10 @@ class Connection(asyncio.Protocol):
         """Take a request back; its tally is exact afterwards."""
         run.aborted = self.loop.create_future()
         self._send({"op": "abort", "id": run.request.id})
-        with contextlib.suppress(TimeoutError):
+        try:
             await asyncio.wait_for(run.aborted, ABORT_S)
+        except TimeoutError:
+            log.error("an engine does not acknowledge that %s ends", run.request.id)
         self._runs.pop(run.request.id, None)
 
     def _send(self, message: Mapping[str, Any]) -> None:

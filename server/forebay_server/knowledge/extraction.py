@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane.embedding import TextEmbedder
@@ -20,8 +18,6 @@ from forebay_server.knowledge.sentences import sentence_spans
 
 #: Sentences that are compared by meaning; the others have no word and no place in their favour.
 COMPARED = 8
-#: Sentences of one submission: of near lengths, so that little is padded.
-PIECE = 4
 #: Characters of a sentence that are compared; what a sentence is about stands in its beginning.
 READ = 320
 #: Weight of meaning against shared words in a sentence's score.
@@ -62,31 +58,16 @@ async def best_sentences(
     if not candidates:
         return []
     texts = [s.text[:READ] for s in candidates]
-    scores = await _meaning(embedder, call, base, question, texts)
+    model = base.config.embedding_model
+    scores = await embedder.relevance(call, model, question, texts)
     if query != question:  # a follow-up: what went before counts for a third
-        scores = (2 * scores + await _meaning(embedder, call, base, query, texts)) / 3
+        scores = (2 * scores + await embedder.relevance(call, model, query, texts)) / 3
     total = MEANING * scores + (1 - MEANING) * np.array([s.words for s in candidates])
     order = np.argsort(-total, kind="stable").tolist()
     top = float(total[order[0]])
     if top < SUPPORT:
         return []
     return [candidates[i] for i in order[:most] if total[i] >= FURTHER * top]
-
-
-async def _meaning(
-    embedder: TextEmbedder, call: Call, base: Base, question: str, texts: Sequence[str]
-) -> NDArray[np.float32]:
-    """How near each text is to the question."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    pieces = [order[i : i + PIECE] for i in range(0, len(order), PIECE)]
-    model = base.config.embedding_model
-    found = await asyncio.gather(
-        *(embedder.relevance(call, model, question, [texts[i] for i in p]) for p in pieces)
-    )
-    scores = np.zeros(len(texts), np.float32)
-    for piece, values in zip(pieces, found, strict=True):
-        scores[piece] = values
-    return scores
 
 
 def _candidates(query: str, chunks: Sequence[RetrievedChunk], language: str) -> list[Sentence]:

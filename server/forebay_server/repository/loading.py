@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from forebay.errors import ForebayError
 from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
 from forebay_server.core.priority import lowered
-from forebay_server.engines.factory import open_all
+from forebay_server.engines.factory import open_all, runtime
 from forebay_server.repository import language_models
 from forebay_server.repository.inspect import describe
 from forebay_server.repository.manifest import (
@@ -169,8 +169,7 @@ def engine_spec(
     if folder.resolve() not in model.parents:
         raise rejected(f"model_file {manifest.model_file!r} lies outside of the model's folder")
     execution = config.execution
-    instances, threads, lone = _threads(config, defaults, head is not None)
-    return EngineSpec(
+    spec = EngineSpec(
         model=name,
         version=version,
         engine="onnxruntime" if config.engine == "auto" else config.engine,
@@ -192,15 +191,16 @@ def engine_spec(
             any(p != "cpu" for p in execution.providers or defaults.providers),
         ),
         providers=tuple(execution.providers or defaults.providers),
-        intra_op_threads=threads,
-        instances=instances,
-        lone_threads=lone,
         isolation=execution.isolation,
         options={"tensorrt_cache": defaults.tensorrt_cache, **config.engine_options},
     )
+    instances, threads, lone = _threads(config, defaults, head is not None, runtime(spec)[0])
+    return replace(spec, instances=instances, intra_op_threads=threads, lone_threads=lone)
 
 
-def _threads(config: ModelConfig, defaults: Defaults, text: bool) -> tuple[int, int, int]:
+def _threads(
+    config: ModelConfig, defaults: Defaults, text: bool, engine: str
+) -> tuple[int, int, int]:
     """Instances, threads of each, and threads of a run that has the machine to itself.
 
     A tree ensemble is done before a second thread has woken up. Encoders use all cores: on few, by a
@@ -211,7 +211,7 @@ def _threads(config: ModelConfig, defaults: Defaults, text: bool) -> tuple[int, 
     cores = os.cpu_count() or 1
     unset = execution.instances is None and execution.intra_op_threads is None
     on_cpu = tuple(execution.providers or defaults.providers) == ("cpu",)
-    alone = execution.isolation == "thread" and config.engine in ("auto", "onnxruntime") and on_cpu
+    alone = execution.isolation == "thread" and engine == "onnxruntime" and on_cpu
     if text and unset and alone and not defaults.intra_op_threads and 1 < cores <= FEW_CORES:
         return cores, 1, cores
     threads = execution.intra_op_threads
