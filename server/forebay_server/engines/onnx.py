@@ -103,15 +103,20 @@ class OnnxEngine:
         ]
         threads = self.spec.intra_op_threads
 
-        def opened(threads: int) -> ort.InferenceSession:
+        def opened(threads: int, alone: bool = False) -> ort.InferenceSession:
             options = self._session_options(threads)
+            if alone:
+                # Nobody else has work: waking threads at each operator would cost a lone text more
+                # than a sixth (9.2 ms in place of 7.6). Once the run has ended, nothing spins.
+                options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+                options.add_session_config_entry("session.force_spinning_stop", "1")
             return ort.InferenceSession(str(path), options, providers=chosen)
 
         try:
             session = opened(threads)
             self._providers = [providers.OURS.get(p, p) for p in session.get_providers()]
             lone = self.spec.lone_threads if self._providers[0] == "cpu" else 0
-            wide = opened(lone) if lone not in (0, threads) else None
+            wide = opened(lone, alone=True) if lone not in (0, threads) else None
         except Exception as e:
             raise rejected(f"{path.name} cannot be loaded: {first_line(e)}") from e
         self._check_signature(session)
