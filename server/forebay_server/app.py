@@ -135,6 +135,7 @@ class Server:
             await self._retrieval.start()
         await self._deferred.start()
         trim()
+        self.repository.started = True  # before, a stored knowledge base would be "not found"
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._background = [
             asyncio.create_task(self.keys.keep_fresh(s.auth.reload_s)),

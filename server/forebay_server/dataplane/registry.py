@@ -69,7 +69,7 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Whether the preloaded models have been tried."""
+        """Whether the server serves: preloaded models tried, collections and knowledge bases open."""
         return self.repository.started
 
     def is_ready(self, name: str, version: int | None) -> bool:

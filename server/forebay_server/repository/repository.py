@@ -90,6 +90,7 @@ class ModelRepository:
         self._tasks: dict[str, str] = {}
         self._watchers: set[asyncio.Queue[Event]] = set()
         self._exclusive = asyncio.Lock()
+        #: Set by the server when all of it serves, what was stored included.
         self.started = False
 
     # Life.
@@ -103,7 +104,6 @@ class ModelRepository:
         # Calls leave hardly a cycle behind; looking for them every 700 objects cost 3% of the time.
         gc.set_threshold(50_000, 20, 20)
         trim()
-        self.started = True
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Drain and unload everything."""
