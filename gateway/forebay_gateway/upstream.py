@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from forebay.errors import InvalidArgument, TooLarge
 from forebay.methods import Method
 from grpc import aio
+from grpc._cython import cygrpc
 from starlette.datastructures import FormData, Headers
 from starlette.requests import Request
 
@@ -26,6 +28,7 @@ WATCH_AFTER_S = 0.02
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -93,7 +96,13 @@ class Upstream:
         metadata = [
             (name, v) for k, name in FORWARDED.items() if (v := known.get(k)) and _printable(v)
         ]
-        return self._stub(method)(messages, metadata=metadata, timeout=self._timeout(known))
+        stub, timeout = self._stub(method), self._timeout(known)
+        if method.kind in ("unary", "server_stream"):
+            return stub(messages, metadata=metadata, timeout=timeout)
+        call = stub(metadata=metadata, timeout=timeout)
+        writer = asyncio.ensure_future(_write(call, messages))
+        call.add_done_callback(lambda _: writer.cancel())
+        return call
 
     def _timeout(self, headers: Mapping[bytes, str]) -> float:
         text = headers.get(b"grpc-timeout")
@@ -159,6 +168,33 @@ class Upstream:
             raise
         except Exception as e:
             raise InvalidArgument.at("body", f"is no multipart form: {e}") from None
+
+
+async def _write(call: Any, messages: AsyncIterator[bytes]) -> None:
+    """Write the messages of a stream until they or the call end.
+
+    `call.write`, and a call that is given an iterator, put INTERNAL in place of a status that the
+    server has sent before the last message (https://github.com/grpc/grpc/issues/36066): one upload in
+    eight that was refused at its header was a 500. Written below it, a write that comes too late only
+    ends the writing, and the call keeps the server's status.
+    """
+    try:
+        async for message in messages:
+            if not await _written(call, message):
+                return
+        await call.done_writing()
+    except Exception:  # of the messages' source, such as a download that broke off
+        log.warning("the messages of a stream ended with an error", exc_info=True)
+        call.cancel()
+
+
+async def _written(call: Any, message: bytes) -> bool:
+    try:
+        await call.wait_for_connection()
+        await call._cython_call.send_serialized_message(message)
+    except (aio.AioRpcError, cygrpc.InternalError):
+        return False
+    return True
 
 
 async def unless_gone(request: Request, call: Any) -> bytes:
