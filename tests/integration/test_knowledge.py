@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -211,6 +213,52 @@ def test_unfinished_documents_go_on_after_a_restart(
     answer = stub.Ask(pb.AskRequest(knowledge_base="later", question="code of door 5"))
     assert "185" in answer.answer
     live.stop()
+
+
+def test_a_ready_server_knows_its_stored_bases(models: Path, start: Start, tmp_path: Path) -> None:
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    names = [f"stored-{i}" for i in range(8)]
+    for name in names:
+        create(stub, name)
+        upload(stub, name, ("handbook.md", HANDBOOK))
+        wait(stub, name)
+    port = live.server.port
+    live.stop()
+    # Asked from another process: a thread of this one would wait for the server's own work.
+    asking = subprocess.Popen(
+        [sys.executable, "-c", FIRST_CALLS, str(port), *names], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        live = start(models, home=tmp_path, grpc__port=port)
+        assert asking.communicate(timeout=60)[0].split() == ["1"] * len(names)
+        live.stop()
+    finally:
+        asking.kill()
+
+
+#: Prints how many chunks each base has, asked as soon as the server says that it is ready.
+FIRST_CALLS = """
+import sys
+import grpc
+from forebay.oip import open_inference_pb2 as oip, open_inference_pb2_grpc as oip_grpc
+from forebay.v1 import knowledge_pb2, knowledge_pb2_grpc
+
+port, *names = sys.argv[1:]
+while True:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            ask = oip_grpc.GRPCInferenceServiceStub(channel).ServerReady
+            while not ask(oip.ServerReadyRequest(), timeout=5).ready:
+                pass
+        except grpc.RpcError:
+            continue
+        bases = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
+        for name in reversed(names):
+            ask = knowledge_pb2.GetKnowledgeBaseRequest(knowledge_base=name)
+            print(bases.GetKnowledgeBase(ask).knowledge_base.chunks)
+        break
+"""
 
 
 EXPECTED = {
