@@ -276,6 +276,23 @@ def test_a_cancelled_stream_stops_the_work_and_is_counted(
     assert prompt + seen <= after - before < prompt + 1500
 
 
+def test_a_request_id_that_is_given_twice_mixes_nothing_up(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    def one(i: int) -> str:
+        request = user(f"Count to {i}", max_tokens=200, ignore_eos=True)
+        return text_of(stub.Chat(request, metadata=(("x-request-id", given(i)),)).choices[0])
+
+    def given(i: int) -> str:
+        return f"own-{i}" if alone else "same"
+
+    alone = True
+    expected = [one(i) for i in range(8)]
+    alone = False
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(8), timeout=60)) == expected
+
+
 def test_a_deadline_ends_the_work(tiny: Live, stub: rpc.GenerationServiceStub) -> None:
     request = user("Hello", max_tokens=1900)
     request.sampling.ignore_eos = True
@@ -309,8 +326,10 @@ def test_many_streams_at_once_with_half_of_them_cancelled(
     assert ends[::2] == ["usage"] * 60
     assert ends[1::2] == ["cancelled"] * 60
     deadline = time.monotonic() + 20
-    while client.gate.running or client.gate.waiting or client.engine.info()["running"]:
-        assert time.monotonic() < deadline
+    while left := (client.gate.running, client.gate.waiting, client.engine.info()["running"]):
+        if not any(left):
+            break
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 

@@ -4,6 +4,7 @@ checked. Nothing here generates."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -22,6 +23,8 @@ from forebay_server.core.interfaces import BACKGROUND_PRIORITY
 from forebay_server.dataplane.models import ModelAccess, ServedModel
 from forebay_server.generation.client import GenerationClient, TemplateRefused
 
+#: Engines know requests by ids that no caller chooses: a request id may be given twice.
+_numbers = itertools.count(1)
 #: Prompts with more characters are tokenised in a thread: the event loop serves others meanwhile.
 LONG_TEXT = 20_000
 
@@ -113,7 +116,7 @@ async def chat_job(access: ModelAccess, call: Call, ask: ChatAsk) -> Job:
     assert ask.chat is not None
     job = Job(call, model, f"chatcmpl-{call.request_id}", [])
     job.limited, job.cache = "max_tokens" in ask.sampling, ask.cache
-    request = GenerationRequest(job.id, sampling, chat=ask.chat)
+    request = GenerationRequest(_engine_id(job), sampling, chat=ask.chat)
     if client.engine.capabilities.needs_prompt_ids:
         ids, ask.messages, job.dropped_messages = await _fit_chat(model, ask, sampling)
         request.prompt_ids = ids
@@ -135,7 +138,7 @@ async def completion_job(access: ModelAccess, call: Call, ask: CompleteAsk) -> J
     if ask.token_ids and not local:
         raise InvalidArgument.at(f"{ask.path}token_ids", "this model takes texts alone")
     for i in range(len(ask.prompts) or len(ask.token_ids)):
-        request = GenerationRequest(f"{job.id}-{i}", sampling)
+        request = GenerationRequest(_engine_id(job), sampling)
         if ask.prompts:
             request.prompt = ask.prompts[i]
         if local:
@@ -152,6 +155,10 @@ async def completion_job(access: ModelAccess, call: Call, ask: CompleteAsk) -> J
         _finish(request, ask, call)
         job.requests.append(request)
     return job
+
+
+def _engine_id(job: Job) -> str:
+    return f"{job.id}.{next(_numbers)}"
 
 
 async def _resolve(access: ModelAccess, call: Call, ask: Ask) -> ServedModel:

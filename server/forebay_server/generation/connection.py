@@ -135,12 +135,9 @@ class Connection(asyncio.Protocol):
             return
         self.lost = True
         self._poll.cancel()
-        for run in self._runs.values():
-            run.open = 0
+        for run in list(self._runs.values()):
+            self._ended(run)
             run.channel.fail(died())
-            if run.aborted is not None and not run.aborted.done():
-                run.aborted.set_result(None)
-        self._runs.clear()
         self._tell()
 
     def _message(self, message: Any) -> None:
@@ -163,17 +160,21 @@ class Connection(asyncio.Protocol):
             if delta.finish_reason is not None:
                 run.open -= 1
                 if run.ended:
-                    self._runs.pop(row[0], None)
+                    self._ended(run)
             run.channel.put(delta)
         elif kind == "prompt":
             tally.prompt = len(run.request.prompt_ids)
             tally.cached = row[2]
         elif kind == "aborted":
-            run.open = 0
-            self._runs.pop(row[0], None)
-            if run.aborted is not None and not run.aborted.done():
-                run.aborted.set_result(None)
+            self._ended(run)
         elif kind == "error":
-            run.open = 0
-            self._runs.pop(row[0], None)
+            self._ended(run)
             run.channel.fail(error_of(*row[2:]))
+
+    def _ended(self, run: Run) -> None:
+        """The process has no part of it any more. An abort that is under way need not be heard: of a
+        request that ended by itself meanwhile, nobody would hear it."""
+        run.open = 0
+        self._runs.pop(run.request.id, None)
+        if run.aborted is not None and not run.aborted.done():
+            run.aborted.set_result(None)
