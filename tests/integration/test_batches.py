@@ -342,13 +342,13 @@ def test_kill_9_loses_no_item_and_runs_none_twice(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     models = random_openvino(tmp_path_factory.mktemp("models"))
-    total = 600
-    items = [chat(f"c{i}", f"Hello {i}", max_tokens=120, ignore_eos=True) for i in range(total)]
+    total = 240
+    items = [chat(f"c{i}", f"Hello {i}", max_tokens=100, ignore_eos=True) for i in range(total)]
     server = Process(tmp_path, models)
     made = batch(server.stub, items)
     kept: dict[int, bytes] = {}
     try:
-        for target in (60, 200, 350):
+        for target in (30, 90, 150):
             deadline = time.monotonic() + 60
             while True:
                 counts = server.stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts

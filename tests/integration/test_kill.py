@@ -1,7 +1,7 @@
 """kill -9 at random moments: nothing acknowledged is lost, nothing is half there.
 
 The server runs as its users run it, but builds, saves and rebuilds its indexes a hundred times more
-often, so that kills meet those too. FOREBAY_KILLS sets how often it is killed, 8 by default;
+often, so that kills meet those too. FOREBAY_KILLS sets how often it is killed, 5 by default;
 FOREBAY_SEED when.
 """
 
@@ -27,7 +27,7 @@ from forebay.v1 import collection_pb2_grpc
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-KILLS = int(os.environ.get("FOREBAY_KILLS", "8"))
+KILLS = int(os.environ.get("FOREBAY_KILLS", "5"))
 #: Points of one group. A write replaces or removes a whole group; all its points carry its number.
 GROUP, GROUPS = 7, 60
 #: The kinds of index, one collection each; IVF-PQ is trained, and trained again as it grows.

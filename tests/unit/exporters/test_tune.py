@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,37 @@ QUICK = {"rounds": 1, "seconds": 0.02}
 MINE = "description: mine\ndefault_for: [embedding]\nexecution: {preload: false}\n"
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
     """Workloads that a test has time for."""
     shapes = {"SHAPES": ((1, 8), (4, 8)), "WORKLOADS": ("1x8", "4x8", "mixed")}
-    for name, value in {**shapes, "MIXED": (5, 24), "CALLERS": 8}.items():
-        monkeypatch.setattr(tune, name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**shapes, "MIXED": (5, 24), "CALLERS": 8}.items():
+            patch.setattr(tune, name, value)
+        yield
+
+
+def minilm(starters: Path, folder: Path) -> Path:
+    """A repository of one model, with settings of its owner's."""
+    shutil.copytree(starters / "minilm" / "1", folder / "minilm" / "1")
+    (folder / "minilm" / "model.yaml").write_text(MINE)
+    return folder
 
 
 @pytest.fixture
 def root(starters: Path, tmp_path: Path) -> Path:
-    shutil.copytree(starters / "minilm" / "1", tmp_path / "minilm" / "1")
-    (tmp_path / "minilm" / "model.yaml").write_text(MINE)
-    return tmp_path
+    return minilm(starters, tmp_path)
 
 
-def test_the_winners_profile_is_written_beside_what_was_there(root: Path) -> None:
-    outcome = tune.tune(root, "minilm", **QUICK)
+@pytest.fixture(scope="module")
+def tuned(starters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tune.Outcome]:
+    """The model, tuned once for the tests that only look."""
+    root = minilm(starters, tmp_path_factory.mktemp("tuned"))
+    return root, tune.tune(root, "minilm", **QUICK)
+
+
+def test_the_winners_profile_is_written_beside_what_was_there(tuned) -> None:
+    root, outcome = tuned
     path = root / "minilm" / "model.yaml"
     config = read_config(path)
     assert (config.description, config.default_for) == ("mine", ["embedding"])
@@ -50,8 +65,8 @@ def test_the_winners_profile_is_written_beside_what_was_there(root: Path) -> Non
     chosen.close()
 
 
-def test_every_way_is_measured_on_every_workload(root: Path) -> None:
-    outcome = tune.tune(root, "minilm", **QUICK)
+def test_every_way_is_measured_on_every_workload(tuned) -> None:
+    _, outcome = tuned
     names = [c.name for c in outcome.groups[0]]
     assert names == ["onnxruntime", "openvino fp32", "openvino bf16", "openvino int8"]
     for group in outcome.groups:

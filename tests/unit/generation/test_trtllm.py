@@ -3,9 +3,10 @@ streams, aborts and refusals pass through the real loop and socket. The real pac
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -35,11 +36,11 @@ def made(folder: Path, **options: object) -> TensorRtEngine:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[TensorRtEngine]:
+async def engine(tmp_path: Path) -> AsyncIterator[TensorRtEngine]:
     running = made(tmp_path)
     running.load()
     yield running
-    running.close()
+    await asyncio.to_thread(running.close)  # it waits for what this loop does
 
 
 def request(number: int, tokens: int, **kwargs: object) -> GenerationRequest:
