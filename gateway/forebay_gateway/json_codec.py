@@ -21,6 +21,8 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from forebay_gateway import json_reader
+
 _UNKNOWN = re.compile(r'no field named "([^"]+)"(?: at "([^"]+)")?')
 _PLACE = re.compile(r'at "?[A-Za-z.]*?Request\.([^"\s]+?)"?[.:]? |at ([\w.\[\]]+)[.:]')
 
@@ -41,6 +43,11 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def to_message(kind: type[Message], data: dict[str, Any]) -> Message:
     """A message from JSON. Raises InvalidArgument: unknown fields, wrong types, wrong enums."""
     message = kind()
+    try:
+        json_reader.read(data, message)
+        return message
+    except json_reader.Odd:
+        message.Clear()
     try:
         json_format.ParseDict(data, message)
     except json_format.ParseError as e:
