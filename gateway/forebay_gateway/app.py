@@ -41,7 +41,7 @@ from forebay_gateway.openai import (
 )
 from forebay_gateway.openai.generation import renamed
 from forebay_gateway.openai.paths import PATHS
-from forebay_gateway.route_table import RouteTable
+from forebay_gateway.route_table import Doors, RouteTable
 from forebay_gateway.upstream import Upstream
 
 INFO = methods()["/forebay.v1.ServerService/GetServerInfo"]
@@ -120,7 +120,8 @@ def create_app(
         ("/docs", _docs),
     ):
         add(Route(path, endpoint, methods=["GET"]))
-    app.router.routes.insert(0, RouteTable(routes))
+    table = RouteTable(routes)
+    app.router.routes.insert(0, table)  # for what Doors leaves
     # A page of static files, without a build step.
     app.mount("/ui", StaticFiles(directory=Path(__file__).parent / "ui", html=True), name="ui")
     app.add_route("/", lambda request: RedirectResponse("/ui/"), methods=["GET"])
@@ -129,6 +130,7 @@ def create_app(
     app.openapi = lambda: page  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _our_fault)
+    app.add_middleware(Doors, table=table)
     app.add_middleware(Measured, registry=registry)
     if settings.cors_origins:
         app.add_middleware(

@@ -25,6 +25,7 @@ def run(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(settings.grpc.drain_s),
         server_header=False,
+        proxy_headers=False,  # nothing here asks for the address or the scheme of a client
     )
 
 
