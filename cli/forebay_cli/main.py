@@ -71,11 +71,23 @@ def gateway(
     config: Config = None,
     http_port: HttpPort = None,
     upstream: Annotated[str | None, typer.Option(help="gRPC target, host:port.")] = None,
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Serve HTTP: REST, Open Inference Protocol, OpenAI-compatible routes."""
+    loaded = settings_of(config, http__port=http_port, http__upstream=upstream)
+    settings = loaded.settings
+    if settings.http.workers > 1 and not worker:
+        from forebay_cli.up import run_gateway
+
+        run_gateway(settings, config)
+    if worker:
+        from forebay_cli.up import metrics_folder
+
+        # Before the library is imported: it looks once.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder(settings))
     from forebay_gateway.serve import run
 
-    run(settings_of(config, http__port=http_port, http__upstream=upstream).settings)
+    run(settings, worker)
 
 
 @app.command("config")

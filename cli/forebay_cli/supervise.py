@@ -25,9 +25,8 @@ POLL_S = 0.1
 
 def end(process: subprocess.Popen[bytes], patience_s: float) -> int:
     """SIGTERM, then SIGKILL. Gives the exit status; 0 for one that ends by the signal that it got."""
-    if process.poll() is not None:
-        return process.returncode
-    process.terminate()
+    if process.poll() is None:
+        process.terminate()
     try:
         status = process.wait(patience_s)
     except subprocess.TimeoutExpired:
@@ -83,8 +82,11 @@ def main() -> int:
             print(f"forebay: a process ended with status {status}", file=sys.stderr, flush=True)
             break
         time.sleep(POLL_S)
-    # The gateway first: its calls in flight need the server.
+    # The gateway first, all its workers at once: their calls in flight need the server.
     status = 0
+    for process in processes[1:]:
+        if process.poll() is None:
+            process.terminate()
     for process in reversed(processes):
         status = end(process, spec["patience_s"]) or status
     return status

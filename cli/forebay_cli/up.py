@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     grpc_port, http_port = settings.grpc.port or free_port(), settings.http.port or free_port()
     metrics_port = settings.observability.metrics_port or free_port()
     flags = ["--config", str(config)] if config else []
-    doors = ["serve", "gateway"] if settings.http.enabled else ["serve"]
+    commands = [[sys.executable, "-m", "forebay_cli", "serve", *flags]]
+    if settings.http.enabled:
+        commands += gateways(settings, flags)
     url = f"http://{settings.http.host}:{http_port}"
     said = [f"  gRPC     {settings.grpc.host}:{grpc_port}"]
     if settings.http.enabled:
@@ -41,7 +44,7 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     grpc_target = f"{settings.grpc.host}:{grpc_port}"
     http_target = f"{settings.http.host}:{http_port}/readyz"
     spec = {
-        "commands": [[sys.executable, "-m", "forebay_cli", door, *flags] for door in doors],
+        "commands": commands,
         "environment": {
             "FOREBAY_HOME": str(settings.home),
             "FOREBAY_GRPC_PORT": str(grpc_port),
@@ -53,6 +56,45 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
         "said": "\n".join([*said, "Ctrl-C drains and stops."]),
         "since": started,
     }
+    _become(spec)
+
+
+def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
+    """Become the process that starts the gateway's workers and stays with them until a signal."""
+    http = settings.http
+    if taken(http.host, http.port):
+        typer.echo(f"forebay: {http.host}:{http.port} is in use by a program", err=True)
+        sys.exit(1)
+    spec = {
+        "commands": gateways(settings, ["--config", str(config)] if config else []),
+        "environment": {
+            "FOREBAY_HTTP_PORT": str(http.port),
+            "FOREBAY_HTTP__UPSTREAM": http.upstream,
+        },
+        "patience_s": settings.grpc.drain_s + SLACK_S,
+        "ready": f"{http.host}:{http.port}/healthz",
+        "said": f"  REST     http://{http.host}:{http.port}/api/v1",
+        "since": time.monotonic(),
+    }
+    _become(spec)
+
+
+def gateways(settings: Settings, flags: list[str]) -> list[list[str]]:
+    """The commands of the gateway's workers."""
+    command = [sys.executable, "-m", "forebay_cli", "gateway", *flags]
+    if settings.http.workers == 1:
+        return [command]
+    shutil.rmtree(metrics_folder(settings), ignore_errors=True)
+    metrics_folder(settings).mkdir(parents=True)
+    return [[*command, "--worker"]] * settings.http.workers
+
+
+def metrics_folder(settings: Settings) -> Path:
+    """Where the gateway's workers keep their metrics, so that each can give the sums of all."""
+    return settings.home / "gateway-metrics"
+
+
+def _become(spec: dict[str, object]) -> NoReturn:
     script = str(Path(__file__).with_name("supervise.py"))
     os.execv(sys.executable, [sys.executable, "-I", "-S", script, json.dumps(spec)])  # noqa: S606
 

@@ -152,6 +152,7 @@ class HttpSettings(_Section):
     enabled: bool = True
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=256, description="processes that share the port")
     upstream: str = Field(default="", description="gRPC target; empty = this machine's server")
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")

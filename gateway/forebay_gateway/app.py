@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -176,13 +177,24 @@ def _metrics(
         """Both expositions, for those who may read the server's facts."""
         message = server_pb2.GetServerInfoRequest()
         await upstream.unary(INFO, request, message.SerializeToString())
-        text = generate_latest(registry)
+        text = generate_latest(_all_workers() or registry)
         if server_metrics is not None:
             with contextlib.suppress(OSError, TimeoutError):
                 text += await server_metrics()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return metrics
+
+
+def _all_workers() -> CollectorRegistry | None:
+    """The metrics of all workers that share the port; None where there is one."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return None
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return registry
 
 
 async def _docs(request: Request) -> Response:

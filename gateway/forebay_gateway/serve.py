@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import time
 from collections.abc import Awaitable, Callable
 
 import uvicorn
@@ -11,13 +14,21 @@ from forebay.settings import Settings
 from forebay_gateway.app import create_app
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal, then let running requests end."""
+def run(settings: Settings, shared: bool = False) -> None:
+    """Serve until a signal, then let running requests end.
+
+    Args:
+        shared: other workers listen on the same port; the kernel gives each its share of connections.
+    """
     http = settings.http
     target = http.upstream or f"{settings.grpc.host}:{settings.grpc.port}"
     port = settings.observability.metrics_port
+    if shared and not http.upstream:
+        # Whether one of several workers is ready says nothing of the others: a channel that was refused
+        # once waits before it tries again, and its worker would answer 503 meanwhile.
+        _wait_for(settings.grpc.host, settings.grpc.port)
     app = create_app(http, target, scraper(port) if port > 0 else None)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=http.host,
         port=http.port,
@@ -27,6 +38,24 @@ def run(settings: Settings) -> None:
         server_header=False,
         proxy_headers=False,  # nothing here asks for the address or the scheme of a client
     )
+    uvicorn.Server(config).run(sockets=[_listening(http.host, http.port)] if shared else None)
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Until somebody listens there, a minute at most."""
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
+            return
+        time.sleep(0.05)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((host, port))
+    return sock
 
 
 def scraper(port: int) -> Callable[[], Awaitable[bytes]]:

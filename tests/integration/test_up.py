@@ -17,10 +17,45 @@ from pathlib import Path
 import pytest
 from forebay_cli import huge_pages
 from forebay_cli.up import free_port
+from prometheus_client.mmap_dict import MmapedDict
 
 from tests.conftest import copy_models
 
 pytestmark = pytest.mark.timeout(120)
+
+
+def test_workers_share_the_port_and_count_together(starters: Path, tmp_path: Path) -> None:
+    route = "/api/v1/models"
+
+    def counted(text: str) -> int:
+        found = re.search(
+            rf'seconds_count{{route="{route}",status="200"}} (\d+)', text.replace("duration_", "")
+        )
+        return int(found[1]) if found else 0
+
+    def get(url: str) -> str:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # a connection of its own
+            return answer.read().decode()
+
+    with up(starters, tmp_path, FOREBAY_HTTP__WORKERS="3") as (process, url):
+        assert len(children(process.pid)) == 4
+        for _ in range(60):
+            get(url + route)
+        assert {counted(get(f"{url}/metrics")) for _ in range(12)} == {60}
+        each = [counted_by(p, route) for p in (tmp_path / "gateway-metrics").glob("histogram_*.db")]
+        assert len(each) == 3 and sum(each) == 60 and min(each) > 0
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def counted_by(file: Path, route: str) -> int:
+    """Requests of a route that one worker served."""
+    total = 0
+    for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
+        _, name, labels, _ = json.loads(key)
+        if name.endswith("seconds_bucket") and labels["route"] == route:
+            total += int(value)
+    return total
 
 
 def test_it_refuses_a_port_on_which_another_listens(tmp_path: Path) -> None:
@@ -36,7 +71,7 @@ def test_it_refuses_a_port_on_which_another_listens(tmp_path: Path) -> None:
 
 
 @contextmanager
-def up(starters: Path, home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def up(starters: Path, home: Path, **more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running `forebay up` and its REST address."""
     port = free_port()
     env = {
@@ -46,6 +81,7 @@ def up(starters: Path, home: Path) -> Iterator[tuple[subprocess.Popen[str], str]
         "FOREBAY_HTTP_PORT": str(port),
         "FOREBAY_MODELS__ROOT": str(copy_models(starters, home / "models", "iris")),
         "FOREBAY_MODELS__STARTERS": "false",
+        **more,
     }
     command = [sys.executable, "-m", "forebay_cli", "up"]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
