@@ -2,11 +2,11 @@
 
     python -m benchmarks.generation --vllm-python .venv-vllm/bin/python
 
-One after the other in one run, on the same cores as the load; the same model, prompts and options.
-The load is one Go program for all servers (benchmarks/streams): its clients take a tenth of what
-Python's take of the cores that are measured. `offline` is `LLM.generate` as it comes; `offline, one
-process` the same with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one computing thread less than cores, as
-Forebay runs the engine.
+All are up at once, and take turns, round by round: a shared machine is now quicker, now slower, and
+ratios are medians of those within a round. The same model, prompts and options; the load on the
+servers is one Go program (benchmarks/streams): its clients take a tenth of what Python's take of the
+cores that are measured. `offline` is `LLM.generate` as it comes; `offline, one process` the same with
+VLLM_ENABLE_V1_MULTIPROCESSING=0 and one computing thread less than cores, as Forebay runs the engine.
 """
 
 from __future__ import annotations
@@ -66,13 +66,36 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def result(command: list[str], env: dict[str, str]) -> Any:
-    """The RESULT line of a command."""
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=ROOT)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[7:])
-    raise RuntimeError(done.stderr[-2000:])
+class Way:
+    """A process that runs a round when it is told to."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def round(self, streams: int, number: int) -> dict[str, float]:
+        """What a round brought: `rate`, and `first_ms` where streams are read."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{streams} {number}\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line[7:])
+        raise RuntimeError(f"{self._process.args} ended")
+
+    def close(self) -> None:
+        """End it with its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 @contextlib.contextmanager
@@ -122,12 +145,6 @@ def prompts(streams: list[int], rounds: int) -> dict[str, Any]:
 def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
     """All ways for one model."""
     streams = [1, 8, 32]
-    common = {
-        "streams": streams,
-        "rounds": a.rounds,
-        "tokens": a.tokens,
-        "prompts": prompts(streams, a.rounds),
-    }
     options: dict[str, Any] = {"dtype": "bfloat16"} | ({"enforce_eager": True} if a.eager else {})
     env = {
         **os.environ,
@@ -139,50 +156,67 @@ def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
         ),
     }
     plain = {k: v for k, v in env.items() if k != "PYTHONPATH"}
-    out: dict[str, Any] = {}
-    offline = {**common, "model": str(model), "context": CONTEXT, "options": options}
-    script = str(ROOT / "benchmarks" / "generation_offline.py")
     threads = str(max(1, (os.cpu_count() or 2) - 1))
     one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads}
-    for way, more in (
-        ("offline", {}),
-        ("offline, one process", one_process),
-    ):
-        rates = result([str(a.vllm_python), script, json.dumps(offline)], {**plain, **more})
-        out[way] = {n: {"rates": found} for n, found in rates.items()}
-        print(name, way, out[way], flush=True)
-    port = free_port()
-    server = [str(a.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    server += ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"]
-    server += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "64", "--dtype", "bfloat16"]
-    server += ["--enforce-eager"] if a.eager else []
-    base = f"http://127.0.0.1:{port}"
-    with process(server, plain, f"{base}/health"):
-        wanted = {**common, "kind": "sse", "target": base, "model": "m"}
-        out["vllm server"] = result([str(a.load), json.dumps(wanted)], env)
-    print(name, "vllm server", rates_of(out["vllm server"]), flush=True)
-    out["forebay gRPC"], out["forebay REST"] = forebay(model, a, common, options, env)
-    if a.all_cores:
-        every = {**env, "OMP_NUM_THREADS": str(os.cpu_count())}
-        ways = forebay(model, a, common, options, every)
-        out["forebay gRPC, all cores"], out["forebay REST, all cores"] = ways
-    print(name, rates_of(out["forebay gRPC"]), rates_of(out["forebay REST"]), flush=True)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        given = folder / "prompts.json"
+        given.write_text(json.dumps(prompts(streams, a.rounds)))
+        common = {"tokens": a.tokens, "prompts": str(given)}
+
+        def way(command: list[str], env: dict[str, str]) -> Way:
+            made = Way(command, env)
+            stack.callback(made.close)
+            return made
+
+        def load(kind: str, target: str) -> Way:
+            wanted = {**common, "kind": kind, "target": target, "model": "m"}
+            return way([str(a.load), json.dumps(wanted)], env)
+
+        offline = {**common, "model": str(model), "context": CONTEXT, "options": options}
+        script = str(ROOT / "benchmarks" / "generation_offline.py")
+        command = [str(a.vllm_python), script, json.dumps(offline)]
+        ways = {
+            "offline": way(command, plain),
+            "offline, one process": way(command, {**plain, **one_process}),
+        }
+        ways["vllm server"] = load("sse", stack.enter_context(vllm_server(model, a, plain)))
+        grpc, rest = stack.enter_context(forebay(model, a, options, env))
+        ways |= {"forebay gRPC": load("grpc", grpc), "forebay REST": load("sse", rest)}
+        out: dict[str, Any] = {w: {str(n): {"rates": []} for n in streams} for w in ways}
+        for number in range(a.rounds + 1):
+            for n in streams:
+                for label, one in ways.items():
+                    found = one.round(n, number)
+                    if number == 0:
+                        continue  # to warm up
+                    kept = out[label][str(n)]
+                    kept["rates"].append(found["rate"])
+                    if "first_ms" in found:
+                        kept.setdefault("firsts_ms", []).append(found["first_ms"])
+            print(name, f"round {number} of {a.rounds}", flush=True)
     return out
 
 
-def rates_of(found: dict[str, Any]) -> dict[str, list[int]]:
-    """Rates alone, for the eye."""
-    return {n: [round(r) for r in one["rates"]] for n, one in found.items()}
+@contextlib.contextmanager
+def vllm_server(model: Path, a: argparse.Namespace, env: dict[str, str]) -> Iterator[str]:
+    """vLLM's own server; its address."""
+    port = free_port()
+    command = [str(a.vllm_python), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--served-model-name", "m"]
+    command += ["--port", str(port), "--host", "127.0.0.1"]
+    command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "64", "--dtype", "bfloat16"]
+    command += ["--enforce-eager"] if a.eager else []
+    base = f"http://127.0.0.1:{port}"
+    with process(command, env, f"{base}/health"):
+        yield base
 
 
+@contextlib.contextmanager
 def forebay(
-    model: Path,
-    a: argparse.Namespace,
-    common: dict[str, Any],
-    options: dict[str, Any],
-    env: dict[str, str],
-) -> tuple[Any, Any]:
-    """By gRPC and by REST."""
+    model: Path, a: argparse.Namespace, options: dict[str, Any], env: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Forebay; its addresses for gRPC and REST."""
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "models" / "m"
         folder.mkdir(parents=True)
@@ -201,11 +235,7 @@ def forebay(
         }
         rest = f"http://127.0.0.1:{http_port}"
         with process([sys.executable, "-m", "forebay_cli", "up"], flags, f"{rest}/readyz"):
-            wanted = {**common, "kind": "grpc", "target": f"127.0.0.1:{grpc_port}", "model": "m"}
-            by_grpc = result([str(a.load), json.dumps(wanted)], env)
-            wanted = {**common, "kind": "sse", "target": rest, "model": "m"}
-            by_rest = result([str(a.load), json.dumps(wanted)], env)
-    return by_grpc, by_rest
+            yield f"127.0.0.1:{grpc_port}", rest
 
 
 def table(name: str, found: dict[str, Any]) -> str:
@@ -220,13 +250,15 @@ def table(name: str, found: dict[str, Any]) -> str:
         for n, one in sorted(by_streams.items(), key=lambda found: int(found[0])):
             rates = one["rates"]
             median = statistics.median(rates)
-            bars = [
-                statistics.median(found[way][n]["rates"])
+            ratios = [
+                statistics.median(
+                    r / bar for r, bar in zip(rates, found[way][n]["rates"], strict=True)
+                )
                 for way in ("offline", "offline, one process")
             ]
-            first = f"{one['first_ms']:.1f}" if "first_ms" in one else ""
+            first = f"{statistics.median(one['firsts_ms']):.1f}" if "firsts_ms" in one else ""
             lines.append(
-                f"| {way} | {n} | {median:.0f} | {min(rates):.0f} - {max(rates):.0f} | {median / bars[0]:.2f} | {median / bars[1]:.2f} | {first} |"
+                f"| {way} | {n} | {median:.0f} | {min(rates):.0f} - {max(rates):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {first} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -263,9 +295,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="without vLLM's compiler")
-    parser.add_argument(
-        "--all-cores", action="store_true", help="also with as many computing threads as cores"
-    )
     parser.add_argument("--only", default="", help="one of tiny, 27M, 109M")
     a = parser.parse_args()
     a.vllm_python = a.vllm_python.absolute()
@@ -273,7 +302,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     if a.only and kept.exists():  # those that were measured in the same ways
         before = json.loads(kept.read_text())
-        found = {k: v for k, v in before.items() if "offline, one process" in v}
+        found = before
     with tempfile.TemporaryDirectory() as folder:
         a.load = Path(folder) / "load"
         build = ["go", "build", "-mod=mod", "-o", str(a.load), "."]
@@ -291,9 +320,7 @@ def main() -> None:
             found[f"random Llama, {size}"] = measure(size, made, a)
     text = "# Language models on the CPU: what the layers cost\n\n"
     text += f"{a.rounds} rounds after one to warm up, {PROMPT} tokens in, {a.tokens} out, greedy, bfloat16; "
-    text += (
-        f"{os.cpu_count()} cores shared by engine, server and load; all ways of a model in one run"
-    )
+    text += f"{os.cpu_count()} cores shared by engine, server and load; all ways of a model take turns, round by round"
     text += ", without vLLM's compiler" if a.eager else ""
     text += (
         ".\nRepeat: `python -m benchmarks.generation" + (" --eager" if a.eager else "") + "`.\n\n"

@@ -1,12 +1,14 @@
 // Load on a language model: streams that start together, by gRPC or by SSE.
 //
-//	go run . '{"kind": "grpc", "target": "127.0.0.1:50051", "model": "m", "tokens": 64, "rounds": 3,
-//	           "streams": [1, 8], "prompts": {"1": [[[5, 6]]], "8": ...}}'
+//	echo "8 0" | go run . '{"kind": "grpc", "target": "127.0.0.1:50051", "model": "m", "tokens": 64,
+//	                        "prompts": "prompts.json"}'
+//
+// A line of input, `STREAMS ROUND`, starts a round: the streams of prompts[STREAMS][ROUND] in the file
+// of prompts, which are lists of ids. It prints one line, RESULT and a JSON object: tokens a second,
+// and the median time to the first token.
 //
 // It shares the machine with what it measures, so it is as light as the official clients allow:
-// grpc-go and net/http, messages built once and read by their wire format. Prints one line, RESULT
-// and a JSON object: by number of streams, tokens a second of each round but the first, and the
-// median time to the first token.
+// grpc-go and net/http, messages built once and read by their wire format.
 package main
 
 import (
@@ -21,7 +23,6 @@ import (
 	"os"
 	"runtime"
 	"sort"
-	"strconv"
 	"sync"
 	"time"
 
@@ -31,10 +32,8 @@ import (
 )
 
 type wanted struct {
-	Kind, Target, Model     string
-	Tokens, Rounds, Threads int
-	Streams                 []int
-	Prompts                 map[string][][][]int
+	Kind, Target, Model, Prompts string
+	Tokens, Threads              int
 }
 
 type shot struct {
@@ -43,9 +42,8 @@ type shot struct {
 }
 
 type found struct {
-	Rates  []float64 `json:"rates"`
-	First  float64   `json:"first_ms"`
-	Firsts []float64 `json:"firsts_ms"`
+	Rate  float64 `json:"rate"`
+	First float64 `json:"first_ms"`
 }
 
 func main() {
@@ -56,51 +54,59 @@ func main() {
 	if a.Threads > 0 {
 		runtime.GOMAXPROCS(a.Threads)
 	}
-	var start func(ids []int) func() (shot, error)
+	file, err := os.ReadFile(a.Prompts)
+	if err != nil {
+		log.Fatal(err)
+	}
+	var prompts map[string][][][]int
+	if err := json.Unmarshal(file, &prompts); err != nil {
+		log.Fatal(err)
+	}
+	start := bySSE
 	if a.Kind == "grpc" {
-		start = byGRPC(a)
-	} else {
-		start = bySSE(a)
+		start = byGRPC
 	}
-	out := map[string]found{}
-	for _, streams := range a.Streams {
-		var one found
-		for round := 0; round <= a.Rounds; round++ {
-			calls := make([]func() (shot, error), streams)
-			for i, ids := range a.Prompts[strconv.Itoa(streams)][round] {
-				calls[i] = start(ids)
-			}
-			shots := make([]shot, streams)
-			var all sync.WaitGroup
-			started := time.Now()
-			for i, call := range calls {
-				all.Add(1)
-				go func() {
-					defer all.Done()
-					var err error
-					if shots[i], err = call(); err != nil {
-						log.Fatal(err)
-					}
-				}()
-			}
-			all.Wait()
-			seconds := time.Since(started).Seconds()
-			if round == 0 {
-				continue
-			}
-			tokens := 0
-			for _, s := range shots {
-				tokens += s.tokens
-				one.Firsts = append(one.Firsts, s.first.Seconds()*1e3)
-			}
-			one.Rates = append(one.Rates, float64(tokens)/seconds)
+	call := start(a)
+	lines := bufio.NewScanner(os.Stdin)
+	for lines.Scan() {
+		var streams string
+		var round int
+		if _, err := fmt.Sscan(lines.Text(), &streams, &round); err != nil {
+			log.Fatal(err)
 		}
-		sort.Float64s(one.Firsts)
-		one.First = one.Firsts[len(one.Firsts)/2]
-		out[strconv.Itoa(streams)] = one
+		line, _ := json.Marshal(run(call, prompts[streams][round]))
+		fmt.Println("RESULT " + string(line))
 	}
-	line, _ := json.Marshal(out)
-	fmt.Println("RESULT " + string(line))
+}
+
+// run starts a stream for each prompt, all at once, and waits for their ends.
+func run(start func([]int) func() (shot, error), prompts [][]int) found {
+	calls := make([]func() (shot, error), len(prompts))
+	for i, ids := range prompts {
+		calls[i] = start(ids)
+	}
+	shots := make([]shot, len(prompts))
+	var all sync.WaitGroup
+	started := time.Now()
+	for i, call := range calls {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			var err error
+			if shots[i], err = call(); err != nil {
+				log.Fatal(err)
+			}
+		}()
+	}
+	all.Wait()
+	seconds := time.Since(started).Seconds()
+	tokens, firsts := 0, make([]float64, len(shots))
+	for i, s := range shots {
+		tokens += s.tokens
+		firsts[i] = s.first.Seconds() * 1e3
+	}
+	sort.Float64s(firsts)
+	return found{float64(tokens) / seconds, firsts[len(firsts)/2]}
 }
 
 // Messages are bytes both ways.

@@ -119,10 +119,12 @@ class Server:
         )
         self.budgets = Budgets(self.keys.limits, self.ledger)
         self._tracer = Tracer(s.observability.otlp_endpoint)
-        self._admission = Admission(self.keys, self._limiter(), self.budgets)
+        limiter = self._limiter()
+        self._admission = Admission(self.keys, limiter, self.budgets)
         pipeline = Pipeline(
             standard_stages(self._tracer, self.metrics, self.keys, self._admission, self.ledger),
             outer=WATCHING,
+            waits=isinstance(limiter, RedisLimiter),
         )
         validator = Validator()
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")

@@ -150,9 +150,10 @@ class OrdinaryLane(grpc.GenericRpcHandler):
 
     async def _begin(self, call: Call) -> bool:
         """Pass the pipeline; False when the call has ended there."""
-        # Admission may ask a shared limiter over the network: not on the event loop.
-        live = await asyncio.to_thread(self._pipeline.begin, [call])
-        return bool(live)
+        begin = self._pipeline.begin
+        return bool(
+            await asyncio.to_thread(begin, [call]) if self._pipeline.waits else begin([call])
+        )
 
     async def _run(
         self, call: Call, context: aio.ServicerContext, work: Callable[[], Awaitable[Any]]

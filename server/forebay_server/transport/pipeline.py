@@ -38,9 +38,11 @@ class Stage(Protocol):
 class Pipeline:
     """The stages in order."""
 
-    def __init__(self, stages: Sequence[Stage], outer: int = 0) -> None:
-        """`outer`: so many of the first stages only watch: an answer need not wait for them."""
+    def __init__(self, stages: Sequence[Stage], outer: int = 0, waits: bool = False) -> None:
+        """`outer`: so many of the first stages only watch: an answer need not wait for them.
+        `waits`: a stage asks others over the network, so `begin` is not for an event loop."""
         self.stages = tuple(stages)
+        self.waits = waits
         self._outer = outer
 
     def begin(self, calls: Sequence[Call]) -> list[Call]:
