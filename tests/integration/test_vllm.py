@@ -54,10 +54,12 @@ def engine(live: Live) -> Any:
     return live.server.repository.loaded[("tiny", 1)].client.engine
 
 
-def until(done: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def until(
+    done: Callable[[], bool], what: str, told: Callable[[], Any], seconds: float = 30
+) -> None:
     deadline = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, (what, told())
         time.sleep(0.05)
 
 
@@ -157,8 +159,13 @@ def test_two_hundred_streams_with_half_of_them_cancelled(
                     and engine(tiny).info().get("kv_use", 1) == 0
                 ),
                 "blocks of cancelled streams are not given back",
+                engine(tiny).info,
             )
-            until(lambda: totals(tiny)[0] == totals(tiny)[1], f"usage is not exact: {totals(tiny)}")
+            until(
+                lambda: totals(tiny)[0] == totals(tiny)[1],
+                "usage is not exact",
+                lambda: totals(tiny),
+            )
             memory.append(engine(tiny).info()["memory_bytes"])
     assert engine(tiny).info()["memory_bytes"] < memory[len(memory) // 3] * 1.05 + (32 << 20)
     assert tiny.server.repository.loaded[("tiny", 1)].client.gate.running == 0
