@@ -84,7 +84,7 @@ def gateway(
         from forebay_cli.up import metrics_folder
 
         # Before the library is imported: it looks once.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder(settings))
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder(settings, settings.http.port))
     from forebay_gateway.serve import run
 
     run(settings, worker)

@@ -69,7 +69,7 @@ def main() -> int:
         subprocess.Popen(command, env=environment, start_new_session=True)
         for command in spec["commands"]
     ]
-    said = False
+    said, status = False, 0
     while not stopped:
         if not said and time.monotonic() < spec["since"] + READY_TIMEOUT_S:
             said = answers(spec["ready"])
@@ -83,7 +83,6 @@ def main() -> int:
             break
         time.sleep(POLL_S)
     # The gateway first, all its workers at once: their calls in flight need the server.
-    status = 0
     for process in processes[1:]:
         if process.poll() is None:
             process.terminate()

@@ -36,7 +36,7 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     flags = ["--config", str(config)] if config else []
     commands = [[sys.executable, "-m", "forebay_cli", "serve", *flags]]
     if settings.http.enabled:
-        commands += gateways(settings, flags)
+        commands += gateways(settings, http_port, flags)
     url = f"http://{settings.http.host}:{http_port}"
     said = [f"  gRPC     {settings.grpc.host}:{grpc_port}"]
     if settings.http.enabled:
@@ -62,36 +62,38 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
     """Become the process that starts the gateway's workers and stays with them until a signal."""
     http = settings.http
-    if taken(http.host, http.port):
+    if http.port and taken(http.host, http.port):
         typer.echo(f"forebay: {http.host}:{http.port} is in use by a program", err=True)
         sys.exit(1)
+    port = http.port or free_port()
     spec = {
-        "commands": gateways(settings, ["--config", str(config)] if config else []),
+        "commands": gateways(settings, port, ["--config", str(config)] if config else []),
         "environment": {
-            "FOREBAY_HTTP_PORT": str(http.port),
+            "FOREBAY_HTTP_PORT": str(port),
             "FOREBAY_HTTP__UPSTREAM": http.upstream,
         },
         "patience_s": settings.grpc.drain_s + SLACK_S,
-        "ready": f"{http.host}:{http.port}/healthz",
-        "said": f"  REST     http://{http.host}:{http.port}/api/v1",
+        "ready": f"{http.host}:{port}/healthz",
+        "said": f"  REST     http://{http.host}:{port}/api/v1",
         "since": time.monotonic(),
     }
     _become(spec)
 
 
-def gateways(settings: Settings, flags: list[str]) -> list[list[str]]:
+def gateways(settings: Settings, port: int, flags: list[str]) -> list[list[str]]:
     """The commands of the gateway's workers."""
     command = [sys.executable, "-m", "forebay_cli", "gateway", *flags]
     if settings.http.workers == 1:
         return [command]
-    shutil.rmtree(metrics_folder(settings), ignore_errors=True)
-    metrics_folder(settings).mkdir(parents=True)
+    folder = metrics_folder(settings, port)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     return [[*command, "--worker"]] * settings.http.workers
 
 
-def metrics_folder(settings: Settings) -> Path:
-    """Where the gateway's workers keep their metrics, so that each can give the sums of all."""
-    return settings.home / "gateway-metrics"
+def metrics_folder(settings: Settings, port: int) -> Path:
+    """Where the workers on a port keep their metrics, so that each can give the sums of all."""
+    return settings.home / "gateway-metrics" / str(port)
 
 
 def _become(spec: dict[str, object]) -> NoReturn:

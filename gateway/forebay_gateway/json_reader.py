@@ -87,7 +87,8 @@ def _read_struct(data: dict[str, Any], message: Any) -> None:
 def _setter(field: FieldDescriptor) -> Callable[[Any, Any], None]:
     name = field.name
     if field.message_type is not None:
-        if field.message_type.GetOptions().map_entry:
+        # Filters within filters: how deep they may be, ParseDict knows.
+        if field.message_type.GetOptions().map_entry or _recursive(field.message_type):
             return _odd
         return (_messages if field.is_repeated else _message)(name, field.message_type)
     if field.enum_type is not None:
@@ -106,6 +107,22 @@ def _setter(field: FieldDescriptor) -> Callable[[Any, Any], None]:
         return _odd
     narrow = field.cpp_type == _F.CPPTYPE_FLOAT
     return (_scalars if field.is_repeated else _scalar)(name, kinds, narrow)
+
+
+def _recursive(descriptor: Descriptor) -> bool:
+    """Whether a message of the type may hold another of it, at any depth."""
+    seen: set[str] = set()
+    left = [descriptor]
+    while left:
+        for field in left.pop().fields:
+            inner = field.message_type
+            if inner is None or inner.full_name in seen or inner.full_name == STRUCT:
+                continue
+            if inner.full_name == descriptor.full_name:
+                return True
+            seen.add(inner.full_name)
+            left.append(inner)
+    return False
 
 
 def _odd(value: Any, message: Any) -> None:

@@ -101,6 +101,15 @@ def test_bad_requests_are_400_and_name_the_field(gateway, path, body, param) -> 
         assert error_of(response)["param"] == param
 
 
+@pytest.mark.parametrize("depth", [60, 300])
+def test_filters_too_deep_are_the_callers_error(gateway: Gateway, depth: int) -> None:
+    deep = '{"all_of":{"filters":[' * depth + '{"all_of":{}}' + "]}}" * depth
+    path = "/api/v1/collections/none:search"
+    refused = gateway.http.post(path, content=f'{{"text":"a","filter":{deep}}}')
+    assert refused.status_code == 400
+    assert (error_of(refused)["param"], "too deep" in refused.text) == ("filter", True)
+
+
 def test_errors_by_the_table(gateway: Gateway) -> None:
     http = gateway.http
     assert http.post("/api/v1/embeddings:embed", content=b"{oops").status_code == 400

@@ -42,7 +42,9 @@ def test_workers_share_the_port_and_count_together(starters: Path, tmp_path: Pat
         for _ in range(60):
             get(url + route)
         assert {counted(get(f"{url}/metrics")) for _ in range(12)} == {60}
-        each = [counted_by(p, route) for p in (tmp_path / "gateway-metrics").glob("histogram_*.db")]
+        each = [
+            counted_by(p, route) for p in (tmp_path / "gateway-metrics").glob("*/histogram_*.db")
+        ]
         assert len(each) == 3 and sum(each) == 60 and min(each) > 0
         process.terminate()
         assert process.wait(60) == 0
