@@ -135,6 +135,12 @@ func (c *connection) send(one *call) {
 	for _, field := range c.kind.load.fields[one.workload] {
 		_ = c.encoder.WriteField(field)
 	}
+	if !one.expires.IsZero() { // what is left, as gRPC clients say it: the call may have waited
+		left := max(1, time.Until(one.expires).Milliseconds())
+		_ = c.encoder.WriteField(hpack.HeaderField{
+			Name: "grpc-timeout", Value: strconv.FormatInt(left, 10) + "m",
+		})
+	}
 	c.out = appendFrame(c.out, http2.FrameHeaders, http2.FlagHeadersEndHeaders, one.id, c.headers.Bytes())
 	message := one.request.Message
 	c.room -= int64(len(message) + 5)

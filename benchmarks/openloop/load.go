@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sort"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -75,9 +74,6 @@ func fields(spec *Spec, w *Workload) []hpack.HeaderField {
 		{Name: ":authority", Value: spec.Target},
 		{Name: "content-type", Value: "application/grpc"},
 		{Name: "te", Value: "trailers"},
-	}
-	if w.DeadlineMS > 0 {
-		out = append(out, hpack.HeaderField{Name: "grpc-timeout", Value: strconv.Itoa(w.DeadlineMS) + "m"})
 	}
 	names := make([]string, 0, len(spec.Metadata))
 	for name := range spec.Metadata {
@@ -266,8 +262,14 @@ func (l *load) finish(one *call, code string) {
 
 // sweep ends calls whose deadline has passed, as a gRPC client does.
 func (l *load) sweep() {
+	every := time.Second
+	for _, w := range l.spec.Workloads {
+		if w.DeadlineMS > 0 { // late by a hundredth at most
+			every = min(every, max(2*time.Millisecond, time.Duration(w.DeadlineMS)*10*time.Microsecond))
+		}
+	}
 	for !l.over.Load() || l.flight.Load() > 0 {
-		time.Sleep(2 * time.Millisecond)
+		time.Sleep(every)
 		now := time.Now()
 		var late []*call
 		l.expiring.Lock()

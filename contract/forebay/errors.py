@@ -227,6 +227,11 @@ class QueueFull(ForebayError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
+    #: For so long all such calls would be refused as well; 0 = it says nothing of others. Excepted are
+    #: those that have more time left than `within_s` (None: none are), and smaller ones if `by_size`.
+    holds_s: float = 0.0
+    within_s: float | None = None
+    by_size: bool = False
 
 
 class DeadlineExceeded(ForebayError):

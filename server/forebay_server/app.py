@@ -130,7 +130,14 @@ class Server:
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
         registered = handlers(self._services(validator))
         self._idempotency = IdempotencyStore(self._database)
-        self.lanes = Lanes(s.grpc, registered, pipeline, validator, self._idempotency)
+        self.lanes = Lanes(
+            s.grpc,
+            registered,
+            pipeline,
+            validator,
+            self._idempotency,
+            self.metrics.refused_at_the_door,
+        )
         await self._listen()
         await self.repository.start()
         if self._retrieval is not None:

@@ -22,7 +22,8 @@ class Server:
 
     Args:
         address: `host:port` (port 0 = any) or `unix:path`.
-        methods: paths of the methods that `take` gives; calls of others go to `ordinary`.
+        methods: those that `take` gives: the path, and the numbers of the request's fields (strings)
+            that tell its queues apart, see `refuse_alike`. Calls of others go to `ordinary`.
         ordinary: path of the Unix socket of a gRPC server that serves all methods.
         overload: message and serialised google.rpc.Status of the refusal (RESOURCE_EXHAUSTED) when
             too much waits.
@@ -36,7 +37,7 @@ class Server:
     def __init__(
         self,
         address: str,
-        methods: Sequence[str],
+        methods: Sequence[tuple[str, Sequence[int]]],
         ordinary: str,
         *,
         threads: int,
@@ -76,6 +77,21 @@ class Server:
     ) -> None:
         """End calls: (call, code, data, message, trailers). For code 0 the data is the response;
         else it is a serialised google.rpc.Status or empty. Ends of calls that ended are ignored."""
+    def refuse_alike(
+        self,
+        call: Call,
+        hold_s: float,
+        within_s: float | None,
+        by_size: bool,
+        message: str,
+        details: bytes,
+    ) -> None:
+        """For so long, refuse (RESOURCE_EXHAUSTED, with the details) calls of the same method whose
+        telling fields say the same, if no more than `within_s` is left until their deadline, and if
+        they are no smaller than this one, where `by_size` says that it matters."""
+    def take_refusals(self) -> list[int]:
+        """Calls that were refused without Python because too much waits, by method, since the last
+        time."""
     def set_tls(self, certificate: bytes, key: bytes, client_ca: bytes | None = None) -> None:
         """For connections from now on. Raises ValueError, and keeps the old ones."""
     def drain(self, timeout_s: float) -> bool:

@@ -87,6 +87,48 @@ def test_overload_is_refused_at_once_and_recovers(
     assert len(stub.Embed(request).embeddings) == 1
 
 
+def test_a_full_queue_refuses_its_own_calls_and_every_refusal_is_counted(
+    starters: Path, start: Start, tmp_path: Path, lane: str
+) -> None:
+    models = tmp_path / "m"
+    yaml = "engine_options: {base_s: 0.05}\nbatching: {max_batch_size: 1}\n"
+    deterministic(models, starters, "slow", yaml)
+    deterministic(models, starters, "quick", "engine_options: {base_s: 0.0}\n")
+    live = start(models)
+    stub = stub_of(live)
+    slow = embedding_pb2.EmbedRequest(model="slow", texts=["x"])
+    quick = embedding_pb2.EmbedRequest(model="quick", texts=["x"])
+    for _ in range(3):
+        stub.Embed(slow)  # its speed becomes known
+    hurried, other, patient = [], [], []
+    for _ in range(100):  # twenty a batch: far more than it can answer within their time
+        hurried += [stub.Embed.future(slow, timeout=0.5) for _ in range(4)]
+        other.append(stub.Embed.future(quick, timeout=5))
+        if len(patient) < 10:
+            patient.append(stub.Embed.future(slow, timeout=60))
+        time.sleep(0.01)
+    codes = [f.code() for f in hurried]
+    refused = [f for f in hurried if f.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+    assert len(refused) > 200
+    for call in refused:
+        details = dict(call.trailing_metadata())["grpc-status-details-bin"]
+        assert b"google.rpc.RetryInfo" in details and b"QUEUE_FULL" in details
+    assert codes.count(grpc.StatusCode.OK) >= 5, "the queue does not run empty meanwhile"
+    assert {f.code() for f in other} == {grpc.StatusCode.OK}
+    assert {f.code() for f in patient} == {grpc.StatusCode.OK}, "they have the time"
+    assert len(stub.Embed(slow, timeout=5).embeddings) == 1
+    time.sleep(0.6)  # the transport's own refusals are counted twice a second
+    stub.Embed(quick)
+    line = 'forebay_rpc_server_rejected_total{reason="QUEUE_FULL"} '
+    exposed = live.server.metrics.exposition().decode()
+    assert float(exposed.split(line)[1].split()[0]) == len(refused)
+    statistics = model_pb2_grpc.ModelServiceStub(live.channel).GetStatistics(
+        model_pb2.GetStatisticsRequest(model="slow")
+    )
+    seen = statistics.versions[0].rejected  # by the queue itself
+    assert seen == len(refused) if lane == "ordinary" else seen < len(refused) / 2
+
+
 def test_a_deadline_in_the_queue_is_honoured_without_work(
     starters: Path, start: Start, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from forebay.errors import ForebayError
 from forebay_server.capacity.cost import CostModel
 from forebay_server.core.completion import RequestCompletion
 from forebay_server.core.interfaces import BatchPolicy, EngineRequest, Item, TokenInput
-from forebay_server.core.queue import RequestQueue
+from forebay_server.core.queue import Cut, RequestQueue
 
 Routing = Literal["random", "round_robin", "least_loaded", "two_choices"]
 Arrivals = Literal["poisson", "onoff"]
@@ -110,6 +110,7 @@ class _Replica:
         self.queue = RequestQueue(policy)
         self.free = slots
         self.load = 0  # rows that wait or run
+        self.running = 0  # tokens of the batches that run
         self.door = 0.0  # when the interpreter has passed all that came
         self.alarm: float | None = None  # when a batch that waits for more is cut
 
@@ -220,7 +221,7 @@ class Simulation:
         rows = max(1, min(s.policy.max_batch_size, s.policy.max_batch_tokens // call.length))
         rate = rows * call.length / max(1e-9, s.cost.seconds(rows, call.length)) * s.slots
         try:
-            replica.queue.push(completion, rate, self._now)
+            replica.queue.push(completion, rate, self._now, replica.running)
         except ForebayError:
             self._out.refused += counts
             replica.load -= call.rows * call.items
@@ -269,20 +270,21 @@ class Simulation:
             seconds *= ratios[self._random.randrange(len(ratios))]
             seconds *= 1 + s.contention * (s.slots - replica.free)
             replica.free -= 1
+            replica.running += cut.batch.rows * cut.batch.length
             if now >= self._warm:
                 self._out.batches += 1
                 self._out.rows += cut.batch.rows
                 self._out.busy_s += seconds
             if self._observe is not None:
                 self._observe(now, at, cut.batch.rows, seconds)
-            entries = cut.entries
-            self._later(now + seconds, lambda e=entries: self._done(at, e))
+            self._later(now + seconds, lambda c=cut: self._done(at, c))
 
-    def _done(self, at: int, entries: Sequence[object]) -> None:
+    def _done(self, at: int, cut: Cut) -> None:
         self._replicas[at].free += 1
+        self._replicas[at].running -= cut.batch.rows * cut.batch.length
         result = np.zeros(0)
-        for entry in entries:
-            entry.owner.set_result(entry.index, result)  # type: ignore[attr-defined]
+        for entry in cut.entries:
+            entry.owner.set_result(entry.index, result)
         self._cut(at)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from forebay.errors import ForebayError, Unavailable
 
-from forebay_server.core.collector import gathering
+from forebay_server.core.collector import add_engine_time, engine_time
 from forebay_server.core.intake import Intake
 from forebay_server.core.interfaces import Clock, Completion, Engine, EngineRequest, EngineSpec
 from forebay_server.core.quarantine import Quarantine
@@ -40,7 +40,8 @@ class BatchingEngineClient:
         wait: sleeps between attempts to revive; by default until the client closes, at most.
         hop_s: see WORTH_A_HOP.
         here_s: a free engine whose batches take less is run by the thread that submits, if it is one
-            that works through a batch of calls (`together`); 0 = never.
+            that works through a batch of calls (`together`), and as long as engines took less of its
+            time with that; 0 = never. More would keep the calls that wait for it waiting.
         nice: how much lower the priority of engines' threads is, see priority.py.
     """
 
@@ -83,15 +84,17 @@ class BatchingEngineClient:
             )
             for i, engine in enumerate(self.engines)
         ]
+        self._intake.running_tokens = lambda: sum(s.held_tokens for s in self._slots)
         for slot in self._slots:
             slot.start()
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[Completion]:
         """Queue all; one that is refused comes back failed: QueueFull, InvalidArgument for an item
         in quarantine, Unavailable when the client closes or its engines are down."""
-        slot = self._borrow() if self._here_s and gathering() else None
+        slot = self._borrow() if self._here_s else None
         if slot is None:
             return self._intake.submit(requests)  # type: ignore[return-value]
+        began = time.perf_counter()
         try:
             alone = self._intake.submit_alone(requests[0]) if len(requests) == 1 else None
             if alone is not None:
@@ -102,14 +105,18 @@ class BatchingEngineClient:
             slot.serve_here()
         finally:
             slot.turn.release()
+            add_engine_time(time.perf_counter() - began)
         return completions  # type: ignore[return-value]
 
-    def refusal(self, deadline: float | None) -> ForebayError | None:
+    def refusal(self, deadline: float | None, rows: int = 1, calls: int = 1) -> ForebayError | None:
         """See interfaces.EngineClient."""
-        return self._intake.refusal(deadline) if self._intake.waiting_rows else None
+        return self._intake.refusal(deadline, rows, calls) if self._intake.waiting_rows else None
 
     def _borrow(self) -> Slot | None:
-        """A quick slot that nobody uses, with its turn taken."""
+        """A quick slot that nobody uses, with its turn taken, for a thread that has time for it."""
+        spent = engine_time()
+        if spent is None or spent >= self._here_s:
+            return None
         for slot in self._slots:
             took = slot.took_s
             if took is not None and took < self._here_s and slot.turn.acquire(blocking=False):

@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 class _Local(threading.local):
     pending: dict[Collector[Any], list[Any]] | None = None
+    engine_s: float = 0.0
 
 
 _local = _Local()
@@ -42,9 +43,15 @@ class Collector(Generic[T]):
             pending.setdefault(self, []).append(value)
 
 
-def gathering() -> bool:
-    """Whether this thread is within `together()`: it works through a batch of calls."""
-    return _local.pending is not None
+def engine_time() -> float | None:
+    """Seconds that engines took on this thread within the present `together()`; None outside of it:
+    the thread does not work through a batch of calls."""
+    return None if _local.pending is None else _local.engine_s
+
+
+def add_engine_time(seconds: float) -> None:
+    """An engine was run on this thread."""
+    _local.engine_s += seconds
 
 
 class together:
@@ -56,6 +63,7 @@ class together:
         self._outermost = _local.pending is None
         if self._outermost:
             _local.pending = {}
+            _local.engine_s = 0.0
 
     def __exit__(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 from forebay.errors import (
@@ -54,6 +54,8 @@ class Intake:
         self.quarantine = quarantine
         self.name = name
         self.slots = slots
+        #: Tokens of the batches that the slots hold.
+        self.running_tokens: Callable[[], int] = lambda: 0
         #: Set when the client begins to close, for whoever waits for something else than work.
         self.closing = threading.Event()
         self._queue = RequestQueue(policy)
@@ -83,6 +85,7 @@ class Intake:
             else:
                 refused.append((completion, *fault))
         rate = self.statistics.tokens_per_second * self.slots
+        running = self.running_tokens()
         with self._work:
             error = self._shut()
             for completion in admitted:
@@ -90,7 +93,7 @@ class Intake:
                     refused.append((completion, self._shut() or error, None))
                     continue
                 try:
-                    self._queue.push(completion, rate, now)
+                    self._queue.push(completion, rate, now, running)
                 except QueueFull as e:
                     refused.append((completion, e, None))
             if wake:
@@ -99,14 +102,15 @@ class Intake:
             completion.fail(error, item)
         return out
 
-    def refusal(self, deadline: float | None) -> ForebayError | None:
-        """Why a request of one row would be refused now."""
+    def refusal(self, deadline: float | None, rows: int = 1, calls: int = 1) -> ForebayError | None:
+        """Why a request of so many rows would be refused now. `calls`: so many are, if it is."""
         rate = self.statistics.tokens_per_second * self.slots
+        running = self.running_tokens()
         with self._work:
-            full = self._queue.refusal(1, deadline, rate, self.clock())
+            full = self._queue.refusal(rows, deadline, rate, self.clock(), running)
             shut = self._shut()
         if shut is None and full is not None:
-            self.statistics.ended("rejected", 0.0, 0.0, time.time())
+            self.statistics.ended("rejected", 0.0, 0.0, time.time(), calls)
         return shut or full
 
     def submit_alone(self, request: EngineRequest) -> tuple[RequestCompletion, Cut] | None:

@@ -263,9 +263,9 @@ class EngineClient(Protocol):
         """Queue all. A request that does not fit comes back already failed with QueueFull."""
         ...
 
-    def refusal(self, deadline: float | None) -> ForebayError | None:
-        """Why even a small request would be refused now, so that nothing is spent on preparing it;
-        None when it would be queued."""
+    def refusal(self, deadline: float | None, rows: int = 1, calls: int = 1) -> ForebayError | None:
+        """Why a request of so many rows would be refused now, so that nothing is spent on preparing
+        it; None when it would be queued. `calls`: how many end with it, for the statistics."""
         ...
 
     def stats(self) -> Mapping[str, Any]:

@@ -12,8 +12,8 @@ The rules (docs/concepts.md has them with a picture):
 - padded length x rows stays within `max_batch_tokens`, rows within `max_batch_size`, the tokens that
   a batch pads within `max_padding_tokens`. An item that is larger than that runs alone.
 - Cancelled and expired requests are dropped at the cut, and counted out of the bound at once.
-- A request that would wait out most of its deadline is refused at once: to serve those that came
-  in time, and not, first come first served, those whose callers are about to leave.
+- A request that would be answered after most of its deadline is refused at once: to serve those that
+  came in time, and not, first come first served, those whose callers are about to leave.
 
 Each item is sorted once or twice and moved a few times, whatever the queue's length.
 """
@@ -32,9 +32,11 @@ from forebay_server.core.lane import Entry, Lane, padded
 
 #: Bounds of the retry delay that a refusal names, seconds.
 MIN_RETRY_S, MAX_RETRY_S = 0.01, 30.0
-#: Share of the time left until a request's deadline that it may wait. The rest is for its batch,
-#: its way back, and for what the throughput's estimate is off.
-MOST_WAIT = 0.65
+#: Share of the time left until a request's deadline within which its answer must be likely. The rest
+#: is for its way back, and for what the throughput's estimate is off.
+MOST_OF_DEADLINE = 0.65
+#: A refusal holds for all that comes as late, for so long: a full batch waits meanwhile.
+MOST_HOLD_S = 0.025
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class RequestQueue:
         completion: RequestCompletion,
         tokens_per_second: float = 0.0,
         now: float = float("-inf"),
+        running_tokens: int = 0,
     ) -> None:
         """Queue a request's items.
 
@@ -77,6 +80,7 @@ class RequestQueue:
             tokens_per_second: what the engines work off when they are busy (tensors: rows); 0 = not
                 known, then no request is refused for its deadline.
             now: for the time that is left until the request's deadline.
+            running_tokens: of batches that were cut and are not answered.
 
         Raises:
             QueueFull: it does not fit, or not before its deadline; `retry_after_s` is the time
@@ -87,7 +91,7 @@ class RequestQueue:
         for item in request.items:
             rows += item.rows
             tokens += item.rows * item.length
-        full = self.refusal(rows, request.deadline, tokens_per_second, now)
+        full = self.refusal(rows, request.deadline, tokens_per_second, now, running_tokens)
         if full is not None:
             raise full
         completion.waiting_rows = rows
@@ -109,34 +113,54 @@ class RequestQueue:
                 self._forget_deadlines()
 
     def refusal(
-        self, rows: int, deadline: float | None, tokens_per_second: float, now: float
+        self,
+        rows: int,
+        deadline: float | None,
+        tokens_per_second: float,
+        now: float,
+        running_tokens: int = 0,
     ) -> QueueFull | None:
-        """Why a request of so many rows would be refused now; see `push`."""
-        wait = self.waiting_tokens / tokens_per_second if tokens_per_second > 0 else 0.0
+        """Why a request of so many rows would be refused now; see `push`. Its `holds_s` is the time
+        for which every request that comes as late would be refused too."""
+        policy, waiting = self.policy, self.waiting_tokens
+        batch = min(
+            policy.max_batch_tokens,
+            policy.max_batch_size * waiting // max(1, self.waiting_rows),
+        )
+        wait = waiting / tokens_per_second if tokens_per_second > 0 else 0.0
         if wait and deadline is not None:
             left = deadline - now
-            if self.waiting_tokens > self.policy.max_batch_tokens:
+            if waiting > batch:
                 # What the oldest has waited tells of engines that became slower than they were.
                 oldest = self.oldest_enqueued()
                 wait = wait if oldest is None else max(wait, now - oldest)
-            if 0 < MOST_WAIT * left < wait:
-                return QueueFull(
-                    f"what waits takes {wait:.2f} s, too much of the {left:.2f} s that the deadline "
-                    "leaves",
-                    retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait - MOST_WAIT * left)),
+            # Before it run the batches that are cut, and with it what comes behind it.
+            took = wait + (running_tokens + min(waiting, batch)) / tokens_per_second
+            late = took - MOST_OF_DEADLINE * left
+            if left > 0 and late > 0:
+                full = QueueFull(
+                    f"the answer would take {took:.2f} s, too much of the {left:.2f} s that the "
+                    "deadline leaves",
+                    retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, late)),
                     metadata={"waiting": str(self.waiting_rows)},
                 )
-        if self.waiting_rows and self.waiting_rows + rows > self.policy.max_queue_size:
-            delay = wait or 1.0
-            return QueueFull(
-                f"the queue holds {self.waiting_rows} of {self.policy.max_queue_size} rows; "
+                full.holds_s = MOST_HOLD_S if waiting > batch else min(MOST_HOLD_S, late)
+                full.within_s = took / MOST_OF_DEADLINE
+                return full
+        if self.waiting_rows and self.waiting_rows + rows > policy.max_queue_size:
+            full = QueueFull(
+                f"the queue holds {self.waiting_rows} of {policy.max_queue_size} rows; "
                 f"{rows} more do not fit",
-                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, delay)),
+                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait or 1.0)),
                 metadata={
                     "waiting": str(self.waiting_rows),
-                    "limit": str(self.policy.max_queue_size),
+                    "limit": str(policy.max_queue_size),
                 },
             )
+            room = wait * rows / self.waiting_rows  # until as many have left; fewer may fit before
+            full.holds_s = MOST_HOLD_S if waiting > batch else min(MOST_HOLD_S, room)
+            full.by_size = True
+            return full
         return None
 
     def discard(self, completion: RequestCompletion) -> None:

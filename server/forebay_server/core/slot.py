@@ -119,6 +119,11 @@ class Slot:
         """Begin to serve."""
         self.thread.start()
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of what was taken and is not answered for yet, padding included."""
+        return sum(c.batch.rows * c.batch.length for c in list(self._held.values()))
+
     def abandon(self, error: ForebayError) -> None:
         """Fail what the slot holds, whatever its thread does."""
         for cut in list(self._held.values()):

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from forebay.errors import ForebayError, Internal, InvalidArgument, PermissionDenied
+from forebay.errors import (
+    ForebayError,
+    Internal,
+    InvalidArgument,
+    PermissionDenied,
+    QueueFull,
+)
 
-from forebay_server.core.call import ANONYMOUS, Call
+from forebay_server.core.call import ANONYMOUS, Call, CallFacts
 from forebay_server.core.interfaces import Completion, EngineClient, EngineRequest
 from forebay_server.dataplane.tokenization import TextEncoder
 from forebay_server.repository import LoadedModel, ModelRepository
@@ -146,6 +152,26 @@ class ModelAccess:
         """The model, loaded when need be. For handlers that run on the event loop."""
         loaded = await self.repository.resolve(ref, tasks, _sticky(call, sticky_key))
         return self._serve(call, loaded)
+
+    def refused(self, model: ServedModel, ref: str, calls: Sequence[Call], rows: int = 1) -> bool:
+        """Whether the queue would take none of these calls, of so many rows at least; they are ended
+        with its word, then.
+
+        To be asked before their inputs are made: under overload most of what comes is refused.
+        """
+        deadlines = [c.deadline for c in calls]
+        known = [d for d in deadlines if d is not None]
+        latest = max(known) if len(known) == len(deadlines) else None
+        full = model.client.refusal(latest, rows, len(calls))
+        if full is None:
+            return False
+        if isinstance(full, QueueFull) and self.repository.splits(ref):
+            full.holds_s = 0.0  # the next call may draw another version, whose queue is another
+        facts = CallFacts(model.name, model.version)
+        for call in calls:
+            call.facts = facts
+            call.fail(full)
+        return True
 
     def submit(self, model: ServedModel, requests: Sequence[EngineRequest]) -> Sequence[Completion]:
         """Queue the requests, and a copy for the shadow version where there is one."""

@@ -23,6 +23,7 @@ from forebay_server.repository.manifest import Feature, TabularHead
 TASKS = ("tabular-regression", "tabular-classification")
 #: One value of a row: None is missing.
 Value = float | str | bool | None
+Column = Sequence[Value] | NDArray[np.float64]
 MAX_VIOLATIONS = 20
 
 
@@ -30,10 +31,11 @@ MAX_VIOLATIONS = 20
 class Table:
     """Values by column, one list per feature of the caller, all of one length.
 
-    `path(name, row)` is where a value stands in the request, for errors.
+    An array is a column of numbers, NaN where missing. `path(name, row)` is where a value stands in
+    the request, for errors.
     """
 
-    columns: dict[str, Sequence[Value]]
+    columns: dict[str, Column]
     rows: int
     path: Callable[[str, int], str]
 
@@ -49,10 +51,12 @@ class TabularOutcome:
 
 @dataclass(slots=True)
 class TabularJob:
-    """One call's table on its way. `done` gets the outcome on the thread that completed it."""
+    """One call's table of so many rows on its way. `done` gets the outcome on the thread that
+    completed it."""
 
     call: Call
     ref: str
+    rows: int
     table: Callable[[], Table]
     done: Callable[[TabularOutcome], None]
     sticky_key: str = ""
@@ -96,6 +100,8 @@ class TabularPipeline:
         model = self._access.common(calls, ref, TASKS, sticky_key)
         if model is None:
             return list(calls)
+        if self._access.refused(model, ref, calls):
+            return []
         reader = self._readers.get(model)
         if reader is None:
             reader = self._readers[model] = RowReader(model.manifest.tabular_head)
@@ -108,9 +114,11 @@ class TabularPipeline:
         return [calls[i] for i in odd]
 
     def _start(self, job: TabularJob, model: ServedModel) -> None:
+        if job.rows > self._max_items:
+            raise TooLarge("rows", size=job.rows, limit=self._max_items, unit="rows")
+        if self._access.refused(model, job.ref, [job.call], job.rows):
+            return
         table = job.table()
-        if table.rows > self._max_items:
-            raise TooLarge("rows", size=table.rows, limit=self._max_items, unit="rows")
         tensors, warnings = to_tensors(model.manifest.tabular_head, table)
 
         def answer(call: Call, n: int, outputs: Mapping[str, NDArray[Any]]) -> None:
@@ -139,11 +147,15 @@ def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]]
             )
     warnings: list[list[str]] = [[] for _ in range(table.rows)]
     columns: dict[str, NDArray[Any]] = {}
-    missing: Sequence[Value] = [None] * table.rows
+    missing: Column = np.full(table.rows, np.nan)
     for feature in head.features:
         values = table.columns.get(feature.name, missing)
         if feature.type == "string":
+            if isinstance(values, np.ndarray):
+                values = [None if math.isnan(v) else v for v in values.tolist()]
             columns[feature.name] = _strings(feature, values, table, bad, warnings)
+        elif isinstance(values, np.ndarray):
+            columns[feature.name] = _array(feature, values, table, bad, warnings)
         else:
             columns[feature.name] = _numbers(feature, values, table, bad, warnings)
         if len(bad) >= MAX_VIOLATIONS:
@@ -156,6 +168,46 @@ def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]]
     return {name: column.reshape(-1, 1) for name, column in columns.items()}, warnings
 
 
+def _array(
+    feature: Feature,
+    values: NDArray[np.float64],
+    table: Table,
+    bad: list[FieldViolation],
+    warnings: list[list[str]],
+) -> NDArray[np.float32]:
+    """As `_numbers`, for numbers that are an array already: what is odd is looked at one by one."""
+    low = -math.inf if feature.min is None else feature.min
+    high = math.inf if feature.max is None else feature.max
+    plain = (values >= low) & (values <= high) & np.isfinite(values)
+    for i in np.flatnonzero(~plain).tolist():
+        _number(feature, float(values[i]), i, table, bad, warnings)
+    with np.errstate(over="ignore"):  # infinite, as it is for a model of float32
+        return values.astype(np.float32)
+
+
+def _number(
+    feature: Feature,
+    number: float,
+    i: int,
+    table: Table,
+    bad: list[FieldViolation],
+    warnings: list[list[str]],
+) -> None:
+    """What is odd about a number of row i; NaN is missing."""
+    low, high = feature.min, feature.max
+    if math.isinf(number):
+        bad.append(FieldViolation(table.path(feature.name, i), "is infinite"))
+    elif math.isnan(number):
+        if not feature.nullable:
+            bad.append(
+                FieldViolation(table.path(feature.name, i), "is missing; a number is needed")
+            )
+    elif (low is not None and number < low) or (high is not None and number > high):
+        warnings[i].append(
+            f"{feature.name} is {number:g}, outside the range seen in training, {low:g} to {high:g}"
+        )
+
+
 def _numbers(
     feature: Feature,
     values: Sequence[Value],
@@ -163,36 +215,17 @@ def _numbers(
     bad: list[FieldViolation],
     warnings: list[list[str]],
 ) -> NDArray[np.float32]:
-    out = np.empty(len(values), np.float32)
-    low, high = feature.min, feature.max
+    out = np.full(len(values), np.nan)
     for i, value in enumerate(values):
-        if isinstance(value, (int, float)):  # bool is an int: true counts as 1
-            number = float(value)
-            if math.isfinite(number):
-                out[i] = number
-                if (low is not None and number < low) or (high is not None and number > high):
-                    warnings[i].append(
-                        f"{feature.name} is {number:g}, outside the range seen in training, "
-                        f"{low:g} to {high:g}"
-                    )
-                continue
-            if math.isinf(number):
-                bad.append(FieldViolation(table.path(feature.name, i), "is infinite"))
-                continue
-            value = None
-        if value is None:
-            out[i] = np.nan
-            if not feature.nullable:
-                bad.append(
-                    FieldViolation(table.path(feature.name, i), "is missing; a number is needed")
-                )
-        else:
+        if isinstance(value, str):
             bad.append(
                 FieldViolation(
                     table.path(feature.name, i), f"is the string {value!r:.60}; a number is needed"
                 )
             )
-    return out
+        elif value is not None:  # bool is an int: true counts as 1
+            out[i] = value
+    return _array(feature, out, table, bad, warnings)
 
 
 def _strings(

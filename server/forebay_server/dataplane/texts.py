@@ -105,13 +105,8 @@ class TextPipeline:
         live, inputs, truncate, paths = [], [], [], []
         for job in jobs:
             # Cached answers are given however full the queue is; nothing else is tokenised in vain.
-            if not model.cache_enabled:
-                full = model.client.refusal(job.call.deadline)
-                if full is not None:
-                    facts = job.call.facts
-                    facts.model, facts.version = model.name, model.version
-                    job.call.fail(full)
-                    continue
+            if not model.cache_enabled and self._access.refused(model, job.ref, [job.call]):
+                continue
             found = attempt(job.call, partial(self._inputs_of, job, model))
             if found is None:
                 continue

@@ -22,10 +22,10 @@ class Cell:
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
-    def add(self, value: float) -> None:
-        """One observation."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
+    def add(self, value: float, times: int = 1) -> None:
+        """One observation, or several alike."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._total += value * times
 
     def extend(self, values: Sequence[float]) -> None:
         """Several."""

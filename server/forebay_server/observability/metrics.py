@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from forebay.errors import QueueFull
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -110,6 +111,11 @@ class Metrics:
                 if child is None:
                     child = self._lookups[model, result] = self.cache.labels(model, result)
                 child.inc(count)
+
+    def refused_at_the_door(self, method: str, count: int) -> None:
+        """Calls that the transport refused because too much waits; no stage has seen them."""
+        self.rejected.labels(QueueFull.reason).inc(count)
+        self.rpc.refused(method, QueueFull.code, count)
 
     def batch_items_ended(self, result: str, count: int) -> None:
         """Items of batches have ended: `completed` or `failed`."""

@@ -31,10 +31,18 @@ class RpcMetrics(Collector):
         """Calls of a method have their status: how long each took."""
         with self._lock:
             self._active[method] -= len(seconds)
-            cell = self._cells.get((method, code))
-            if cell is None:
-                cell = self._cells[method, code] = Cell(SECONDS)
-            cell.extend(seconds)
+            self._cell(method, code).extend(seconds)
+
+    def refused(self, method: str, code: str, count: int) -> None:
+        """So many calls of a method were refused as they came, in no time."""
+        with self._lock:
+            self._cell(method, code).add(0.0, count)
+
+    def _cell(self, method: str, code: str) -> Cell:
+        cell = self._cells.get((method, code))
+        if cell is None:
+            cell = self._cells[method, code] = Cell(SECONDS)
+        return cell
 
     def collect(self) -> Iterator[Metric]:
         """What is known now."""

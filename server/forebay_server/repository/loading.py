@@ -45,6 +45,10 @@ PADDING_TOKENS = {False: 12, True: 4096}
 FEW_CORES = 4
 
 
+#: Full batches that may wait, where neither model.yaml nor the settings say how many rows.
+QUEUE_BATCHES = 128
+
+
 @dataclass(frozen=True, slots=True)
 class Defaults:
     """The server's defaults for models whose model.yaml does not say."""
@@ -54,7 +58,7 @@ class Defaults:
     max_batch_tokens: int = 0
     max_batch_size: int = 32
     max_batch_rows: int = 256
-    max_queue_size: int = 4096
+    max_queue_size: int = 0
     tensorrt_cache: str = ""
     vllm_python: str = ""
     vllm_cache_gb: int = 0
@@ -234,12 +238,13 @@ def _policy(
     rows = defaults.max_batch_size if text else defaults.max_batch_rows
     tokens = batching.max_batch_tokens or defaults.max_batch_tokens or BATCH_TOKENS[gpu]
     padding = batching.max_padding_tokens
+    size = batching.max_batch_size or rows
     return BatchPolicy(
         # A budget below the longest text would only mean that it runs alone; say so by its number.
         max_batch_tokens=max(tokens, longest),
-        max_batch_size=batching.max_batch_size or rows,
+        max_batch_size=size,
         max_padding_tokens=PADDING_TOKENS[gpu] if padding is None else padding,
-        max_queue_size=batching.max_queue_size or defaults.max_queue_size,
+        max_queue_size=batching.max_queue_size or defaults.max_queue_size or QUEUE_BATCHES * size,
         max_queue_delay_s=batching.max_queue_delay_ms / 1e3,
         length_buckets=tuple(sorted(batching.length_buckets or ())),
     )

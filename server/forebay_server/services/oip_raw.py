@@ -85,6 +85,8 @@ class RawInfer:
             return False
         if model is None or not request.model_name:
             return False
+        if model.text_encoder is None and self._access.refused(model, self._ref(request), calls):
+            return True
         plans = self._plans.setdefault(model, {})
         if head not in plans:
             if len(plans) >= _HEADS:

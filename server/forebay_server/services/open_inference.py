@@ -200,6 +200,8 @@ class OpenInferenceService(Service):
     def _jobs(self, call: Call, model: ServedModel) -> list[tensors.TensorJob]:
         """What is left to start of a call: nothing when it went the way of texts."""
         request = cast(pb.ModelInferRequest, call.request)
+        if model.text_encoder is None and self._access.refused(model, _ref_of(request), [call]):
+            return []
         given = _inputs(request)
         place = {t.name: i for i, t in enumerate(request.inputs)}
         wanted = [o.name for o in request.outputs]

@@ -21,6 +21,7 @@ from forebay_server.dataplane.models import ModelAccess, ServedModel, jobs_of
 from forebay_server.dataplane.records import AVAILABLE, take_apart
 from forebay_server.dataplane.tabular import (
     TASKS,
+    Column,
     Table,
     TabularJob,
     TabularOutcome,
@@ -131,8 +132,11 @@ def _job(call: Call, request: pb.PredictRequest) -> TabularJob:
             return _from_rows(request.rows)
         return _from_columns(request.columns)
 
+    rows = len(request.rows) or max(
+        (len(c.strings) or len(c.numbers) for c in request.columns), default=0
+    )
     return TabularJob(
-        call, request.model, table, lambda o: _reply(call, o), sticky_key=request.sticky_key
+        call, request.model, rows, table, lambda o: _reply(call, o), sticky_key=request.sticky_key
     )
 
 
@@ -167,7 +171,7 @@ def _from_rows(rows: Sequence[Struct]) -> Table:
 
 
 def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
-    out: dict[str, Sequence[Value]] = {}
+    out: dict[str, Column] = {}
     sizes: dict[str, int] = {}
     place = {c.name: i for i, c in enumerate(columns)}
     for i, column in enumerate(columns):
@@ -177,8 +181,10 @@ def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
             raise InvalidArgument.at(
                 f"columns[{i}]", "has numbers and strings; exactly one of them must be given"
             )
-        kind = "strings" if column.strings else "numbers"
-        out[column.name] = getattr(column, kind)
+        if column.strings:
+            out[column.name] = column.strings
+        else:
+            out[column.name] = np.fromiter(column.numbers, np.float64, len(column.numbers))
         sizes[column.name] = len(out[column.name])
     rows = max(sizes.values())
     for name, size in sizes.items():
@@ -227,6 +233,10 @@ def _reply(call: Call, outcome: TabularOutcome) -> None:
     add = response.predictions.add
     values = outcome.outputs[head.output].reshape(len(outcome.warnings)).tolist()
     if head.classes is None:
+        if not any(outcome.warnings):
+            pieces = [_VALUE + _DOUBLE(v) for v in values]
+            reply_all([call], [b"".join(pieces) + _facts(call.facts)])
+            return
         for value, warnings in zip(values, outcome.warnings, strict=True):
             add(value=value, warnings=warnings)
     else:

@@ -10,12 +10,13 @@ import importlib.util
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from forebay.errors import DeadlineExceeded, QueueFull
+from forebay.methods import Method
 from forebay.settings import GrpcSettings
 
 from forebay_server.core.call import Call
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("forebay.transport")
 
+#: Seconds between two looks at what the extension has refused by itself.
+COUNT_S = 0.5
 _CODES = {code.name: int(code.value[0]) for code in grpc.StatusCode}  # type: ignore[index]
 
 
@@ -43,6 +46,7 @@ class FastLane:
 
     Args:
         ordinary: path of the ordinary lane's Unix socket.
+        refused: hears of calls of a method that the extension refused because too much waits.
 
     Raises:
         OSError: it cannot listen there.
@@ -56,17 +60,20 @@ class FastLane:
         pipeline: Pipeline,
         dispatcher: Dispatcher,
         ordinary: str,
+        refused: Callable[[str, int], None],
     ) -> None:
         import forebay_native
 
         self._settings = settings
         self._pipeline = pipeline
         self._dispatcher = dispatcher
+        self._refused = refused
+        self._count_at = 0.0
         self._methods = [h.method for h in handlers.values() if h.method.batched]
         full = QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
         self._server = forebay_native.Server(
             settings.address,
-            [m.path for m in self._methods],
+            [(m.path, _telling(m)) for m in self._methods],
             ordinary,
             threads=settings.transport_threads,
             max_message_bytes=settings.max_message_bytes,
@@ -115,12 +122,15 @@ class FastLane:
     def _run(self) -> None:
         while not self._ending.is_set():
             taken, gone = self._server.take(MAX_TAKE, 1.0)
+            now = time.monotonic()
+            if now >= self._count_at:
+                self._count_at = now + COUNT_S
+                self._count_refusals()
             for call, late in gone:
                 assert isinstance(call, Call)
                 error = DeadlineExceeded("the deadline passed during the call", stage="server")
                 call.cancel(error if late else None)
             if taken:
-                now = time.monotonic()
                 self._dispatcher.serve([self._call(arrival, now) for arrival in taken])
 
     def _call(self, arrival: forebay_native.Arrival, now: float) -> Call:
@@ -164,7 +174,29 @@ class FastLane:
                 group[0].trailers,
             )
         if failed:
+            self._refuse_alike(failed)
             self._server.answer(cast(Any, [self._failure(c) for c in failed]))
+
+    def _refuse_alike(self, failed: Sequence[Call]) -> None:
+        """Have the extension refuse calls that ask the same as one that was just refused."""
+        told: set[int] = set()  # calls that were refused together share the error
+        for call in failed:
+            error = call.error
+            if isinstance(error, QueueFull) and error.holds_s > 0 and id(error) not in told:
+                told.add(id(error))
+                self._server.refuse_alike(
+                    cast(Any, call.origin),
+                    error.holds_s,
+                    error.within_s,
+                    error.by_size,
+                    error.message,
+                    error.to_status().SerializeToString(),
+                )
+
+    def _count_refusals(self) -> None:
+        for method, count in zip(self._methods, self._server.take_refusals(), strict=True):
+            if count:
+                self._refused(method.path, count)
 
     def _failure(self, call: Call) -> tuple[object, int, bytes, str, list[tuple[str, str]]]:
         error = call.error
@@ -188,6 +220,12 @@ class FastLane:
                 continue
             seen = stamps
             log.info("TLS certificates reloaded")
+
+
+def _telling(method: Method) -> list[int]:
+    """The fields of a method's requests that tell which model, and so which queue, is meant."""
+    fields = method.request.DESCRIPTOR.fields_by_name
+    return [fields[n].number for n in ("model", "model_name", "model_version") if n in fields]
 
 
 def _files(settings: GrpcSettings) -> list[Path]:

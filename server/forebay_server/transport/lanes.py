@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,12 +45,14 @@ class Lanes:
         pipeline: Pipeline,
         validator: Validator,
         idempotency: IdempotencyStore,
+        refused: Callable[[str, int], None],
     ) -> None:
         self.lane = choose(settings)
         self.port = 0
         self._settings = settings
         self._handlers = handlers
         self._pipeline = pipeline
+        self._refused = refused
         self._dispatcher = Dispatcher(handlers, pipeline, validator)
         self._inbox = Inbox(self._dispatcher, settings.ingest_threads)
         self._ordinary = OrdinaryLane(
@@ -89,7 +91,9 @@ class Lanes:
         socket = str(Path(self._folder, "ordinary.sock"))
         self._bind(server, f"unix:{socket}", None)
         await server.start()
-        self._fast = FastLane(s, self._handlers, self._pipeline, self._dispatcher, socket)
+        self._fast = FastLane(
+            s, self._handlers, self._pipeline, self._dispatcher, socket, self._refused
+        )
         self.port = self._fast.port
 
     async def wait(self) -> None:

@@ -152,7 +152,12 @@ async fn route(
     }
     match fast(method, request, shared, callers).await {
         Ok(outcome) => answer(outcome),
-        Err(error) => refusal(error.trailers()),
+        Err(error) => {
+            if error.code == Code::ResourceExhausted && !error.details.is_empty() {
+                shared.refusals[method as usize].fetch_add(1, Ordering::Relaxed);
+            }
+            refusal(error.trailers())
+        }
     }
 }
 
@@ -175,6 +180,9 @@ async fn fast(
             ));
         }
     };
+    if let Some(full) = shared.shed.refusal(method, &message, deadline) {
+        return Err(full);
+    }
     let (call, answer) = Call::new(method, message, callers.of(&head.headers), deadline);
     if !shared.inbox.put(call.clone()) {
         return Err(shared.config.overload.clone());

@@ -14,6 +14,7 @@ mod python;
 pub mod reply;
 pub mod rows;
 pub mod server;
+pub mod shed;
 pub mod split;
 pub mod status;
 pub mod tls;

@@ -17,6 +17,7 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 use crate::inbox::{Bounds, Call, Gone, Outcome};
 use crate::rows::{self, Number, Text};
 use crate::server::{Config, Server};
+use crate::shed::Holds;
 use crate::split as parts;
 use crate::status::{self, Code, Refusal};
 use crate::tls;
@@ -142,7 +143,7 @@ impl PyServer {
     fn new(
         py: Python<'_>,
         address: &str,
-        methods: Vec<String>,
+        methods: Vec<(String, Vec<u64>)>,
         ordinary: &str,
         threads: usize,
         max_message_bytes: usize,
@@ -267,6 +268,37 @@ impl PyServer {
             .collect();
         // Waking the transport's threads takes system calls: others may run Python meanwhile.
         py.detach(|| self.server.answer(ready));
+    }
+
+    /// For so long, refuses calls that ask the same as this one, without asking Python.
+    #[allow(clippy::needless_pass_by_value)] // PyO3 makes it for the call
+    fn refuse_alike(
+        &self,
+        call: PyRef<'_, PyCall>,
+        hold_s: f64,
+        within_s: Option<f64>,
+        by_size: bool,
+        message: String,
+        details: Vec<u8>,
+    ) {
+        let like_it = Holds {
+            time: Duration::try_from_secs_f64(hold_s).unwrap_or_default(),
+            within: within_s.and_then(|s| Duration::try_from_secs_f64(s).ok()),
+            by_size,
+        };
+        let refusal = Refusal {
+            code: Code::ResourceExhausted,
+            message,
+            details,
+        };
+        let shed = &self.server.shared.shed;
+        shed.refuse(&call.call, like_it, refusal);
+    }
+
+    /// Calls that were refused here because too much waits, by method, since the last time.
+    fn take_refusals(&self) -> Vec<usize> {
+        let refusals = self.server.shared.refusals.iter();
+        refusals.map(|n| n.swap(0, Ordering::Relaxed)).collect()
     }
 
     #[pyo3(signature = (certificate, key, client_ca = None))]

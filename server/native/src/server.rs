@@ -19,13 +19,15 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::connection;
 use crate::inbox::{Bounds, Call, Inbox, Outcome};
+use crate::shed::Shed;
 use crate::status::Refusal;
 
 /// All that the server needs to know; times in seconds are `Duration`s here.
 #[derive(Clone)]
 pub struct Config {
-    /// Paths of the fast lane's methods, `/package.Service/Method`.
-    pub methods: Vec<String>,
+    /// The fast lane's methods: path, `/package.Service/Method`, and the fields that tell its queues
+    /// apart, see `Shed`.
+    pub methods: Vec<(String, Vec<u64>)>,
     /// The ordinary lane's Unix socket.
     pub ordinary: PathBuf,
     pub threads: usize,
@@ -51,6 +53,9 @@ pub struct Shared {
     pub config: Config,
     pub methods: HashMap<String, u32>,
     pub inbox: Arc<Inbox>,
+    pub shed: Shed,
+    /// Calls that were refused here because too much waits, by method, since somebody asked.
+    pub refusals: Vec<AtomicUsize>,
     pub connections: AtomicUsize,
     pub refused_connections: AtomicUsize,
     tls: RwLock<Option<Arc<ServerConfig>>>,
@@ -138,9 +143,11 @@ impl Server {
             let _guard = runtime.enter();
             listen(address)?
         };
-        let paths = config.methods.iter().cloned();
+        let (paths, fields): (Vec<_>, Vec<_>) = config.methods.iter().cloned().unzip();
         let shared = Arc::new(Shared {
-            methods: paths.zip(0..).collect(),
+            refusals: paths.iter().map(|_| AtomicUsize::default()).collect(),
+            methods: paths.into_iter().zip(0..).collect(),
+            shed: Shed::new(fields),
             inbox: Arc::new(Inbox::new(config.bounds)),
             connections: AtomicUsize::new(0),
             refused_connections: AtomicUsize::new(0),

@@ -7,7 +7,7 @@ import pytest
 from forebay.errors import QueueFull
 from forebay_server.core.completion import RequestCompletion
 from forebay_server.core.interfaces import BatchPolicy, EngineRequest, Item, TokenInput
-from forebay_server.core.queue import MOST_WAIT, RequestQueue
+from forebay_server.core.queue import MOST_OF_DEADLINE, RequestQueue
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,12 +31,13 @@ def queue() -> RequestQueue:
 def test_who_would_wait_too_long_is_told_when_to_come_again(queue: RequestQueue) -> None:
     with pytest.raises(QueueFull) as refused:
         queue.push(completion(1, deadline=1.2), RATE, 0.2)
-    assert refused.value.retry_after_s == pytest.approx(1.0 - MOST_WAIT)
+    # A second for what waits, half of one for the batch that it would be in.
+    assert refused.value.retry_after_s == pytest.approx(1.5 - MOST_OF_DEADLINE)
     assert queue.waiting_tokens == 1000, "what is refused is not counted"
 
 
 def test_who_has_time_waits(queue: RequestQueue) -> None:
-    queue.push(completion(1, deadline=2.2), RATE, 0.2)
+    queue.push(completion(1, deadline=0.3 + 1.5 / MOST_OF_DEADLINE), RATE, 0.2)
     queue.push(completion(1), RATE, 0.2)
     assert queue.waiting_rows == 12
 
@@ -70,8 +71,26 @@ def test_an_engine_that_became_slow_shows_in_what_the_oldest_has_waited(
 
 def test_work_that_left_makes_room(queue: RequestQueue) -> None:
     assert queue.cut(0.0) is not None  # half a second's worth
-    queue.push(completion(1, deadline=1.2), RATE, 0.2)
+    deadline = 0.3 + 1.0 / MOST_OF_DEADLINE
+    queue.push(completion(1, deadline), RATE, 0.2)
     assert queue.waiting_tokens == 501
+    with pytest.raises(QueueFull):  # it is not answered yet, and runs first
+        queue.push(completion(1, deadline), RATE, 0.2, running_tokens=500)
+
+
+def test_a_refusal_says_for_whom_else_it_holds(queue: RequestQueue) -> None:
+    late = queue.refusal(1, 1.2, RATE, 0.2)
+    assert late is not None and late.holds_s > 0 and not late.by_size
+    assert late.within_s == pytest.approx(1.5 / MOST_OF_DEADLINE)
+    for left in (late.within_s - 0.01, late.within_s + 0.01):
+        refused = queue.refusal(1, 0.2 + left, RATE, 0.2) is not None
+        assert refused == (left < late.within_s)
+    small = RequestQueue(BatchPolicy(max_queue_size=4))
+    for _ in range(3):
+        small.push(completion(1))
+    full = small.refusal(2, None, RATE, 0.0)
+    assert full is not None and full.by_size and full.within_s is None
+    assert small.refusal(1, None, RATE, 0.0) is None
 
 
 @given(

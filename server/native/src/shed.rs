@@ -1,0 +1,258 @@
+//! Calls that are refused as they come, while Python has said that it would refuse them anyhow.
+//!
+//! To refuse a call costs Python a good part of what a small model takes to answer it, so that under
+//! several times the load a server is busy refusing. What it has said of one call holds for a moment
+//! for all that ask the same and have as little time: they are told so here.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+
+use crate::inbox::Call;
+use crate::status::Refusal;
+use crate::wire::{Field, field};
+
+/// More are not kept: the next call is refused by Python, as without.
+const MOST_RULES: usize = 64;
+
+struct Rule {
+    method: u32,
+    key: Vec<u8>,
+    until: Instant,
+    within: Option<Duration>,
+    /// Bytes of a message; smaller ones are let through.
+    least: usize,
+    refusal: Refusal,
+}
+
+/// For how long, and for what calls, a refusal holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Holds {
+    pub time: Duration,
+    /// Calls that have more time than this are let through. None: nobody is.
+    pub within: Option<Duration>,
+    /// Whether smaller calls are let through.
+    pub by_size: bool,
+}
+
+/// See the module.
+pub struct Shed {
+    /// By method: the fields whose values tell its queues apart. Without any, nothing is shed.
+    fields: Vec<Vec<u64>>,
+    rules: RwLock<Vec<Rule>>,
+    /// Length of `rules`: nothing is looked at while there are none.
+    live: AtomicUsize,
+}
+
+impl Shed {
+    pub fn new(fields: Vec<Vec<u64>>) -> Self {
+        Self {
+            fields,
+            rules: RwLock::default(),
+            live: AtomicUsize::new(0),
+        }
+    }
+
+    /// For so long, calls that ask the same as this one get this refusal.
+    pub fn refuse(&self, like: &Call, holds: Holds, refusal: Refusal) {
+        let Some(key) = self.key(like.method, &like.message) else {
+            return;
+        };
+        let now = Instant::now();
+        let mut rules = self.rules.write();
+        rules.retain(|r| r.until > now && !(r.method == like.method && r.key == key));
+        if rules.len() < MOST_RULES {
+            rules.push(Rule {
+                method: like.method,
+                key,
+                until: now + holds.time,
+                within: holds.within,
+                least: if holds.by_size { like.message.len() } else { 0 },
+                refusal,
+            });
+        }
+        self.live.store(rules.len(), Ordering::Relaxed);
+    }
+
+    /// What a call is refused with, if it is.
+    pub fn refusal(
+        &self,
+        method: u32,
+        message: &[u8],
+        deadline: Option<Instant>,
+    ) -> Option<Refusal> {
+        if self.live.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        let now = Instant::now();
+        let rules = self.rules.read();
+        let mut lapsed = 0;
+        let mut key = None;
+        for rule in rules.iter() {
+            if rule.until <= now {
+                lapsed += 1;
+                continue;
+            }
+            if rule.method != method || message.len() < rule.least {
+                continue;
+            }
+            if key.is_none() {
+                key = Some(self.key(method, message)?);
+            }
+            let late = match (rule.within, deadline) {
+                (None, _) => true,
+                (Some(_), None) => false,
+                (Some(within), Some(deadline)) => deadline.saturating_duration_since(now) <= within,
+            };
+            if late && key.as_ref() == Some(&rule.key) {
+                return Some(rule.refusal.clone());
+            }
+        }
+        let all = lapsed > 0 && lapsed == rules.len();
+        drop(rules);
+        if all {
+            let mut rules = self.rules.write();
+            rules.retain(|r| r.until > now);
+            self.live.store(rules.len(), Ordering::Relaxed);
+        }
+        None
+    }
+
+    /// The values of a message's telling fields, each behind its length; of a field that comes
+    /// several times the last one counts. None: malformed, or a method without such fields.
+    fn key(&self, method: u32, message: &[u8]) -> Option<Vec<u8>> {
+        let fields = self.fields.get(method as usize).filter(|f| !f.is_empty())?;
+        let mut values: Vec<&[u8]> = vec![&[]; fields.len()];
+        let mut rest = message;
+        while !rest.is_empty() {
+            let (number, value) = field(&mut rest)?;
+            if let Some(at) = fields.iter().position(|&f| f == number) {
+                let Field::Bytes(value) = value else {
+                    return None;
+                };
+                values[at] = value;
+            }
+        }
+        let mut key = Vec::new();
+        for value in values {
+            key.extend_from_slice(&value.len().to_ne_bytes());
+            key.extend_from_slice(value);
+        }
+        Some(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::status::Code;
+
+    const LONG: Duration = Duration::from_secs(60);
+    /// model = 1: "ab", texts = 2: "x"
+    const AB: &[u8] = b"\x0a\x02ab\x12\x01x";
+    /// The same model, asked the other way round.
+    const BA: &[u8] = b"\x12\x01y\x0a\x02ab";
+    /// Another model.
+    const C: &[u8] = b"\x0a\x01c\x12\x01x";
+
+    fn holds(time: Duration, within: Option<Duration>) -> Holds {
+        Holds {
+            time,
+            within,
+            by_size: false,
+        }
+    }
+
+    fn shed() -> Shed {
+        Shed::new(vec![vec![1], vec![], vec![1, 3]])
+    }
+
+    fn refuse(shed: &Shed, method: u32, message: &'static [u8], within: Option<Duration>) {
+        let (call, _) =
+            crate::inbox::Call::new(method, Bytes::from_static(message), Arc::default(), None);
+        shed.refuse(
+            &call,
+            holds(LONG, within),
+            Refusal::new(Code::ResourceExhausted, "full"),
+        );
+    }
+
+    #[test]
+    fn calls_that_ask_the_same_are_refused_and_no_others() {
+        let shed = shed();
+        assert!(shed.refusal(0, AB, None).is_none());
+        refuse(&shed, 0, AB, None);
+        assert!(shed.refusal(0, AB, None).is_some());
+        assert!(shed.refusal(0, BA, None).is_some());
+        assert!(shed.refusal(0, C, None).is_none(), "another model");
+        assert!(
+            shed.refusal(0, b"\x12\x01x", None).is_none(),
+            "the default model"
+        );
+        assert!(shed.refusal(2, AB, None).is_none(), "another method");
+        assert!(
+            shed.refusal(0, b"\x0a\x7f", None).is_none(),
+            "malformed: Python says so"
+        );
+    }
+
+    #[test]
+    fn every_telling_field_counts_and_a_method_without_any_is_left_alone() {
+        let shed = shed();
+        refuse(&shed, 1, AB, None);
+        assert!(shed.refusal(1, AB, None).is_none());
+        refuse(&shed, 2, b"\x0a\x02ab\x1a\x011", None);
+        assert!(shed.refusal(2, b"\x0a\x02ab\x1a\x011", None).is_some());
+        assert!(shed.refusal(2, b"\x0a\x02ab\x1a\x012", None).is_none());
+        assert!(shed.refusal(2, AB, None).is_none());
+    }
+
+    #[test]
+    fn who_has_more_time_is_let_through() {
+        let shed = shed();
+        refuse(&shed, 0, AB, Some(Duration::from_secs(10)));
+        let at = |s| Some(Instant::now() + Duration::from_secs(s));
+        assert!(shed.refusal(0, AB, at(9)).is_some());
+        assert!(shed.refusal(0, AB, at(11)).is_none());
+        assert!(shed.refusal(0, AB, None).is_none());
+    }
+
+    #[test]
+    fn smaller_calls_are_let_through_where_size_matters() {
+        let shed = shed();
+        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None);
+        let by_size = Holds {
+            by_size: true,
+            ..holds(LONG, None)
+        };
+        shed.refuse(
+            &call,
+            by_size,
+            Refusal::new(Code::ResourceExhausted, "full"),
+        );
+        assert!(shed.refusal(0, BA, None).is_some(), "as large");
+        assert!(shed.refusal(0, b"\x0a\x02ab", None).is_none());
+    }
+
+    #[test]
+    fn a_rule_lapses_and_rules_are_bounded() {
+        let shed = shed();
+        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None);
+        let full = || Refusal::new(Code::ResourceExhausted, "full");
+        shed.refuse(&call, holds(Duration::from_millis(1), None), full());
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(shed.refusal(0, AB, None).is_none());
+        assert_eq!(shed.live.load(Ordering::Relaxed), 0);
+        for i in 0..=255 {
+            let message = Bytes::from(vec![0x0a, 0x01, i]);
+            let (call, _) = Call::new(0, message, Arc::default(), None);
+            shed.refuse(&call, holds(LONG, None), full());
+        }
+        assert_eq!(shed.rules.read().len(), MOST_RULES);
+    }
+}
