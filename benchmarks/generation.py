@@ -32,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CONTEXT, PROMPT = 1024, 32
+#: Between two ways: computing threads spin on for a while when there is nothing to compute.
+SETTLE_S = 1.0
 MAKE = """
 import json, sys
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -186,7 +188,10 @@ def measure(name: str, model: Path, a: argparse.Namespace) -> dict[str, Any]:
         out: dict[str, Any] = {w: {str(n): {"rates": []} for n in streams} for w in ways}
         for number in range(a.rounds + 1):
             for n in streams:
-                for label, one in ways.items():
+                turn = number % len(ways)  # nobody always comes after the same
+                for label in [*ways][turn:] + [*ways][:turn]:
+                    one = ways[label]
+                    time.sleep(SETTLE_S)
                     found = one.round(n, number)
                     if number == 0:
                         continue  # to warm up

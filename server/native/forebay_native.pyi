@@ -22,8 +22,9 @@ class Server:
 
     Args:
         address: `host:port` (port 0 = any) or `unix:path`.
-        methods: those that `take` gives: the path, and the numbers of the request's fields (strings)
-            that tell its queues apart, see `refuse_alike`. Calls of others go to `ordinary`.
+        methods: those that `take` gives: the path; the numbers of the request's fields (strings)
+            that tell its queues apart, see `refuse_alike`; and whether a stream is the answer, see
+            `send`. Calls of others go to `ordinary`.
         ordinary: path of the Unix socket of a gRPC server that serves all methods.
         overload: message and serialised google.rpc.Status of the refusal (RESOURCE_EXHAUSTED) when
             too much waits.
@@ -37,7 +38,7 @@ class Server:
     def __init__(
         self,
         address: str,
-        methods: Sequence[tuple[str, Sequence[int]]],
+        methods: Sequence[tuple[str, Sequence[int], bool]],
         ordinary: str,
         *,
         threads: int,
@@ -59,9 +60,13 @@ class Server:
     @property
     def port(self) -> int:
         """The port in force; 0 for a Unix socket."""
-    def take(self, most: int, timeout_s: float) -> tuple[list[Arrival], list[tuple[object, bool]]]:
-        """Wait for calls. Also gives the owners of calls that were taken and are gone, with True
-        for those whose deadline passed, False for those that the client left."""
+    def take(self, most: int, timeout_s: float) -> tuple[list[Arrival], list[tuple[object, str]]]:
+        """Wait for calls. Also gives news of calls that were taken, by their owners: `cancelled`
+        (the client left), `late` (the deadline passed), `ready` (a stream's reader has caught up)."""
+    @staticmethod
+    def send(messages: Sequence[tuple[Call, bytes]]) -> list[int]:
+        """Send messages of streams, in order; ignored for calls that ended. Gives the places of those
+        whose readers are behind: more is not to be sent before `take` says that they are `ready`."""
     def answer_well(
         self,
         calls: Sequence[Call],
@@ -75,7 +80,7 @@ class Server:
     def answer(
         self, answers: Sequence[tuple[Call, int, bytes, str, Sequence[tuple[str, str]]]]
     ) -> None:
-        """End calls: (call, code, data, message, trailers). For code 0 the data is the response;
+        """End calls: (call, code, data, message, trailers). For code 0 the data is the response (of streams nothing);
         else it is a serialised google.rpc.Status or empty. Ends of calls that ended are ignored."""
     def refuse_alike(
         self,

@@ -17,12 +17,13 @@ from forebay_server.core.call import Call
 from forebay_server.core.collector import together
 from forebay_server.services.base import Handler
 from forebay_server.transport.pipeline import Pipeline, guard
+from forebay_server.transport.streams import Streams
 
 log = logging.getLogger("forebay.transport")
 
 
 class Dispatcher:
-    """Passes calls of batched methods to their services."""
+    """Passes calls of batched methods, and of server streams, to their services."""
 
     def __init__(
         self, handlers: Mapping[str, Handler], pipeline: Pipeline, validator: Validator
@@ -30,6 +31,8 @@ class Dispatcher:
         self._handlers = handlers
         self._pipeline = pipeline
         self._validator = validator
+        #: Takes calls whose answers are streams; set by the lane that passes such calls.
+        self.streams: Streams | None = None
 
     def serve(self, calls: Sequence[Call]) -> None:
         """Start calls, of any methods. Never raises: what goes wrong ends calls."""
@@ -60,8 +63,13 @@ class Dispatcher:
                 call.fail(e)
                 continue
             parsed.append(call)
-        if parsed:
+        if not parsed:
+            return
+        if handler.method.batched:
             handler.function(parsed)
+        else:
+            assert self.streams is not None
+            self.streams.start(handler, parsed)
 
 
 def parse(kind: type[Message], data: bytes) -> Message:

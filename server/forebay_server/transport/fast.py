@@ -1,11 +1,12 @@
 """The fast lane: the Rust extension `forebay_native` terminates gRPC, and hands over all calls of
-batched methods that wait, as one list. It passes all other calls to the ordinary lane.
+batched methods and of server streams that wait, as one list. It passes all others to the ordinary lane.
 
 Its sources are in server/native. Without it the ordinary lane serves alone: all works, only slower.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
-from forebay.errors import DeadlineExceeded, QueueFull
+from forebay.errors import QueueFull
 from forebay.methods import Method
 from forebay.settings import GrpcSettings
 
@@ -24,13 +25,16 @@ from forebay_server.core.collector import Collector
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.inbox import MAX_TAKE
-from forebay_server.transport.pipeline import REQUEST_ID, Pipeline, trailers_of
+from forebay_server.transport.pipeline import REQUEST_ID, Pipeline, too_late, trailers_of
+from forebay_server.transport.streams import Streams
 
 if TYPE_CHECKING:
     import forebay_native
 
 log = logging.getLogger("forebay.transport")
 
+#: The kind of methods whose answers are streams.
+STREAM = "server_stream"
 #: Seconds between two looks at what the extension has refused by itself.
 COUNT_S = 0.5
 _CODES = {code.name: int(code.value[0]) for code in grpc.StatusCode}  # type: ignore[index]
@@ -59,6 +63,7 @@ class FastLane:
         handlers: Mapping[str, Handler],
         pipeline: Pipeline,
         dispatcher: Dispatcher,
+        loop: asyncio.AbstractEventLoop,
         ordinary: str,
         refused: Callable[[str, int], None],
     ) -> None:
@@ -69,11 +74,15 @@ class FastLane:
         self._dispatcher = dispatcher
         self._refused = refused
         self._count_at = 0.0
-        self._methods = [h.method for h in handlers.values() if h.method.batched]
+        self.streams = Streams(loop, forebay_native.Server.send)
+        dispatcher.streams = self.streams
+        self._methods = [
+            h.method for h in handlers.values() if h.method.batched or h.method.kind == STREAM
+        ]
         full = QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
         self._server = forebay_native.Server(
             settings.address,
-            [(m.path, _telling(m)) for m in self._methods],
+            [(m.path, _telling(m), m.kind == STREAM) for m in self._methods],
             ordinary,
             threads=settings.transport_threads,
             max_message_bytes=settings.max_message_bytes,
@@ -126,10 +135,14 @@ class FastLane:
             if now >= self._count_at:
                 self._count_at = now + COUNT_S
                 self._count_refusals()
-            for call, late in gone:
+            for call, news in gone:
                 assert isinstance(call, Call)
-                error = DeadlineExceeded("the deadline passed during the call", stage="server")
-                call.cancel(error if late else None)
+                if news == "ready":
+                    self.streams.ready(call)
+                elif call.method.kind == STREAM:
+                    self.streams.gone(call)
+                else:
+                    call.cancel(too_late(call))
             if taken:
                 self._dispatcher.serve([self._call(arrival, now) for arrival in taken])
 
@@ -224,6 +237,8 @@ class FastLane:
 
 def _telling(method: Method) -> list[int]:
     """The fields of a method's requests that tell which model, and so which queue, is meant."""
+    if not method.batched:
+        return []
     fields = method.request.DESCRIPTOR.fields_by_name
     return [fields[n].number for n in ("model", "model_name", "model_version") if n in fields]
 

@@ -92,7 +92,13 @@ class Lanes:
         self._bind(server, f"unix:{socket}", None)
         await server.start()
         self._fast = FastLane(
-            s, self._handlers, self._pipeline, self._dispatcher, socket, self._refused
+            s,
+            self._handlers,
+            self._pipeline,
+            self._dispatcher,
+            asyncio.get_running_loop(),
+            socket,
+            self._refused,
         )
         self.port = self._fast.port
 
@@ -108,7 +114,8 @@ class Lanes:
         if self._fast is not None:
             # First: the ordinary lane still serves what the fast lane's connections bring.
             await asyncio.to_thread(self._fast.drain, drain_s)
-            await self._grpc.stop(0.2)  # streams that are open still hear of the end
+            await self._fast.streams.close()  # those that are open still hear of the end
+            await self._grpc.stop(0.2)
             await asyncio.to_thread(self._fast.close)
         else:
             await self._grpc.stop(drain_s)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import grpc
 from forebay.constraints import Validator
-from forebay.errors import Cancelled, DeadlineExceeded, ForebayError
+from forebay.errors import Cancelled, ForebayError
 from google.protobuf.message import Message
 from grpc import aio
 
@@ -24,7 +24,7 @@ from forebay_server.core.call import Call
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import parse
 from forebay_server.transport.inbox import Inbox
-from forebay_server.transport.pipeline import Pipeline, internal, trailers_of
+from forebay_server.transport.pipeline import Pipeline, internal, too_late, trailers_of
 
 log = logging.getLogger("forebay.transport")
 
@@ -235,7 +235,11 @@ class OrdinaryLane(grpc.GenericRpcHandler):
     ) -> None:
         try:
             async for answer in answers:
-                await context.write(answer.SerializeToString())
+                data = answer.SerializeToString()
+                try:
+                    await context.write(data)
+                except Exception as e:  # how grpc.aio says that the connection is gone
+                    raise asyncio.CancelledError from e
         finally:
             await cast(Any, answers).aclose()
         call.finish()
@@ -252,11 +256,8 @@ def _nothing(_: Call) -> None:
 
 
 def _gone(call: Call) -> None:
-    """gRPC cancels handlers for both reasons; the clock tells which it was."""
-    late = call.deadline is not None and time.monotonic() >= call.deadline - 0.001
-    call.cancel(
-        DeadlineExceeded("the deadline passed during the call", stage="server") if late else None
-    )
+    """gRPC cancels handlers for both reasons."""
+    call.cancel(too_late(call))
 
 
 async def _send_status(call: Call, context: aio.ServicerContext) -> None:

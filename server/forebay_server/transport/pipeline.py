@@ -10,10 +10,11 @@ opposite order of begins, and only for stages that a call has passed: a stage th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from forebay.errors import ForebayError, Internal
+from forebay.errors import DeadlineExceeded, ForebayError, Internal
 
 from forebay_server.core.call import Call, runs_of
 
@@ -114,6 +115,14 @@ def internal(call: Call) -> Internal:
         f"internal error; the log has more under request id {call.request_id}",
         metadata={"request_id": call.request_id},
     )
+
+
+def too_late(call: Call) -> DeadlineExceeded | None:
+    """The error of a call that nobody waits for any more, if that is because of its deadline: clients
+    reset calls that are late, often before the server's own clock says so."""
+    if call.deadline is None or time.monotonic() < call.deadline - 0.001:
+        return None
+    return DeadlineExceeded("the deadline passed during the call", stage="server")
 
 
 def trailers_of(call: Call) -> list[tuple[str, str]]:

@@ -23,15 +23,14 @@ use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::cork::Cork;
 use crate::frame::Receiver;
-use crate::inbox::{Call, Caller, Gone, Outcome, Reservation};
+use crate::inbox::{Call, Caller, Gone, Outcome};
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal};
-use crate::server::{Phase, Shared, Stream};
+use crate::server::{self, Phase, Shared};
 use crate::status::{Code, Refusal};
+use crate::stream::{Held, LATE_GRACE, Stream};
 
-/// After the deadline, the time for Python to say where the call was when it passed.
-const LATE_GRACE: Duration = Duration::from_secs(1);
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
 /// Answers that one stream may have unsent.
@@ -39,7 +38,7 @@ const SEND_BUFFER: usize = 1 << 20;
 
 /// Serves the connection until its end.
 pub async fn serve(
-    stream: Box<dyn Stream>,
+    stream: Box<dyn server::Stream>,
     peer: &str,
     shared: &Arc<Shared>,
     mut phase: watch::Receiver<Phase>,
@@ -151,7 +150,7 @@ async fn route(
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE);
     }
     match fast(method, request, shared, callers).await {
-        Ok(outcome) => answer(outcome),
+        Ok(response) => response,
         Err(error) => {
             if error.code == Code::ResourceExhausted && !error.details.is_empty() {
                 shared.refusals[method as usize].fetch_add(1, Ordering::Relaxed);
@@ -161,17 +160,17 @@ async fn route(
     }
 }
 
-/// A call of the fast lane, from its headers to its outcome.
+/// A call of the fast lane, from its headers to its answer, or to the first piece of it.
 async fn fast(
     method: u32,
     request: Request<Incoming>,
     shared: &Arc<Shared>,
     callers: &Callers,
-) -> Result<Outcome, Refusal> {
+) -> Result<Response<Reply>, Refusal> {
     let (head, body) = request.into_parts();
     let deadline = metadata::timeout(&head.headers).and_then(|t| Instant::now().checked_add(t));
     let receiving = receive(body, &head.headers, shared);
-    let (message, _held) = match timeout(shared.config.receive_timeout, receiving).await {
+    let (message, room) = match timeout(shared.config.receive_timeout, receiving).await {
         Ok(received) => received?,
         Err(_) => {
             return Err(Refusal::new(
@@ -183,7 +182,15 @@ async fn fast(
     if let Some(full) = shared.shed.refusal(method, &message, deadline) {
         return Err(full);
     }
-    let (call, answer) = Call::new(method, message, callers.of(&head.headers), deadline);
+    let caller = callers.of(&head.headers);
+    if shared.config.methods[method as usize].streams {
+        let (call, events) = Call::streamed(method, message, caller, deadline);
+        if !shared.inbox.put(call.clone()) {
+            return Err(shared.config.overload.clone());
+        }
+        return Ok(Stream::begin(shared.inbox.clone(), call, events, room).await);
+    }
+    let (call, outcome) = Call::new(method, message, caller, deadline);
     if !shared.inbox.put(call.clone()) {
         return Err(shared.config.overload.clone());
     }
@@ -191,9 +198,9 @@ async fn fast(
         shared,
         call: &call,
     };
-    let outcome = wait(answer, deadline, &leaving).await;
+    let outcome = wait(outcome, deadline, &leaving).await;
     drop(leaving);
-    outcome
+    outcome.map(answer)
 }
 
 async fn wait(
@@ -219,7 +226,7 @@ async fn receive(
     mut body: Incoming,
     headers: &HeaderMap,
     shared: &Arc<Shared>,
-) -> Result<(Bytes, [Option<Reservation>; 2]), Refusal> {
+) -> Result<(Bytes, Held), Refusal> {
     let limit = shared.config.max_message_bytes;
     let gzip = metadata::is_gzip(headers);
     let mut receiver = Receiver::new(limit, gzip);
@@ -261,7 +268,7 @@ impl Drop for Leaving<'_> {
 
 /// Notices whether as much as HTTP/2's opening words have come.
 struct Greeted {
-    stream: Box<dyn Stream>,
+    stream: Box<dyn server::Stream>,
     heard: Arc<AtomicBool>,
     read: usize,
 }

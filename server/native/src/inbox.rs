@@ -2,14 +2,14 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::HeaderMap;
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::metadata;
 use crate::status::{Code, Refusal};
@@ -21,6 +21,35 @@ pub struct Outcome {
     pub payload: Option<Bytes>,
     pub trailers: HeaderMap,
 }
+
+/// What a call that is answered by a stream sends next.
+#[derive(Debug)]
+pub enum Event {
+    Message(Bytes),
+    /// Its payload is not looked at.
+    End(Outcome),
+}
+
+/// The way back to whoever waits for an answer.
+pub enum Back {
+    One(oneshot::Sender<Outcome>),
+    Many(mpsc::UnboundedSender<Event>),
+}
+
+impl Back {
+    /// Ends the call. False when nobody waits.
+    pub fn end(self, outcome: Outcome) -> bool {
+        match self {
+            Self::One(sender) => sender.send(outcome).is_ok(),
+            Self::Many(sender) => sender.send(Event::End(outcome)).is_ok(),
+        }
+    }
+}
+
+/// Bytes of a stream's messages that wait for its reader: from here on it is behind...
+const BEHIND: usize = 32 << 10;
+/// ... until it has come back to this.
+const CAUGHT_UP: usize = 8 << 10;
 
 const WAITING: u8 = 0;
 const TAKEN: u8 = 1;
@@ -64,7 +93,11 @@ pub struct Call {
     /// Whatever Python wants to find again when it hears that the call is gone.
     pub owner: Mutex<Option<Box<dyn Any + Send>>>,
     state: AtomicU8,
-    answer: Mutex<Option<oneshot::Sender<Outcome>>>,
+    answer: Mutex<Option<Back>>,
+    /// Bytes of its stream that nobody has read yet.
+    unread: AtomicUsize,
+    /// Python has been told that the reader is behind, and waits to hear the contrary.
+    behind: AtomicBool,
 }
 
 impl Call {
@@ -75,7 +108,36 @@ impl Call {
         deadline: Option<Instant>,
     ) -> (Arc<Self>, oneshot::Receiver<Outcome>) {
         let (sender, receiver) = oneshot::channel();
-        let call = Self {
+        let back = Back::One(sender);
+        (
+            Self::with(method, message, caller, deadline, back),
+            receiver,
+        )
+    }
+
+    /// A call that is answered by a stream of messages.
+    pub fn streamed(
+        method: u32,
+        message: Bytes,
+        caller: Arc<Caller>,
+        deadline: Option<Instant>,
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Event>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let back = Back::Many(sender);
+        (
+            Self::with(method, message, caller, deadline, back),
+            receiver,
+        )
+    }
+
+    fn with(
+        method: u32,
+        message: Bytes,
+        caller: Arc<Caller>,
+        deadline: Option<Instant>,
+        back: Back,
+    ) -> Arc<Self> {
+        Arc::new(Self {
             method,
             message,
             caller,
@@ -83,19 +145,42 @@ impl Call {
             deadline,
             owner: Mutex::new(None),
             state: AtomicU8::new(WAITING),
-            answer: Mutex::new(Some(sender)),
-        };
-        (Arc::new(call), receiver)
+            answer: Mutex::new(Some(back)),
+            unread: AtomicUsize::new(0),
+            behind: AtomicBool::new(false),
+        })
     }
 
     /// Ends the call. False when it has ended before, or when nobody waits.
     pub fn end(&self, outcome: Outcome) -> bool {
-        self.ending().is_some_and(|s| s.send(outcome).is_ok())
+        self.ending().is_some_and(|back| back.end(outcome))
     }
 
     /// The right to end the call; None when it has ended, or somebody else has it.
-    pub fn ending(&self) -> Option<oneshot::Sender<Outcome>> {
+    pub fn ending(&self) -> Option<Back> {
         self.answer.lock().take()
+    }
+
+    /// Sends a message of the stream; nothing when it has ended. True when the reader is behind: no
+    /// more should be sent until `Inbox::read` has said so.
+    pub fn push(&self, message: Bytes) -> bool {
+        let size = message.len();
+        let answer = self.answer.lock();
+        let Some(Back::Many(sender)) = answer.as_ref() else {
+            return false;
+        };
+        // Counted first: the reader may be quicker.
+        let unread = self.unread.fetch_add(size, Ordering::SeqCst) + size;
+        if sender.send(Event::Message(message)).is_err() {
+            return false;
+        }
+        if unread < BEHIND {
+            return false;
+        }
+        self.behind.store(true, Ordering::SeqCst);
+        // Read meanwhile? Then nobody would be told; unless the reader has seen the flag already.
+        !(self.unread.load(Ordering::SeqCst) <= CAUGHT_UP
+            && self.behind.swap(false, Ordering::SeqCst))
     }
 
     fn answered(&self) -> bool {
@@ -110,6 +195,8 @@ pub enum Gone {
     Cancelled,
     /// The deadline passed.
     Late,
+    /// It is not gone: the reader of its stream has caught up.
+    Ready,
 }
 
 /// What `take` gives: calls that start, and calls that were taken and are gone.
@@ -203,6 +290,18 @@ impl Inbox {
             self.abandoned.fetch_add(1, Ordering::Relaxed);
             return;
         }
+        self.tell(call, why);
+    }
+
+    /// So many bytes of a call's stream have left.
+    pub fn read(&self, call: &Arc<Call>, size: usize) {
+        let unread = call.unread.fetch_sub(size, Ordering::SeqCst) - size;
+        if unread <= CAUGHT_UP && call.behind.swap(false, Ordering::SeqCst) {
+            self.tell(call, Gone::Ready);
+        }
+    }
+
+    fn tell(&self, call: &Arc<Call>, why: Gone) {
         let mut state = self.state.lock();
         state.gone.push((call.clone(), why));
         if state.gone.len() == 1 {
@@ -350,6 +449,38 @@ mod tests {
             inbox.take(1, Duration::ZERO).1.is_empty(),
             "it has its answer"
         );
+    }
+
+    #[test]
+    fn a_stream_keeps_its_order_and_says_when_its_reader_is_behind() {
+        let inbox = inbox(9);
+        let (call, mut events) = Call::streamed(0, Bytes::new(), Arc::default(), None);
+        inbox.put(call.clone());
+        inbox.take(1, Duration::ZERO);
+        let piece = |n: u8| Bytes::from(vec![n; BEHIND / 2]);
+        assert!(!call.push(piece(1)));
+        assert!(call.push(piece(2)), "behind");
+        let trailers = HeaderMap::new();
+        call.end(Outcome {
+            payload: None,
+            trailers,
+        });
+        assert!(!call.push(piece(3)), "it has ended");
+        for n in 1..=2 {
+            let Ok(Event::Message(m)) = events.try_recv() else {
+                panic!("no message");
+            };
+            assert_eq!(m[0], n);
+            inbox.read(&call, m.len());
+            let gone = inbox.take(1, Duration::ZERO).1;
+            assert_eq!(
+                gone.len(),
+                usize::from(n == 2),
+                "told once it has caught up"
+            );
+        }
+        assert!(matches!(events.try_recv(), Ok(Event::End(_))));
+        assert!(events.try_recv().is_err());
     }
 
     #[test]

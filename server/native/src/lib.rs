@@ -17,5 +17,6 @@ pub mod server;
 pub mod shed;
 pub mod split;
 pub mod status;
+pub mod stream;
 pub mod tls;
 pub mod wire;

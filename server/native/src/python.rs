@@ -16,7 +16,7 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 
 use crate::inbox::{Bounds, Call, Gone, Outcome};
 use crate::rows::{self, Number, Text};
-use crate::server::{Config, Server};
+use crate::server::{Config, Method, Server};
 use crate::shed::Holds;
 use crate::split as parts;
 use crate::status::{self, Code, Refusal};
@@ -95,7 +95,7 @@ type Answer<'py> = (
     String,
     Vec<(String, String)>,
 );
-type Leavers = Vec<(Py<PyAny>, bool)>;
+type Leavers = Vec<(Py<PyAny>, &'static str)>;
 /// Call, method, message, metadata, peer, seconds since it was there, seconds that are left.
 type Arrival<'py> = (
     Py<PyCall>,
@@ -143,7 +143,7 @@ impl PyServer {
     fn new(
         py: Python<'_>,
         address: &str,
-        methods: Vec<(String, Vec<u64>)>,
+        methods: Vec<(String, Vec<u64>, bool)>,
         ordinary: &str,
         threads: usize,
         max_message_bytes: usize,
@@ -162,8 +162,13 @@ impl PyServer {
         tls: Option<(Vec<u8>, Vec<u8>, Option<Vec<u8>>)>,
     ) -> PyResult<Self> {
         let seconds = Duration::from_secs_f64;
+        let method = |(path, fields, streams)| Method {
+            path,
+            fields,
+            streams,
+        };
         let config = Config {
-            methods,
+            methods: methods.into_iter().map(method).collect(),
             ordinary: ordinary.into(),
             threads: threads.max(1),
             max_message_bytes,
@@ -216,7 +221,14 @@ impl PyServer {
         };
         let gone = gone
             .iter()
-            .filter_map(|(call, why)| Some((owner_of(call)?, *why == Gone::Late)))
+            .filter_map(|(call, why)| {
+                let why = match why {
+                    Gone::Cancelled => "cancelled",
+                    Gone::Late => "late",
+                    Gone::Ready => "ready",
+                };
+                Some((owner_of(call)?, why))
+            })
             .collect();
         Ok((calls?, gone))
     }
@@ -268,6 +280,21 @@ impl PyServer {
             .collect();
         // Waking the transport's threads takes system calls: others may run Python meanwhile.
         py.detach(|| self.server.answer(ready));
+    }
+
+    /// Sends messages of streams, in order. Gives the places of those whose readers are behind.
+    #[allow(clippy::needless_pass_by_value)] // PyO3 makes them for the call
+    #[staticmethod]
+    fn send(py: Python<'_>, messages: Vec<(PyRef<'_, PyCall>, Bound<'_, PyBytes>)>) -> Vec<usize> {
+        let messages = messages.iter();
+        let messages: Vec<_> = messages
+            .map(|(call, data)| (call.call.clone(), payload(data)))
+            .collect();
+        py.detach(|| {
+            let sent = messages.into_iter().enumerate();
+            let behind = sent.filter_map(|(at, (call, data))| call.push(data).then_some(at));
+            behind.collect()
+        })
     }
 
     /// For so long, refuses calls that ask the same as this one, without asking Python.

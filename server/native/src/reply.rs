@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 
 use crate::frame::frame;
 use crate::inbox::Outcome;
+use crate::stream::Stream;
 
 /// See the module.
 pub enum Reply {
@@ -20,6 +21,7 @@ pub enum Reply {
         trailers: Option<HeaderMap>,
     },
     Passed(Incoming),
+    Streamed(Box<Stream>),
 }
 
 impl Body for Reply {
@@ -38,13 +40,14 @@ impl Body for Reply {
                 Poll::Ready(next.map(Ok))
             }
             Self::Passed(body) => Pin::new(body).poll_frame(context),
+            Self::Streamed(stream) => stream.poll_frame(context).map(|f| f.map(Ok)),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Empty => true,
-            Self::Message { .. } => false,
+            Self::Message { .. } | Self::Streamed(_) => false,
             Self::Passed(body) => body.is_end_stream(),
         }
     }
@@ -65,6 +68,11 @@ pub fn answer(outcome: Outcome) -> Response<Reply> {
         trailers: Some(outcome.trailers),
     };
     with_type(Response::new(body))
+}
+
+/// An answer in pieces.
+pub fn streamed(stream: Stream) -> Response<Reply> {
+    with_type(Response::new(Reply::Streamed(Box::new(stream))))
 }
 
 /// An error: trailers alone, which gRPC sends as headers.

@@ -22,12 +22,21 @@ use crate::inbox::{Bounds, Call, Inbox, Outcome};
 use crate::shed::Shed;
 use crate::status::Refusal;
 
+/// A method of the fast lane.
+#[derive(Clone)]
+pub struct Method {
+    /// `/package.Service/Method`.
+    pub path: String,
+    /// The fields that tell its queues apart, see `Shed`.
+    pub fields: Vec<u64>,
+    /// Whether its answer is a stream.
+    pub streams: bool,
+}
+
 /// All that the server needs to know; times in seconds are `Duration`s here.
 #[derive(Clone)]
 pub struct Config {
-    /// The fast lane's methods: path, `/package.Service/Method`, and the fields that tell its queues
-    /// apart, see `Shed`.
-    pub methods: Vec<(String, Vec<u64>)>,
+    pub methods: Vec<Method>,
     /// The ordinary lane's Unix socket.
     pub ordinary: PathBuf,
     pub threads: usize,
@@ -143,11 +152,11 @@ impl Server {
             let _guard = runtime.enter();
             listen(address)?
         };
-        let (paths, fields): (Vec<_>, Vec<_>) = config.methods.iter().cloned().unzip();
+        let methods = &config.methods;
         let shared = Arc::new(Shared {
-            refusals: paths.iter().map(|_| AtomicUsize::default()).collect(),
-            methods: paths.into_iter().zip(0..).collect(),
-            shed: Shed::new(fields),
+            refusals: methods.iter().map(|_| AtomicUsize::default()).collect(),
+            methods: methods.iter().map(|m| m.path.clone()).zip(0..).collect(),
+            shed: Shed::new(methods.iter().map(|m| m.fields.clone()).collect()),
             inbox: Arc::new(Inbox::new(config.bounds)),
             connections: AtomicUsize::new(0),
             refused_connections: AtomicUsize::new(0),
@@ -175,12 +184,12 @@ impl Server {
             .collect();
         if ready.len() > 1 {
             self.handle.spawn(async move {
-                for (sender, outcome) in ready {
-                    let _ = sender.send(outcome);
+                for (back, outcome) in ready {
+                    back.end(outcome);
                 }
             });
-        } else if let Some((sender, outcome)) = ready.pop() {
-            let _ = sender.send(outcome);
+        } else if let Some((back, outcome)) = ready.pop() {
+            back.end(outcome);
         }
     }
 
