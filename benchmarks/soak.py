@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--minutes 20] [--keep]
 
 On the fast lane: tabular, embed, classify, rerank, ModelInfer and vector search, in Poisson arrivals
-with ten seconds of bursts each minute. A share of the calls is taken back; some connections are dropped
+with ten seconds of bursts each minute, and downloads, which are server streams. A share of the calls is taken back; some connections are dropped
 in the middle of calls, some read so slowly that the server has to wait. Every answer is checked against
 its own request. The server's proportional memory, descriptors, threads, asyncio tasks and Python
 objects are sampled, before, during and after. With --keep it writes benchmarks/results/soak.{json,md,png}.
@@ -12,6 +12,7 @@ objects are sampled, before, during and after. With --keep it writes benchmarks/
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 import grpc
 import numpy as np
 from forebay.v1 import collection_pb2 as pb
-from forebay.v1 import collection_pb2_grpc
+from forebay.v1 import collection_pb2_grpc, file_pb2, file_pb2_grpc
 
 from benchmarks import common
 from benchmarks.openloop import Workload, path, run, text, workloads
@@ -110,6 +111,53 @@ def spec_of(server: Served, models: Path, minutes: int, scale: float) -> dict[st
         "interval_ms": 5000,
         "seed": 17,
     }
+
+
+class Streams:
+    """Downloads of a file beside the load, as server streams: each whole file is checked, each second
+    one is taken back after its first message, every twentieth is read slowly."""
+
+    EVERY_S = 0.05
+
+    def __init__(self, server: Served) -> None:
+        self.calls = {"offered": 0, "ok": 0, "wrong": 0}
+        self._done = threading.Event()
+        self._channel = grpc.insecure_channel(server.target)
+        self._stub = file_pb2_grpc.FileServiceStub(self._channel)
+        pieces = [np.random.default_rng(i).bytes(64 << 10) for i in range(16)]
+        self._sha256 = hashlib.sha256(b"".join(pieces)).hexdigest()
+        parts = [file_pb2.UploadFileRequest(header={"purpose": "user_data"})]
+        parts += [file_pb2.UploadFileRequest(chunk={"path": "f", "data": p}) for p in pieces]
+        self._file = self._stub.UploadFile(iter(parts)).file.id
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more."""
+        self._done.set()
+        self._thread.join()
+        self._channel.close()
+
+    def _run(self) -> None:
+        request = file_pb2.DownloadFileRequest(file=self._file)
+        while not self._done.wait(self.EVERY_S):
+            self.calls["offered"] += 1
+            n = self.calls["offered"]
+            stream = self._stub.DownloadFile(request, timeout=60)
+            seen = hashlib.sha256()
+            try:
+                for piece in stream:
+                    seen.update(piece.data)
+                    if n % 2:
+                        stream.cancel()
+                        break
+                    if n % 20 == 0:
+                        time.sleep(0.02)
+                else:
+                    self.calls["ok"] += 1
+                    self.calls["wrong"] += seen.hexdigest() != self._sha256
+            except grpc.RpcError:
+                self.calls["wrong"] += 1
 
 
 class Sampler:
@@ -199,9 +247,11 @@ def measure(minutes: int, scale: float) -> dict[str, Any]:
             run({**spec, "phases": [{"name": "warm", "seconds": 20, "rate": 0.5 * spec["rate"]}]})
             time.sleep(3 * EVERY_S)
             before = {**_last(inside), "descriptors": server.descriptors()}
+            streams = Streams(server)
             sampler = Sampler(server)
             out = run(spec)
             sampler.stop()
+            streams.stop()
             time.sleep(3 * EVERY_S)
             after = {**_last(inside), "descriptors": server.descriptors()}
             own = [json.loads(line) for line in inside.read_text().splitlines()]
@@ -215,13 +265,14 @@ def measure(minutes: int, scale: float) -> dict[str, Any]:
             mine = calls.setdefault(name, {"offered": 0, "ok": 0, "wrong": 0})
             for key in mine:
                 mine[key] += w[key]
+    calls["downloads (streams)"] = streams.calls
     inner = [s for s in own if before["at_s"] <= s["at_s"] < after["at_s"] - 3 * EVERY_S]
     result: dict[str, Any] = {
         "machine": common.machine(),
         "minutes": minutes,
         "codes": codes,
         "calls": calls,
-        "wrong": out["wrong"],
+        "wrong": out["wrong"] + streams.calls["wrong"],
         "said": out.get("samples", []),
         "client": out["client"],
         "before": before,
