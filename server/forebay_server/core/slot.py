@@ -33,12 +33,10 @@ from forebay_server.core.interfaces import Batch, Engine
 from forebay_server.core.lane import Entry, padded
 from forebay_server.core.priority import lower
 from forebay_server.core.queue import Cut
+from forebay_server.core.revival import Revival
 
 log = logging.getLogger("forebay.batcher")
 
-#: Seconds that waiting requests are kept for an engine that does not come back.
-PATIENCE_S = 5.0
-BACKOFF_S, MAX_BACKOFF_S = 0.05, 5.0
 #: After a batch of so many items, its callers' next calls are waited for, a share of the time that it
 #: took and MAX_SETTLE_S at most. Cut at once, the first two calls would be a batch while the others'
 #: answers are still on their way, and two rows take a core half as long as eight (MiniLM, 20 tokens).
@@ -72,8 +70,7 @@ class Slot:
     """See the module.
 
     Args:
-        revive: brings the engine back after it died; raises while it cannot.
-        wait: sleeps the seconds given, or less when the client closes.
+        revive, wait: see Revival.
         hop_s: a stage is given to a second thread only when it takes longer than this.
         nice: how much lower the priority of the slot's thread is, see priority.py.
     """
@@ -94,8 +91,7 @@ class Slot:
         self._nice = nice
         self.thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._intake = intake
-        self._revive = revive
-        self._wait = wait
+        self._revival = Revival(intake, engine, revive, wait, lambda: self._closed)
         self._observer = observer
         self._hop_s = hop_s
         self._preparer = ThreadPoolExecutor(1, f"prepare {name}")
@@ -106,7 +102,6 @@ class Slot:
         self._backlog: deque[Cut] = deque()
         #: All that was taken and is not answered for yet; `abandon` reads it from other threads.
         self._held: dict[int, Cut] = {}
-        self._deaths = 0
         self._proven = True
         self._closed = False
         #: Held by the thread that uses the engine: the slot's own, or one that submits.
@@ -365,7 +360,7 @@ class Slot:
         if len(results) != len(entries):
             raise RuntimeError(f"{len(results)} results for {len(entries)} items")
         split_s = self._intake.clock() - before
-        self._deaths = 0
+        self._revival.deaths = 0
         self._proven = True
         tokens = sum(i.length * i.rows for i in batch.items)
         rows, all_tokens = batch.rows, batch.length * batch.rows
@@ -483,40 +478,7 @@ class Slot:
         told = Unavailable(str(error), reason="ENGINE_DIED", retry_after_s=retry)
         for entry in entries:
             entry.owner.fail(told)
-        self._restart()
-
-    def _restart(self) -> None:
-        intake = self._intake
-        intake.statistics.restarts += 1
-        self._deaths += 1
-        # An engine that dies over and over is not started at full speed.
-        delay = 0.0 if self._deaths == 1 else min(MAX_BACKOFF_S, BACKOFF_S * 2**self._deaths)
-        waited = 0.0
-        given_up = False
-        while not self._closed:
-            if delay:
-                self._wait(delay)
-                waited += delay
-            try:
-                self._revive(self.engine)
-                self.engine.check_health()
-            except BaseException as e:
-                log.error("engine %s does not come back: %s", intake.name, e)
-            else:
-                if self._closed:  # closed meanwhile: it must not outlive its slot
-                    self.engine.close()
-                if given_up:
-                    intake.set_down(self, False)
-                log.info("engine %s is back", intake.name)
-                return
-            if intake.closing.is_set():
-                error = Unavailable("the engine is down", reason="ENGINE_DIED", retry_after_s=1.0)
-                intake.fail_waiting(error)
-                return
-            if not given_up and waited >= PATIENCE_S:
-                given_up = True
-                intake.set_down(self, True)
-            delay = min(MAX_BACKOFF_S, max(BACKOFF_S, delay * 2))
+        self._revival.run()
 
 
 def died(error: BaseException) -> bool:
