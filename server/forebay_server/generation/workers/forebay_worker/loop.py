@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -24,6 +25,9 @@ MAX_FRAME = 256 << 20
 MAX_BACKLOG = 64 << 20
 #: The engine's threads fill all cores; those that hand its tokens on need little, and go first.
 NICENESS = 5
+#: The first step of an engine that was idle waits while requests come with gaps of at most GAP_MS, and
+#: GATHER_S in all.
+GAP_MS, GATHER_S = 1, 0.015
 
 Row = list[Any]
 
@@ -96,14 +100,15 @@ class Link:
                 return
             del self._out[:sent]
 
-    def take(self, wait: bool) -> list[dict[str, Any]]:
-        """All commands that have come. With `wait` there is at least one. Raises EOFError."""
+    def take(self, wait: bool, within_ms: int = 0) -> list[dict[str, Any]]:
+        """All commands that have come, or that come within so many milliseconds. With `wait` there is
+        at least one, however long it takes. Raises EOFError."""
         self.flush()
         while True:
             if self._out and wait:
                 self._wait(select.POLLIN | select.POLLOUT, None)
                 self.flush()
-            elif not self._wait(select.POLLIN, None if wait else 0):
+            elif not self._wait(select.POLLIN, None if wait else within_ms):
                 return []
             self._fill()
             found = self._whole()
@@ -155,7 +160,7 @@ def run(link: Link, build: Callable[[dict[str, Any]], Stepper]) -> None:
     link.send({"op": "ready", "pid": os.getpid(), **stepper.facts()})
     while True:
         rows: list[Row] = []
-        for command in link.take(wait=not stepper.busy):
+        for command in link.take(wait=False) if stepper.busy else together(link):
             op = command["op"]
             if op == "generate":
                 request = command["request"]
@@ -173,6 +178,18 @@ def run(link: Link, build: Callable[[dict[str, Any]], Stepper]) -> None:
             rows += stepper.step()
         if rows:
             link.send({"op": "step", "deltas": rows})
+
+
+def together(link: Link) -> list[dict[str, Any]]:
+    """What comes to an engine that has nothing to do. Requests that come one after the other begin in
+    one step: a step for the first alone would hold up all others for its whole length."""
+    commands = link.take(wait=True)
+    until = time.monotonic() + GATHER_S
+    last = commands
+    while any(c["op"] == "generate" for c in last) and time.monotonic() < until:
+        last = link.take(wait=False, within_ms=GAP_MS)
+        commands += last
+    return commands
 
 
 def failure(identifier: str, error: Exception) -> Row:
