@@ -62,6 +62,8 @@ class RequestQueue:
         #: Rows and tokens that wait.
         self.waiting_rows = 0
         self.waiting_tokens = 0
+        #: Tokens that wait, by priority.
+        self._ahead: dict[int, int] = {}
 
     def __len__(self) -> int:
         """Rows that wait."""
@@ -91,13 +93,16 @@ class RequestQueue:
         for item in request.items:
             rows += item.rows
             tokens += item.rows * item.length
-        full = self.refusal(rows, request.deadline, tokens_per_second, now, running_tokens)
+        full = self.refusal(
+            rows, request.deadline, tokens_per_second, now, running_tokens, request.priority
+        )
         if full is not None:
             raise full
         completion.waiting_rows = rows
         completion.waiting_tokens = tokens
         self.waiting_rows += rows
         self.waiting_tokens += tokens
+        self._ahead[request.priority] = self._ahead.get(request.priority, 0) + tokens
         orders = self._orders
         for index, item in enumerate(request.items):
             entry = Entry(completion, index, item, next(orders))
@@ -119,20 +124,22 @@ class RequestQueue:
         tokens_per_second: float,
         now: float,
         running_tokens: int = 0,
+        priority: int = 0,
     ) -> QueueFull | None:
         """Why a request of so many rows would be refused now; see `push`. Its `holds_s` is the time
         for which every request that comes as late would be refused too."""
-        policy, waiting = self.policy, self.waiting_tokens
+        policy = self.policy
+        waiting = sum(n for p, n in self._ahead.items() if p >= priority)  # the others go behind it
         batch = min(
             policy.max_batch_tokens,
-            policy.max_batch_size * waiting // max(1, self.waiting_rows),
+            policy.max_batch_size * self.waiting_tokens // max(1, self.waiting_rows),
         )
         wait = waiting / tokens_per_second if tokens_per_second > 0 else 0.0
         if wait and deadline is not None:
             left = deadline - now
             if waiting > batch:
                 # What the oldest has waited tells of engines that became slower than they were.
-                oldest = self.oldest_enqueued()
+                oldest = self.oldest_enqueued(priority)
                 wait = wait if oldest is None else max(wait, now - oldest)
             # Before it run the batches that are cut, and with it what comes behind it.
             took = wait + (running_tokens + min(waiting, batch)) / tokens_per_second
@@ -167,6 +174,7 @@ class RequestQueue:
         """Count a request out that is done before its time; its entries are skipped at the cut."""
         self.waiting_rows -= completion.waiting_rows
         self.waiting_tokens -= completion.waiting_tokens
+        self._ahead[completion.request.priority] -= completion.waiting_tokens
         completion.waiting_rows = completion.waiting_tokens = 0
 
     def expire(self, now: float) -> list[RequestCompletion]:
@@ -186,11 +194,14 @@ class RequestQueue:
             heappop(self._deadlines)
         return None
 
-    def oldest_enqueued(self) -> float | None:
-        """When the oldest waiting request came; None when nothing waits."""
+    def oldest_enqueued(self, priority: int | None = None) -> float | None:
+        """When the oldest waiting request (of that priority or a higher one) came; None when nothing
+        waits."""
         if not self.waiting_rows:
             return None
-        heads = [e.owner.enqueued for lane in self._lanes.values() if (e := lane.oldest())]
+        lanes = self._lanes.items()
+        lanes = (lane for key, lane in lanes if priority is None or key[0] >= priority)
+        heads = [e.owner.enqueued for lane in lanes if (e := lane.oldest())]
         return min(heads, default=None)
 
     def full_batch_waits(self) -> bool:
@@ -247,6 +258,7 @@ class RequestQueue:
             item = entry.item
             entry.owner.waiting_rows -= item.rows
             entry.owner.waiting_tokens -= item.rows * item.length
+            self._ahead[entry.owner.request.priority] -= item.rows * item.length
             rows += item.rows
             tokens += item.rows * item.length
             if item.length > longest:

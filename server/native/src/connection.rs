@@ -26,7 +26,7 @@ use crate::frame::Receiver;
 use crate::inbox::{Call, Caller, Gone, Outcome};
 use crate::metadata;
 use crate::ordinary::Ordinary;
-use crate::reply::{Reply, answer, plain, refusal};
+use crate::reply::{Reply, answer, plain, refusal, streamed};
 use crate::server::{self, Phase, Shared};
 use crate::status::{Code, Refusal};
 use crate::stream::{Held, LATE_GRACE, Stream};
@@ -188,7 +188,8 @@ async fn fast(
         if !shared.inbox.put(call.clone()) {
             return Err(shared.config.overload.clone());
         }
-        return Ok(Stream::begin(shared.inbox.clone(), call, events, room).await);
+        let begun = Stream::begin(shared.inbox.clone(), call, events, room).await;
+        return Ok(begun.map_or_else(|end| refusal(end.trailers), streamed));
     }
     let (call, outcome) = Call::new(method, message, caller, deadline);
     if !shared.inbox.put(call.clone()) {

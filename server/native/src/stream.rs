@@ -7,14 +7,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::Response;
 use http_body::Frame;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::frame::frame;
 use crate::inbox::{Call, Event, Gone, Inbox, Outcome, Reservation};
-use crate::reply::{Reply, refusal, streamed};
 use crate::status::{Code, Refusal};
 
 /// After the deadline, the time for Python to say where the call was when it passed.
@@ -39,13 +37,13 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Waits for the first word: an end before any message is trailers alone.
+    /// Waits for the first word. Fails with the end, where that comes before any message.
     pub async fn begin(
         inbox: Arc<Inbox>,
         call: Arc<Call>,
         events: UnboundedReceiver<Event>,
         held: Held,
-    ) -> Response<Reply> {
+    ) -> Result<Self, Outcome> {
         let until = call.deadline.map(|d| Box::pin(sleep_until(d.into())));
         let mut stream = Self {
             inbox,
@@ -61,11 +59,11 @@ impl Stream {
         match poll_fn(|context| stream.poll_event(context)).await {
             Event::End(outcome) => {
                 stream.ended = true;
-                refusal(outcome.trailers)
+                Err(outcome)
             }
             first @ Event::Message(_) => {
                 stream.next = Some(first);
-                streamed(stream)
+                Ok(stream)
             }
         }
     }

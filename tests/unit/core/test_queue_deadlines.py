@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 RATE = 1000.0  # tokens a second
 
 
-def completion(tokens: int, deadline: float | None = None) -> RequestCompletion:
+def completion(tokens: int, deadline: float | None = None, priority: int = 0) -> RequestCompletion:
     item = Item(TokenInput(np.zeros(0, np.int64)), tokens)
-    return RequestCompletion(EngineRequest([item], deadline=deadline), 0.0)
+    return RequestCompletion(EngineRequest([item], deadline=deadline, priority=priority), 0.0)
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ def test_who_has_time_waits(queue: RequestQueue) -> None:
     queue.push(completion(1, deadline=0.3 + 1.5 / MOST_OF_DEADLINE), RATE, 0.2)
     queue.push(completion(1), RATE, 0.2)
     assert queue.waiting_rows == 12
+
+
+def test_who_goes_first_does_not_wait_for_what_goes_behind(queue: RequestQueue) -> None:
+    urgent = completion(1, deadline=1.0, priority=1)
+    queue.push(urgent, RATE, 0.2)
+    with pytest.raises(QueueFull):
+        queue.push(completion(1, deadline=1.0), RATE, 0.2)
+    first = queue.cut()
+    assert first is not None and first.entries[0].owner is urgent
 
 
 def test_an_unknown_throughput_refuses_nobody(queue: RequestQueue) -> None:
@@ -81,10 +90,11 @@ def test_work_that_left_makes_room(queue: RequestQueue) -> None:
 def test_a_refusal_says_for_whom_else_it_holds(queue: RequestQueue) -> None:
     late = queue.refusal(1, 1.2, RATE, 0.2)
     assert late is not None and late.holds_s > 0 and not late.by_size
-    assert late.within_s == pytest.approx(1.5 / MOST_OF_DEADLINE)
-    for left in (late.within_s - 0.01, late.within_s + 0.01):
-        refused = queue.refusal(1, 0.2 + left, RATE, 0.2) is not None
-        assert refused == (left < late.within_s)
+    within = late.within_s
+    assert within == pytest.approx(1.5 / MOST_OF_DEADLINE)
+    assert within is not None
+    assert queue.refusal(1, 0.2 + within - 0.01, RATE, 0.2) is not None
+    assert queue.refusal(1, 0.2 + within + 0.01, RATE, 0.2) is None
     small = RequestQueue(BatchPolicy(max_queue_size=4))
     for _ in range(3):
         small.push(completion(1))
