@@ -246,7 +246,7 @@ def forebay(
 def table(name: str, found: dict[str, Any]) -> str:
     """Markdown: medians over rounds."""
     lines = [
-        f"## {name}",
+        f"## {name}: {len(next(iter(found['offline'].values()))['rates'])} rounds",
         "",
         "| way | streams | tokens/s (median) | least - most | of offline | of offline, one process | first token p50, ms |",
         "|---|---|---|---|---|---|---|",
@@ -324,7 +324,7 @@ def main() -> None:
             subprocess.run(command, check=True, capture_output=True)
             found[f"random Llama, {size}"] = measure(size, made, a)
     text = "# Language models on the CPU: what the layers cost\n\n"
-    text += f"{a.rounds} rounds after one to warm up, {PROMPT} tokens in, {a.tokens} out, greedy, bfloat16; "
+    text += f"Medians of rounds after one to warm up, {PROMPT} tokens in, {a.tokens} out, greedy, bfloat16; "
     text += f"{os.cpu_count()} cores shared by engine, server and load; all ways of a model take turns, round by round"
     text += ", without vLLM's compiler" if a.eager else ""
     text += (
