@@ -121,12 +121,16 @@ def test_a_full_queue_refuses_its_own_calls_and_every_refusal_is_counted(
     stub.Embed(quick)
     line = 'forebay_rpc_server_rejected_total{reason="QUEUE_FULL"} '
     exposed = live.server.metrics.exposition().decode()
-    assert float(exposed.split(line)[1].split()[0]) == len(refused)
+    counted = float(exposed.split(line)[1].split()[0])
+    late = codes.count(
+        grpc.StatusCode.DEADLINE_EXCEEDED
+    )  # a refusal may come after its caller left
+    assert len(refused) <= counted <= len(refused) + late
     statistics = model_pb2_grpc.ModelServiceStub(live.channel).GetStatistics(
         model_pb2.GetStatisticsRequest(model="slow")
     )
     seen = statistics.versions[0].rejected  # by the queue itself
-    assert seen == len(refused) if lane == "ordinary" else seen < len(refused) / 2
+    assert seen == counted if lane == "ordinary" else seen < counted / 2
 
 
 def test_a_deadline_in_the_queue_is_honoured_without_work(
