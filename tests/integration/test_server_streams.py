@@ -125,7 +125,7 @@ def test_a_stream_keeps_its_deadline(live: Live) -> None:
         for _ in stream:
             pass
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert 0.4 < time.monotonic() - started < 10
+    assert 0.4 < time.monotonic() - started < 2
     until(lambda: calls(live, WATCH, "DEADLINE_EXCEEDED") == 1)
 
 
@@ -178,5 +178,5 @@ def test_open_streams_hear_that_the_server_ends(start: Start, models: Path) -> N
             for _ in stream:
                 pass
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 5
         stopping.join()

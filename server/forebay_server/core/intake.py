@@ -95,6 +95,8 @@ class Intake:
                 try:
                     self._queue.push(completion, rate, now, running)
                 except QueueFull as e:
+                    # Who asks before it submits knows of caches and split traffic, and so of others.
+                    e.holds_s = 0.0
                     refused.append((completion, e, None))
             if wake:
                 self._wake(len(admitted))

@@ -364,13 +364,17 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(bench: Bench) -
     plug = send(client, item(1))
     gate.running()
     waiting = send(client, item(2), item(3), item(4))
+    client.statistics.tokens_per_second = 100.0  # known, as after a batch
     refused = send(client, item(5))
     error = refused.error()
     assert isinstance(error, QueueFull)
     assert error.retry_after_s
+    assert error.holds_s == 0, "only who asks first knows that it holds for others"
+    asked = client.refusal(None)
+    assert isinstance(asked, QueueFull) and asked.holds_s > 0
     gate.let(2)
     assert (end(plug), end(waiting)) == (None, None)
-    assert client.stats()["statistics"].rejected == 1
+    assert client.stats()["statistics"].rejected == 2
 
 
 def test_requests_without_items_or_rows_are_refused(bench: Bench) -> None:
