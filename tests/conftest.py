@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,16 +61,25 @@ def copy_models(source: Path, target: Path, *names: str) -> Path:
 
 
 class Live:
-    """A server on a loop of its own thread."""
+    """A server on a loop of its own thread. On the fast lane it has an HTTP port too, as by `forebay up`;
+    a gateway belongs behind it, see `test_gateway.Gateway`."""
 
     def __init__(self, settings: Settings) -> None:
+        from forebay_cli.serve import http_port
         from forebay_server.app import Server
+        from forebay_server.transport.lanes import choose
 
+        self.gateway_socket = ""
+        if choose(settings.grpc) == "fast":
+            # Not in a test's own folder: a socket's path has 107 bytes at most.
+            self.gateway_socket = f"{tempfile.mkdtemp(prefix='forebay-')}/gateway.sock"
+            http = {"gateway": self.gateway_socket, "port": 0}
+            settings = settings.model_copy(update={"http": settings.http.model_copy(update=http)})
         self.settings = settings
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = Server(settings)
+        self.server = Server(settings, http_port(settings))
         self.run(self.server.start(), 300)  # a language model may take minutes
         self.target = f"127.0.0.1:{self.server.port}"
         self.channel = grpc.insecure_channel(self.target)
@@ -86,6 +96,8 @@ class Live:
         self.run(self.server.stop())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
+        if self.gateway_socket:
+            shutil.rmtree(Path(self.gateway_socket).parent, ignore_errors=True)
 
 
 Start = Callable[..., Live]

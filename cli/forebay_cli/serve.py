@@ -5,10 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from typing import TYPE_CHECKING
 
 from forebay.settings import Settings
 
+if TYPE_CHECKING:
+    from forebay_server.transport.http_port import HttpPort
+
 log = logging.getLogger("forebay.server")
+
+
+def http_port(settings: Settings) -> HttpPort | None:
+    """The HTTP port, where the server is to have it."""
+    from forebay_server.transport.http_port import HttpPort
+
+    http = settings.http
+    if not http.gateway:
+        return None
+    from forebay_gateway import direct
+
+    return HttpPort(
+        address=f"{http.host}:{http.port}",
+        gateway=http.gateway,
+        routes=direct.routes(),
+        forwarded=direct.HEADERS,
+        returned=direct.returned,
+        aside=direct.aside(bool(http.cors_origins)),
+        max_body_bytes=http.max_body_bytes,
+        timeout_s=http.timeout_s,
+    )
 
 
 def run(settings: Settings) -> int:
@@ -25,7 +50,7 @@ def run(settings: Settings) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        server = Server(settings)
+        server = Server(settings, http_port(settings))
         starting = asyncio.create_task(server.start())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)

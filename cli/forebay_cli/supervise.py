@@ -5,7 +5,7 @@ stay resident, where `up` with its settings and command line held 32.
 
 SPEC is JSON: `commands` (lists of arguments, in the order of their start; ended in reverse),
 `environment`, `patience_s` (from a signal to SIGKILL), `ready` (see `answers`), `said` (printed
-when `ready` answers), `since` (seconds of the monotonic clock).
+when `ready` answers), `since` (seconds of the monotonic clock), `remove` (a folder, at the end).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,8 @@ def main() -> int:
             process.terminate()
     for process in reversed(processes):
         status = end(process, spec["patience_s"]) or status
+    if spec.get("remove"):
+        shutil.rmtree(spec["remove"], ignore_errors=True)
     return status
 
 

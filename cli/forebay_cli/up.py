@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +35,9 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     grpc_port, http_port = settings.grpc.port or free_port(), settings.http.port or free_port()
     metrics_port = settings.observability.metrics_port or free_port()
     flags = ["--config", str(config)] if config else []
+    folder = ""
+    if settings.http.enabled and settings.http.direct and settings.http.workers == 1:
+        folder = _folder_for_direct(settings)
     commands = [[sys.executable, "-m", "forebay_cli", "serve", *flags]]
     if settings.http.enabled:
         commands += gateways(settings, http_port, flags)
@@ -50,13 +54,25 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
             "FOREBAY_GRPC_PORT": str(grpc_port),
             "FOREBAY_HTTP_PORT": str(http_port),
             "FOREBAY_OBSERVABILITY__METRICS_PORT": str(metrics_port),
+            **({"FOREBAY_HTTP__GATEWAY": f"{folder}/gateway.sock"} if folder else {}),
         },
+        "remove": folder,
         "patience_s": settings.grpc.drain_s + SLACK_S,
         "ready": http_target if settings.http.enabled else grpc_target,
         "said": "\n".join([*said, "Ctrl-C drains and stops."]),
         "since": started,
     }
     _become(spec)
+
+
+def _folder_for_direct(settings: Settings) -> str:
+    """A folder for the socket between server and gateway; empty where the server has no fast lane."""
+    from importlib.util import find_spec
+
+    if settings.grpc.lane == "ordinary" or find_spec("forebay_native") is None:
+        return ""
+    # Not at home: a socket's path has 107 bytes at most.
+    return tempfile.mkdtemp(prefix="forebay-")
 
 
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:

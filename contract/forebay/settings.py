@@ -154,6 +154,13 @@ class HttpSettings(_Section):
     port: int = Field(default=8080, ge=0, le=65535)
     workers: int = Field(default=1, ge=1, le=256, description="processes that share the port")
     upstream: str = Field(default="", description="gRPC target; empty = this machine's server")
+    direct: bool = Field(
+        default=True, description="`up`: the server has the port, and answers quick routes itself"
+    )
+    gateway: str = Field(
+        default="",
+        description="Unix socket of the gateway, when the server has the port; `up` sets it",
+    )
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")
     cors_origins: list[str] = []

@@ -17,6 +17,7 @@ from forebay.datatypes import DTYPES
 from forebay.errors import ForebayError, InvalidArgument, TooLarge, http_error
 from forebay.methods import methods
 from forebay.oip import open_inference_pb2 as pb
+from google.rpc import status_pb2
 from grpc import aio
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +29,9 @@ from forebay_gateway.route_table import Listed
 from forebay_gateway.upstream import ClientGone, Upstream
 
 _SERVICE = "/inference.GRPCInferenceService/"
+INFER = methods()[f"{_SERVICE}ModelInfer"]
+#: Where a model's routes begin.
+MODELS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 HEADER = "inference-header-content-length"
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -50,7 +54,7 @@ class OpenInference:
             ("POST", "/v2/repository/models/{name}/unload", self.unload),
             ("GET", "/v2/models/stats", self.statistics),
         ]
-        for base in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        for base in MODELS:
             table += [
                 ("GET", base, self.model),
                 ("GET", f"{base}/ready", self.model_ready),
@@ -124,19 +128,11 @@ class OpenInference:
     async def infer(self, request: Request) -> Response:
         """Run a model: JSON tensors, binary tensors, or both."""
         raw = self._decompressed(request, await self._upstream.body(request))
-        size = request.headers.get(HEADER)
-        if size is not None and (not size.isdigit() or int(size) > len(raw)):
-            raise InvalidArgument.at(HEADER, f"is {size!r:.30}; the body has {len(raw)} bytes")
-        split = int(size) if size is not None else len(raw)
-        body, binary = parse_json(raw[:split]), memoryview(raw)[split:]
-        name, version = _place(request)
-        message = pb.ModelInferRequest(
-            model_name=name, model_version=version, id=_text(body.get("id", ""), "id")
-        )
-        _read_inputs(body.get("inputs"), binary, message)
-        wants_binary = _read_outputs(body, message)
-        answer = await self._ask("ModelInfer", request, message)
-        return _answer(answer, wants_binary, request)
+        message, wants_binary = read_infer(raw, request.headers.get(HEADER), *_place(request))
+        data, trailers = await self._upstream.unary(INFER, request, message.SerializeToString())
+        accepted = request.headers.get("accept-encoding", "")
+        headers, body = write_infer(pb.ModelInferResponse.FromString(data), wants_binary, accepted)
+        return Response(body, headers={**trailers, **headers})
 
     def _decompressed(self, request: Request, body: bytes) -> bytes:
         """The body without its content encoding, within the same bound."""
@@ -157,6 +153,34 @@ class OpenInference:
         return out
 
 
+def read_infer(
+    raw: bytes, head_size: str | None, name: str, version: str
+) -> tuple[pb.ModelInferRequest, Callable[[str], bool]]:
+    """The request of a body, and which outputs are wanted as binary.
+
+    Args:
+        head_size: what `inference-header-content-length` says; None without binary tensors.
+
+    Raises:
+        InvalidArgument: the place in the body, and what is allowed there.
+    """
+    if head_size is not None and (not head_size.isdigit() or int(head_size) > len(raw)):
+        raise InvalidArgument.at(HEADER, f"is {head_size!r:.30}; the body has {len(raw)} bytes")
+    split = int(head_size) if head_size is not None else len(raw)
+    body, binary = parse_json(raw[:split]), memoryview(raw)[split:]
+    message = pb.ModelInferRequest(
+        model_name=name, model_version=version, id=_text(body.get("id", ""), "id")
+    )
+    _read_inputs(body.get("inputs"), binary, message)
+    return message, _read_outputs(body, message)
+
+
+def refused(status: status_pb2.Status) -> tuple[int, dict[str, str], bytes]:
+    """An error in the protocol's shape, {"error": text}: status, headers, body."""
+    error = http_error(status)
+    return error.status, http_errors.headers_of(error), orjson.dumps({"error": error.message})
+
+
 def _guarded(endpoint: Endpoint) -> Endpoint:
     """Errors in the protocol's shape: {"error": text}."""
 
@@ -169,13 +193,8 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
             status = e.to_status()
         except ClientGone:
             return Response(status_code=499)
-        error = http_error(status)
-        return Response(
-            orjson.dumps({"error": error.message}),
-            status_code=error.status,
-            media_type="application/json",
-            headers=http_errors.headers_of(error),
-        )
+        code, headers, body = refused(status)
+        return Response(body, status_code=code, media_type="application/json", headers=headers)
 
     return run
 
@@ -284,9 +303,10 @@ def _read_outputs(body: dict[str, Any], message: pb.ModelInferRequest) -> Callab
     return lambda name: wishes.get(name, default)
 
 
-def _answer(
-    answer: pb.ModelInferResponse, wants_binary: Callable[[str], bool], request: Request
-) -> Response:
+def write_infer(
+    answer: pb.ModelInferResponse, wants_binary: Callable[[str], bool], accepted: str
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of an answer. `accepted` is the request's `accept-encoding`."""
     outputs, binary = [], []
     for tensor, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
         one: dict[str, Any] = {
@@ -316,14 +336,13 @@ def _answer(
     if binary:
         headers[HEADER] = str(len(text))
         body = text + b"".join(binary)
-    accepted = request.headers.get("accept-encoding", "")
     # Only what tritonclient asks for by its own flags: browsers' wishes are the proxy's business.
     if accepted == "gzip":
         body, headers["content-encoding"] = gzip.compress(body, 1), "gzip"
     elif accepted == "deflate":
         body, headers["content-encoding"] = zlib.compress(body, 1), "deflate"
-    kind = "application/octet-stream" if binary else "application/json"
-    return Response(body, media_type=kind, headers=headers)
+    headers["content-type"] = "application/octet-stream" if binary else "application/json"
+    return headers, body
 
 
 def _strings(raw: bytes) -> list[str]:

@@ -6,7 +6,7 @@ form fields are the header message and whose files are sent as chunks. Bidirecti
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -91,12 +91,17 @@ async def read(upstream: Upstream, binding: Binding, request: Request) -> Messag
         data = parse_json(await upstream.body(request))
     elif request.query_params:
         data = _from_query(binding.method, request)
-    for name, value in request.path_params.items():
+    return with_places(binding.method, data, request.path_params)
+
+
+def with_places(method: Method, data: dict[str, Any], places: Mapping[str, str]) -> Message:
+    """The request message of a body and its path. Raises InvalidArgument."""
+    for name, value in places.items():
         given = data.get(name)
         if given not in (None, "", value):
             raise InvalidArgument.at(name, f"is {given!r} in the body and {value!r} in the path")
         data[name] = value
-    return to_message(binding.method.request, data)
+    return to_message(method.request, data)
 
 
 def _from_query(method: Method, request: Request) -> dict[str, Any]:

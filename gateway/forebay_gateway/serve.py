@@ -32,6 +32,9 @@ def run(settings: Settings, shared: bool = False) -> None:
         app,
         host=http.host,
         port=http.port,
+        uds=http.gateway or None,
+        # The server keeps its connections: one that ends as it is used would cost a request.
+        timeout_keep_alive=86400 if http.gateway else 5,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(settings.grpc.drain_s),

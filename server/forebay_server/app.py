@@ -51,6 +51,7 @@ from forebay_server.services.token import TokenService
 from forebay_server.services.usage import UsageService
 from forebay_server.storage.database import Database
 from forebay_server.storage.routing_state import StoredRoutingState
+from forebay_server.transport.http_port import HttpPort
 from forebay_server.transport.lanes import Lanes, choose
 from forebay_server.transport.metrics_http import MetricsListener
 from forebay_server.transport.pipeline import Pipeline
@@ -70,9 +71,11 @@ def retrieval_installed() -> bool:
 class Server:
     """A running server. `start`, then `wait`, then `stop`; all on one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, http: HttpPort | None = None) -> None:
+        """`http`: a port for HTTP, beside that of gRPC."""
         settings.check_exposure()
         self.settings = settings
+        self._http = http
         self.metrics = Metrics()
         self.metrics_port = 0
         self._background: list[asyncio.Task[None]] = []
@@ -137,6 +140,8 @@ class Server:
             validator,
             self._idempotency,
             self.metrics.refused_at_the_door,
+            self._http,
+            self.metrics.http.ended,
         )
         await self._listen()
         await self.repository.start()

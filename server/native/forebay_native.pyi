@@ -1,6 +1,6 @@
 """The fast lane: gRPC over HTTP/2 that gives Python all waiting calls of some methods as batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __version__: str
 
@@ -10,12 +10,13 @@ class Call:
     def set_owner(self, owner: object) -> None:
         """What `Server.take` names when this call is gone."""
 
-#: Call; index into the server's `methods`; the request without framing and compression; the
+#: Call; index into the server's `methods`, behind them those of HTTP's routes; the request without
+#: framing and compression; the
 #: caller's text metadata, the last value of a repeated key (the same object for calls of a connection
 #: that say the same: not to be changed); `ipv4:address:port`, `ipv6:[address]:port` or `unix:`;
 #: seconds since the request was there in whole; seconds until the deadline, negative when it has
-#: passed, None without one.
-Arrival = tuple[Call, int, bytes, dict[str, str], str, float, float | None]
+#: passed, None without one; what stands in the places of an HTTP route's path.
+Arrival = tuple[Call, int, bytes, dict[str, str], str, float, float | None, list[str]]
 
 class Server:
     """Listens as soon as it is made.
@@ -29,6 +30,13 @@ class Server:
         overload: message and serialised google.rpc.Status of the refusal (RESOURCE_EXHAUSTED) when
             too much waits.
         tls: contents of PEM files: certificate chain, key, authority of client certificates.
+        http: a second port, for HTTP/1.1: `address`; `gateway`, the Unix socket that other requests
+            go to; `routes`, paths with `{places}` whose POST requests `take` gives, each with
+            answers (status, headers, body) by gRPC's status code for those that end in the
+            extension, 0 for a body that is too large, the first for all others; `forwarded`, the
+            headers that become metadata; `aside`, headers whose requests go to the gateway;
+            `max_body_bytes`; `timeout_s`, the deadline where a request gives none; `unreachable`,
+            the answer when the gateway does not listen.
 
     Raises:
         OSError: it cannot listen there.
@@ -56,6 +64,7 @@ class Server:
         receive_timeout_s: float,
         overload: tuple[str, bytes],
         tls: tuple[bytes, bytes, bytes | None] | None = None,
+        http: Mapping[str, object] | None = None,
     ) -> None: ...
     @property
     def port(self) -> int:
@@ -82,6 +91,13 @@ class Server:
     ) -> None:
         """End calls: (call, code, data, message, trailers). For code 0 the data is the response (of streams nothing);
         else it is a serialised google.rpc.Status or empty. Ends of calls that ended are ignored."""
+    @property
+    def http_port(self) -> int:
+        """The HTTP port in force; 0 without one."""
+    def answer_http(
+        self, answers: Sequence[tuple[Call, int, bytes, Sequence[tuple[str, str]]]]
+    ) -> None:
+        """End calls that came by HTTP: (call, status, body, headers)."""
     def refuse_alike(
         self,
         call: Call,

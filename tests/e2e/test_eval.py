@@ -124,7 +124,7 @@ def test_a_judge_gives_figures_or_failures_never_nan(
     """One judge knows the forms; the other, our engine with random weights, says nonsense."""
     python = ragas_python()
     judge.script = judgement
-    gateway = Gateway(live.target)
+    gateway = Gateway(live)
     out = tmp_path / "out.json"
     try:
         flags = ["--mode", "hybrid", "--judge", name, "--url", gateway.url, "--output", str(out)]

@@ -25,7 +25,7 @@ def live(starters: Path, start: Start, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live.target)
+    running = Gateway(live)
     http = running.http
     config = {"knowledge_base": "handbook", "config": {"language": "en"}}
     http.post("/api/v1/knowledge", json=config).raise_for_status()

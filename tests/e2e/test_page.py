@@ -56,7 +56,7 @@ def gateway(live: Live) -> Iterator[Gateway]:
     async def metrics() -> bytes:
         return live.server.metrics.exposition()
 
-    running = Gateway(live.target, metrics)
+    running = Gateway(live, metrics)
     yield running
     running.stop()
 

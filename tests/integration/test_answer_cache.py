@@ -28,7 +28,7 @@ def stub(tiny: Live) -> rpc.GenerationServiceStub:
 
 @pytest.fixture(scope="module")
 def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny.target)
+    running = Gateway(tiny)
     yield running
     running.stop()
 

@@ -55,7 +55,7 @@ def stub(tiny: Live) -> rpc.BatchServiceStub:
 
 @pytest.fixture(scope="module")
 def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny.target)
+    running = Gateway(tiny)
     yield running
     running.stop()
 

@@ -47,7 +47,7 @@ def stub(live: Live) -> collection_pb2_grpc.CollectionServiceStub:
 
 @pytest.fixture(scope="module")
 def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live.target)
+    running = Gateway(live)
     yield running
     running.stop()
 

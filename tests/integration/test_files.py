@@ -28,7 +28,7 @@ def live(start: Start, models: Path) -> Live:
 
 @pytest.fixture(scope="module")
 def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live.target)
+    running = Gateway(live)
     yield running
     running.stop()
 

@@ -23,12 +23,19 @@ from tests.integration.test_inference import ROW
 
 
 class Gateway:
-    """uvicorn in a thread."""
+    """uvicorn in a thread: on a port, or where the server has the HTTP port, on the socket behind it."""
 
-    def __init__(self, target: str, server_metrics=None, **settings) -> None:
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
+    def __init__(self, server: Live | str, server_metrics=None, **settings) -> None:
+        target = server if isinstance(server, str) else server.target
+        if isinstance(server, str) or not server.gateway_socket:
+            self._socket = socket.socket()
+            self._socket.bind(("127.0.0.1", 0))
+            self.port = self._socket.getsockname()[1]
+        else:
+            self._socket = socket.socket(socket.AF_UNIX)
+            Path(server.gateway_socket).unlink(missing_ok=True)
+            self._socket.bind(server.gateway_socket)
+            self.port = server.server.lanes.http_port
         app = create_app(HttpSettings(**settings), target, server_metrics)
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
         self._thread = threading.Thread(
@@ -49,8 +56,13 @@ class Gateway:
 
 
 @pytest.fixture(scope="module")
+def live(starters: Path, start: Start) -> Live:
+    return start(starters, http__max_body_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
 def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live.target, max_body_bytes=1 << 20)
+    running = Gateway(live, max_body_bytes=1 << 20)
     yield running
     running.stop()
 
@@ -306,7 +318,7 @@ def test_limits_and_keys_through_http(starters: Path, start: Start) -> None:
     server = start(starters, auth__required="always")
     limits = Limits(requests_per_second=0.5, burst=1)
     _, secret = server.run(server.server.keys.create("k", ("infer",), limits=limits))
-    door = Gateway(server.target)
+    door = Gateway(server)
     try:
         body = {"model": "minilm", "input": "a"}
         assert door.http.post("/v1/embeddings", json=body).status_code == 401

@@ -108,7 +108,7 @@ def test_the_server_lives_after_the_storm(target: Live) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_schemathesis_finds_no_server_error(target: Live) -> None:
-    door = Gateway(target.target)
+    door = Gateway(target)
     try:
         command = [str(Path(sys.executable).parent / "schemathesis"), "run"]
         command += [f"{door.url}/openapi.json", "--checks", "not_a_server_error"]

@@ -37,7 +37,7 @@ def stub(live: Live) -> knowledge_pb2_grpc.KnowledgeServiceStub:
 
 @pytest.fixture(scope="module")
 def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live.target)
+    running = Gateway(live)
     yield running
     running.stop()
 

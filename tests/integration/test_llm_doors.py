@@ -47,7 +47,7 @@ def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
 
 @pytest.fixture(scope="module")
 def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny.target)
+    running = Gateway(tiny)
     yield running
     running.stop()
 
@@ -325,7 +325,7 @@ def test_budgets_and_rates_are_429_with_a_true_wait(
     def key(limits: Limits) -> str:
         return live.run(live.server.keys.create("k", ("infer", "read"), limits=limits))[1]
 
-    door = Gateway(live.target)
+    door = Gateway(live)
     body = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 20}
     try:
         # So slow that a first answer on a busy machine does not outlast the wait.

@@ -53,7 +53,7 @@ def stub(tiny: Live) -> rpc.ResponseServiceStub:
 
 @pytest.fixture(scope="module")
 def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny.target)
+    running = Gateway(tiny)
     yield running
     running.stop()
 
@@ -391,7 +391,7 @@ def test_a_queued_stream_has_heartbeats(
 
     monkeypatch.setattr(generation, "HEARTBEAT_S", 0.05)
     live = start(random_openvino(tmp_path_factory.mktemp("busy"), running=1))
-    door = Gateway(live.target)
+    door = Gateway(live)
     live.run(live.server.repository.resolve("tiny", ("generation",), ""))
     gate = live.server.repository.loaded[("tiny", 1)].client.gate
     held = gate.enter("other", 1, 1)

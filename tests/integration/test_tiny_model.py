@@ -40,7 +40,7 @@ def test_it_counts_up_to_a_stop_string(stub: rpc.GenerationServiceStub) -> None:
 
 
 def test_it_calls_a_tool_when_it_may(tiny: Live) -> None:
-    gateway = Gateway(tiny.target)
+    gateway = Gateway(tiny)
     question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
         said = sdk.chat.completions.create(model="tiny", messages=HELLO, temperature=0)

@@ -23,7 +23,7 @@ from tests.integration.test_generation import WEATHER, refused, text_of, user
 def behind(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     live = start(random_openvino(tmp_path_factory.mktemp("behind")))
     stub = rpc.GenerationServiceStub(live.channel)
-    gateway = Gateway(live.target)
+    gateway = Gateway(live)
     gateway.said = text_of(stub.Chat(user("Who are you?")).choices[0])  # type: ignore[attr-defined]
     yield gateway
     gateway.stop()

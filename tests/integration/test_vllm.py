@@ -44,7 +44,7 @@ def stub(tiny: Live) -> rpc.GenerationServiceStub:
 
 @pytest.fixture(scope="module")
 def client(tiny: Live) -> Iterator[openai.OpenAI]:
-    gateway = Gateway(tiny.target)
+    gateway = Gateway(tiny)
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
         yield sdk
     gateway.stop()

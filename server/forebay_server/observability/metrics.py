@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from forebay_server.observability.batch_metrics import BatchMetrics
 from forebay_server.observability.generation_metrics import GenerationMetrics
+from forebay_server.observability.http_metrics import HttpMetrics
 from forebay_server.observability.rpc_metrics import SECONDS, RpcMetrics
 
 #: No `_created` series: they nearly double the exposition, and Prometheus has no use for them.
@@ -36,6 +37,8 @@ class Metrics:
         r = self.registry = CollectorRegistry()
         self.rpc = RpcMetrics()
         r.register(self.rpc)
+        self.http = HttpMetrics()
+        r.register(self.http)
         self.rejected = Counter(
             "forebay_rpc_server_rejected",
             "Calls refused before any work",

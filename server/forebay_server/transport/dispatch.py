@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError, Message
 from forebay_server.core.call import Call
 from forebay_server.core.collector import together
 from forebay_server.services.base import Handler
-from forebay_server.transport.pipeline import Pipeline, guard
+from forebay_server.transport.http_port import Direct
+from forebay_server.transport.pipeline import Pipeline, guard, internal
 from forebay_server.transport.streams import Streams
 
 log = logging.getLogger("forebay.transport")
@@ -47,6 +48,8 @@ class Dispatcher:
     def _serve(self, calls: Sequence[Call]) -> None:
         by_path: dict[str, list[Call]] = {}
         for call in self._pipeline.begin(calls):
+            if isinstance(call.origin, Direct) and not _read(call, call.origin):
+                continue
             by_path.setdefault(call.method.path, []).append(call)
         for path, own in by_path.items():
             handler = self._handlers[path]
@@ -70,6 +73,19 @@ class Dispatcher:
         else:
             assert self.streams is not None
             self.streams.start(handler, parsed)
+
+
+def _read(call: Call, direct: Direct) -> bool:
+    """Read a call that came by HTTP; False when that has ended it."""
+    try:
+        direct.read(call)
+        return True
+    except ForebayError as e:
+        call.fail(e)
+    except Exception as e:
+        log.exception("reading a request of %s failed", direct.route.path)
+        call.fail(internal(call), cause=e)
+    return False
 
 
 def parse(kind: type[Message], data: bytes) -> Message:

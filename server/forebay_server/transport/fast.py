@@ -24,6 +24,7 @@ from forebay_server.core.call import Call
 from forebay_server.core.collector import Collector
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
+from forebay_server.transport.http_port import Direct, HttpPort
 from forebay_server.transport.inbox import MAX_TAKE
 from forebay_server.transport.pipeline import REQUEST_ID, Pipeline, too_late, trailers_of
 from forebay_server.transport.streams import Streams
@@ -51,6 +52,8 @@ class FastLane:
     Args:
         ordinary: path of the ordinary lane's Unix socket.
         refused: hears of calls of a method that the extension refused because too much waits.
+        http: a second port, for HTTP.
+        http_ended: hears of its answers: route, status, and how long each took.
 
     Raises:
         OSError: it cannot listen there.
@@ -66,6 +69,8 @@ class FastLane:
         loop: asyncio.AbstractEventLoop,
         ordinary: str,
         refused: Callable[[str, int], None],
+        http: HttpPort | None = None,
+        http_ended: Callable[[str, int, Sequence[float]], None] = lambda route, status, took: None,
     ) -> None:
         import forebay_native
 
@@ -79,6 +84,9 @@ class FastLane:
         self._methods = [
             h.method for h in handlers.values() if h.method.batched or h.method.kind == STREAM
         ]
+        self._http = http
+        self._http_ended = http_ended
+        self._routes = list(http.routes) if http is not None else []
         full = QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
         self._server = forebay_native.Server(
             settings.address,
@@ -99,8 +107,10 @@ class FastLane:
             receive_timeout_s=settings.receive_timeout_s,
             overload=(full.message, full.to_status().SerializeToString()),
             tls=_tls(settings),
+            http=http.config() if http is not None else None,
         )
         self.port = self._server.port
+        self.http_port = self._server.http_port
         self._on_end = Collector(self._end).add
         self._ending = threading.Event()
         self._threads = [
@@ -147,9 +157,15 @@ class FastLane:
                 self._dispatcher.serve([self._call(arrival, now) for arrival in taken])
 
     def _call(self, arrival: forebay_native.Arrival, now: float) -> Call:
-        native, method, message, metadata, peer, waited, left = arrival
+        native, index, message, metadata, peer, waited, left, places = arrival
+        route = None
+        if index < len(self._methods):
+            method = self._methods[index]
+        else:  # they are numbered behind
+            route = self._routes[index - len(self._methods)]
+            method = route.method
         call = Call(
-            self._methods[method],
+            method,
             metadata,
             started=now - waited,
             deadline=None if left is None else now + left,
@@ -157,7 +173,7 @@ class FastLane:
             on_end=self._on_end,
         )
         call.message = message
-        call.origin = native
+        call.origin = native if route is None else Direct(native, route, places)
         native.set_owner(call)
         return call
 
@@ -172,9 +188,11 @@ class FastLane:
     def _answer(self, calls: Sequence[Call]) -> None:
         # Calls that were admitted together mostly have the same trailers, but for their ids.
         alike: dict[int, list[Call]] = {}
-        failed = []
+        failed, direct = [], []
         for call in calls:
-            if call.error is None:
+            if isinstance(call.origin, Direct):
+                direct.append(call)
+            elif call.error is None:
                 alike.setdefault(id(call.trailers), []).append(call)
             else:
                 failed.append(call)
@@ -186,9 +204,24 @@ class FastLane:
                 [c.request_id for c in group],
                 group[0].trailers,
             )
+        if direct:
+            self._answer_http(direct)
         if failed:
             self._refuse_alike(failed)
             self._server.answer(cast(Any, [self._failure(c) for c in failed]))
+
+    def _answer_http(self, calls: Sequence[Call]) -> None:
+        assert self._http is not None
+        now = time.monotonic()
+        answers, took = [], dict[tuple[str, int], list[float]]()
+        for call in calls:
+            direct = cast(Direct, call.origin)
+            status, headers, body = direct.answer(call, self._http.returned)
+            answers.append((direct.native, status, body, headers))
+            took.setdefault((direct.route.path, status), []).append(now - call.started)
+        self._server.answer_http(answers)
+        for (path, status), seconds in took.items():
+            self._http_ended(path, status, seconds)
 
     def _refuse_alike(self, failed: Sequence[Call]) -> None:
         """Have the extension refuse calls that ask the same as one that was just refused."""
@@ -207,7 +240,8 @@ class FastLane:
                 )
 
     def _count_refusals(self) -> None:
-        for method, count in zip(self._methods, self._server.take_refusals(), strict=True):
+        methods = [*self._methods, *(r.method for r in self._routes)]
+        for method, count in zip(methods, self._server.take_refusals(), strict=True):
             if count:
                 self._refused(method.path, count)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.fast import FastLane, available
+from forebay_server.transport.http_port import HttpPort
 from forebay_server.transport.inbox import Inbox
 from forebay_server.transport.ordinary import OrdinaryLane
 from forebay_server.transport.pipeline import Pipeline
@@ -36,7 +37,7 @@ def choose(settings: GrpcSettings) -> Literal["fast", "ordinary"]:
 
 
 class Lanes:
-    """The server's gRPC port."""
+    """The server's gRPC port, and the HTTP port where the server has it."""
 
     def __init__(
         self,
@@ -46,9 +47,15 @@ class Lanes:
         validator: Validator,
         idempotency: IdempotencyStore,
         refused: Callable[[str, int], None],
+        http: HttpPort | None,
+        http_ended: Callable[[str, int, Sequence[float]], None],
     ) -> None:
         self.lane = choose(settings)
-        self.port = 0
+        if http is not None and self.lane == "ordinary":
+            raise OSError("http.gateway is set, but only the fast lane can have the HTTP port")
+        self.port = self.http_port = 0
+        self._http = http
+        self._http_ended = http_ended
         self._settings = settings
         self._handlers = handlers
         self._pipeline = pipeline
@@ -99,8 +106,10 @@ class Lanes:
             asyncio.get_running_loop(),
             socket,
             self._refused,
+            self._http,
+            self._http_ended,
         )
-        self.port = self._fast.port
+        self.port, self.http_port = self._fast.port, self._fast.http_port
 
     async def wait(self) -> None:
         """Until the server has stopped."""

@@ -23,7 +23,7 @@ use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::cork::Cork;
 use crate::frame::Receiver;
-use crate::inbox::{Call, Caller, Gone, Outcome};
+use crate::inbox::{Call, Caller, Gone, Inbox, Outcome};
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal, streamed};
@@ -191,20 +191,18 @@ async fn fast(
         let begun = Stream::begin(shared.inbox.clone(), call, events, room).await;
         return Ok(begun.map_or_else(|end| refusal(end.trailers), streamed));
     }
-    let (call, outcome) = Call::new(method, message, caller, deadline);
+    let (call, outcome) = Call::new(method, message, caller, deadline, Vec::new());
     if !shared.inbox.put(call.clone()) {
         return Err(shared.config.overload.clone());
     }
-    let leaving = Leaving {
-        shared,
-        call: &call,
-    };
+    let leaving = Leaving::new(&shared.inbox, &call);
     let outcome = wait(outcome, deadline, &leaving).await;
     drop(leaving);
     outcome.map(answer)
 }
 
-async fn wait(
+/// The outcome of a call, or what is said when its time is over.
+pub async fn wait(
     mut answer: oneshot::Receiver<Outcome>,
     deadline: Option<Instant>,
     leaving: &Leaving<'_>,
@@ -216,7 +214,7 @@ async fn wait(
     if let Ok(outcome) = timeout_at(deadline.into(), &mut answer).await {
         return outcome.map_err(gone);
     }
-    leaving.shared.inbox.leave(leaving.call, Gone::Late);
+    leaving.inbox.leave(leaving.call, Gone::Late);
     match timeout(LATE_GRACE, answer).await {
         Ok(outcome) => outcome.map_err(gone),
         Err(_) => Err(Refusal::new(Code::DeadlineExceeded, "the deadline passed")),
@@ -256,14 +254,20 @@ async fn receive(
 }
 
 /// Dropped with the call's future: when the client resets the stream, or the connection ends.
-struct Leaving<'a> {
-    shared: &'a Shared,
+pub struct Leaving<'a> {
+    inbox: &'a Inbox,
     call: &'a Arc<Call>,
+}
+
+impl<'a> Leaving<'a> {
+    pub fn new(inbox: &'a Inbox, call: &'a Arc<Call>) -> Self {
+        Self { inbox, call }
+    }
 }
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        self.shared.inbox.leave(self.call, Gone::Cancelled);
+        self.inbox.leave(self.call, Gone::Cancelled);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{mpsc, oneshot};
 
@@ -17,9 +17,22 @@ use crate::status::{Code, Refusal};
 /// How a call ends.
 #[derive(Debug)]
 pub struct Outcome {
+    /// Of an HTTP answer; gRPC's is in the trailers.
+    pub status: StatusCode,
     /// None for an error: then the trailers say which.
     pub payload: Option<Bytes>,
     pub trailers: HeaderMap,
+}
+
+impl Outcome {
+    /// The end of a call of gRPC.
+    pub fn new(payload: Option<Bytes>, trailers: HeaderMap) -> Self {
+        Self {
+            status: StatusCode::OK,
+            payload,
+            trailers,
+        }
+    }
 }
 
 /// What a call that is answered by a stream sends next.
@@ -88,6 +101,8 @@ pub struct Call {
     pub method: u32,
     pub message: Bytes,
     pub caller: Arc<Caller>,
+    /// What the places of an HTTP route say.
+    pub places: Vec<String>,
     pub received: Instant,
     pub deadline: Option<Instant>,
     /// Whatever Python wants to find again when it hears that the call is gone.
@@ -106,11 +121,12 @@ impl Call {
         message: Bytes,
         caller: Arc<Caller>,
         deadline: Option<Instant>,
+        places: Vec<String>,
     ) -> (Arc<Self>, oneshot::Receiver<Outcome>) {
         let (sender, receiver) = oneshot::channel();
         let back = Back::One(sender);
         (
-            Self::with(method, message, caller, deadline, back),
+            Self::with(method, message, caller, deadline, places, back),
             receiver,
         )
     }
@@ -125,7 +141,7 @@ impl Call {
         let (sender, receiver) = mpsc::unbounded_channel();
         let back = Back::Many(sender);
         (
-            Self::with(method, message, caller, deadline, back),
+            Self::with(method, message, caller, deadline, Vec::new(), back),
             receiver,
         )
     }
@@ -135,12 +151,14 @@ impl Call {
         message: Bytes,
         caller: Arc<Caller>,
         deadline: Option<Instant>,
+        places: Vec<String>,
         back: Back,
     ) -> Arc<Self> {
         Arc::new(Self {
             method,
             message,
             caller,
+            places,
             received: Instant::now(),
             deadline,
             owner: Mutex::new(None),
@@ -348,10 +366,7 @@ impl Inbox {
         state.closed = true;
         let error = Refusal::new(Code::Unavailable, "the server is shutting down");
         for call in state.waiting.drain(..) {
-            call.end(Outcome {
-                payload: None,
-                trailers: error.trailers(),
-            });
+            call.end(Outcome::new(None, error.trailers()));
         }
         self.ready.notify_all();
     }
@@ -384,7 +399,13 @@ mod tests {
     use super::*;
 
     fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
-        Call::new(0, Bytes::from_static(b"m"), Arc::default(), None)
+        Call::new(
+            0,
+            Bytes::from_static(b"m"),
+            Arc::default(),
+            None,
+            Vec::new(),
+        )
     }
 
     fn inbox_with(calls: usize, wait: Duration) -> Arc<Inbox> {
@@ -437,10 +458,7 @@ mod tests {
     #[test]
     fn an_answer_counts_once() {
         let (call, mut answer) = call();
-        let outcome = || Outcome {
-            payload: None,
-            trailers: HeaderMap::new(),
-        };
+        let outcome = || Outcome::new(None, HeaderMap::new());
         assert!(call.end(outcome()) && !call.end(outcome()));
         assert!(answer.try_recv().is_ok());
         let inbox = inbox(1);
@@ -460,11 +478,7 @@ mod tests {
         let piece = |n: u8| Bytes::from(vec![n; BEHIND / 2]);
         assert!(!call.push(piece(1)));
         assert!(call.push(piece(2)), "behind");
-        let trailers = HeaderMap::new();
-        call.end(Outcome {
-            payload: None,
-            trailers,
-        });
+        call.end(Outcome::new(None, HeaderMap::new()));
         assert!(!call.push(piece(3)), "it has ended");
         for n in 1..=2 {
             let Ok(Event::Message(m)) = events.try_recv() else {

@@ -1,11 +1,14 @@
 //! Forebay's fast lane: terminates gRPC's HTTP/2, gives Python all waiting calls as one batch, and
 //! takes the answers back. It knows no contract: bytes in, bytes out. Calls of other methods go
-//! through to the ordinary lane over a Unix socket, unchanged. Beside it, `split`
+//! through to the ordinary lane over a Unix socket, unchanged. So it does with some routes of HTTP/1.1 and
+//! with the gateway. Beside it, `split`
 //! takes many messages apart at one of their fields, and `rows` reads google.protobuf.Struct.
 
 pub mod connection;
 pub mod cork;
 pub mod frame;
+pub mod gateway;
+pub mod http1;
 pub mod inbox;
 pub mod metadata;
 pub mod ordinary;

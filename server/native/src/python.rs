@@ -8,12 +8,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use pyo3::exceptions::{PyIndexError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
+use crate::http1::{self, Canned, Pattern, Route};
 use crate::inbox::{Bounds, Call, Gone, Outcome};
 use crate::rows::{self, Number, Text};
 use crate::server::{Config, Method, Server};
@@ -42,10 +43,7 @@ impl Drop for PyCall {
     fn drop(&mut self) {
         // Python forgot it: the client must not wait for ever.
         let error = Refusal::new(Code::Unavailable, "the server lost this call");
-        self.call.end(Outcome {
-            payload: None,
-            trailers: error.trailers(),
-        });
+        self.call.end(Outcome::new(None, error.trailers()));
     }
 }
 
@@ -95,8 +93,15 @@ type Answer<'py> = (
     String,
     Vec<(String, String)>,
 );
+type HttpAnswer<'py> = (
+    PyRef<'py, PyCall>,
+    u16,
+    Bound<'py, PyBytes>,
+    Vec<(String, String)>,
+);
 type Leavers = Vec<(Py<PyAny>, &'static str)>;
-/// Call, method, message, metadata, peer, seconds since it was there, seconds that are left.
+/// Call, method, message, metadata, peer, seconds since it was there, seconds that are left, what the
+/// places of its route say.
 type Arrival<'py> = (
     Py<PyCall>,
     u32,
@@ -105,6 +110,7 @@ type Arrival<'py> = (
     Py<PyString>,
     f64,
     Option<f64>,
+    Vec<String>,
 );
 /// Python's form of a `Caller`.
 type PyCaller = (Py<PyDict>, Py<PyString>);
@@ -128,9 +134,9 @@ fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_
     });
     let waited = now.duration_since(call.received).as_secs_f64();
     let message = PyBytes::new(py, &call.message);
-    let method = call.method;
+    let (method, places) = (call.method, call.places.clone());
     let call = Py::new(py, PyCall { call })?;
-    Ok((call, method, message, metadata, peer, waited, left))
+    Ok((call, method, message, metadata, peer, waited, left, places))
 }
 
 #[pymethods]
@@ -138,7 +144,7 @@ impl PyServer {
     #[new]
     #[pyo3(signature = (address, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
         max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
-        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, tls = None))]
+        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, tls = None, http = None))]
     #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     fn new(
         py: Python<'_>,
@@ -160,6 +166,7 @@ impl PyServer {
         receive_timeout_s: f64,
         overload: (String, Vec<u8>),
         tls: Option<(Vec<u8>, Vec<u8>, Option<Vec<u8>>)>,
+        http: Option<PyHttp>,
     ) -> PyResult<Self> {
         let seconds = Duration::from_secs_f64;
         let method = |(path, fields, streams)| Method {
@@ -190,6 +197,7 @@ impl PyServer {
                 message: overload.0,
                 details: overload.1,
             },
+            http: http.map(PyHttp::config).transpose()?,
         };
         let tls = tls
             .map(|(c, k, ca)| settings(&c, &k, ca.as_deref()))
@@ -203,6 +211,11 @@ impl PyServer {
     #[getter]
     fn port(&self) -> u16 {
         self.server.port
+    }
+
+    #[getter]
+    fn http_port(&self) -> u16 {
+        self.server.http_port
     }
 
     fn take<'py>(
@@ -257,7 +270,7 @@ impl PyServer {
                 trailers.insert(own.clone(), value);
             }
             let payload = Some(payload(data));
-            ready.push((call.call.clone(), Outcome { payload, trailers }));
+            ready.push((call.call.clone(), Outcome::new(payload, trailers)));
         }
         py.detach(|| self.server.answer(ready));
         Ok(())
@@ -275,10 +288,29 @@ impl PyServer {
                 let payload = (code == 0).then(|| payload(&data));
                 let details = if code == 0 { &b""[..] } else { data.as_bytes() };
                 let trailers = status::trailers(code, &message, details, headers(more));
-                (call, Outcome { payload, trailers })
+                (call, Outcome::new(payload, trailers))
             })
             .collect();
         // Waking the transport's threads takes system calls: others may run Python meanwhile.
+        py.detach(|| self.server.answer(ready));
+    }
+
+    /// Sends answers of calls that came by HTTP. Each is (call, status, body, headers).
+    fn answer_http(&self, py: Python<'_>, answers: Vec<HttpAnswer<'_>>) {
+        let ready: Vec<_> = answers
+            .into_iter()
+            .map(|(call, status, body, headers)| {
+                let call = call.call.clone();
+                let owner = call.owner.lock().take();
+                drop(owner);
+                let outcome = Outcome {
+                    status: StatusCode::from_u16(status).unwrap_or_default(),
+                    payload: Some(payload(&body)),
+                    trailers: http1::headers(headers),
+                };
+                (call, outcome)
+            })
+            .collect();
         py.detach(|| self.server.answer(ready));
     }
 
@@ -353,6 +385,51 @@ impl PyServer {
         dict.set_item("refused_calls", count(&shared.inbox.refused))?;
         dict.set_item("abandoned_calls", count(&shared.inbox.abandoned))?;
         Ok(dict)
+    }
+}
+
+/// Status, headers, body.
+type PyCanned = (u16, Vec<(String, String)>, Vec<u8>);
+
+/// What `http1::Config` is made of.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct PyHttp {
+    address: String,
+    gateway: String,
+    routes: Vec<(String, Vec<(u8, PyCanned)>)>,
+    forwarded: Vec<String>,
+    aside: Vec<String>,
+    max_body_bytes: usize,
+    timeout_s: f64,
+    unreachable: PyCanned,
+}
+
+impl PyHttp {
+    fn config(self) -> PyResult<http1::Config> {
+        let names = |names: Vec<String>| -> PyResult<Vec<HeaderName>> {
+            let name = |n| HeaderName::try_from(n).map_err(|_| PyValueError::new_err("no header"));
+            names.into_iter().map(name).collect()
+        };
+        let canned = |(status, headers, body): PyCanned| Canned {
+            status: StatusCode::from_u16(status).unwrap_or_default(),
+            headers: http1::headers(headers),
+            body: body.into(),
+        };
+        let route = |(path, errors): (String, Vec<(u8, PyCanned)>)| Route {
+            pattern: Pattern::new(&path),
+            errors: errors.into_iter().map(|(n, e)| (n, canned(e))).collect(),
+        };
+        Ok(http1::Config {
+            address: self.address,
+            gateway: self.gateway.into(),
+            routes: self.routes.into_iter().map(route).collect(),
+            forwarded: names(self.forwarded)?,
+            aside: names(self.aside)?,
+            max_body_bytes: self.max_body_bytes,
+            timeout: Duration::from_secs_f64(self.timeout_s),
+            unreachable: canned(self.unreachable),
+        })
     }
 }
 

@@ -20,6 +20,8 @@ pub enum Reply {
         data: [Option<Bytes>; 2],
         trailers: Option<HeaderMap>,
     },
+    /// An HTTP answer's body.
+    Whole(Option<Bytes>),
     Passed(Incoming),
     Streamed(Box<Stream>),
 }
@@ -39,6 +41,7 @@ impl Body for Reply {
                 let next = next.or_else(|| trailers.take().map(Frame::trailers));
                 Poll::Ready(next.map(Ok))
             }
+            Self::Whole(body) => Poll::Ready(body.take().map(|b| Ok(Frame::data(b)))),
             Self::Passed(body) => Pin::new(body).poll_frame(context),
             Self::Streamed(stream) => stream.poll_frame(context).map(|f| f.map(Ok)),
         }
@@ -48,12 +51,16 @@ impl Body for Reply {
         match self {
             Self::Empty => true,
             Self::Message { .. } | Self::Streamed(_) => false,
+            Self::Whole(body) => body.is_none(),
             Self::Passed(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::default() // gRPC has no content-length
+        match self {
+            Self::Whole(body) => SizeHint::with_exact(body.as_ref().map_or(0, |b| b.len() as u64)),
+            _ => SizeHint::default(), // gRPC has no content-length
+        }
     }
 }
 
@@ -68,6 +75,14 @@ pub fn answer(outcome: Outcome) -> Response<Reply> {
         trailers: Some(outcome.trailers),
     };
     with_type(Response::new(body))
+}
+
+/// An answer to HTTP.
+pub fn whole(status: StatusCode, headers: HeaderMap, body: Bytes) -> Response<Reply> {
+    let mut response = Response::new(Reply::Whole(Some(body)));
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
 }
 
 /// An answer in pieces.

@@ -17,10 +17,10 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 
-use crate::connection;
 use crate::inbox::{Bounds, Call, Inbox, Outcome};
 use crate::shed::Shed;
 use crate::status::Refusal;
+use crate::{connection, http1};
 
 /// A method of the fast lane.
 #[derive(Clone)]
@@ -55,6 +55,8 @@ pub struct Config {
     pub receive_timeout: Duration,
     /// The answer when too much waits.
     pub overload: Refusal,
+    /// A second port, for HTTP/1.1.
+    pub http: Option<http1::Config>,
 }
 
 /// What connections share.
@@ -63,7 +65,8 @@ pub struct Shared {
     pub methods: HashMap<String, u32>,
     pub inbox: Arc<Inbox>,
     pub shed: Shed,
-    /// Calls that were refused here because too much waits, by method, since somebody asked.
+    /// Calls that were refused here because too much waits, by method, then by route of HTTP, since
+    /// somebody asked.
     pub refusals: Vec<AtomicUsize>,
     pub connections: AtomicUsize,
     pub refused_connections: AtomicUsize,
@@ -81,6 +84,8 @@ pub enum Phase {
 pub struct Server {
     pub shared: Arc<Shared>,
     pub port: u16,
+    /// Of HTTP; 0 without it.
+    pub http_port: u16,
     phase: watch::Sender<Phase>,
     alive: Mutex<Option<mpsc::Receiver<()>>>,
     handle: Handle,
@@ -148,13 +153,17 @@ impl Server {
             .enable_all()
             .build()?;
         let handle = runtime.handle().clone();
-        let (listener, port) = {
-            let _guard = runtime.enter();
-            listen(address)?
-        };
+        let entered = runtime.enter();
+        let (listener, port) = listen(address)?;
+        let http = config.http.as_ref();
+        let http = http.map(|h| listen(&h.address)).transpose()?;
+        drop(entered);
         let methods = &config.methods;
+        let routes = config.http.as_ref().map_or(0, |h| h.routes.len());
         let shared = Arc::new(Shared {
-            refusals: methods.iter().map(|_| AtomicUsize::default()).collect(),
+            refusals: (0..methods.len() + routes)
+                .map(|_| AtomicUsize::default())
+                .collect(),
             methods: methods.iter().map(|m| m.path.clone()).zip(0..).collect(),
             shed: Shed::new(methods.iter().map(|m| m.fields.clone()).collect()),
             inbox: Arc::new(Inbox::new(config.bounds)),
@@ -165,10 +174,23 @@ impl Server {
         });
         let (phase, watched) = watch::channel(Phase::Serving);
         let (sender, alive) = mpsc::channel(1);
-        runtime.spawn(accept(listener, shared.clone(), watched, sender));
+        let mut http_port = 0;
+        if let Some((listener, port)) = http {
+            http_port = port;
+            let (shared, watched, sender) = (shared.clone(), watched.clone(), sender.clone());
+            runtime.spawn(accept(listener, Door::Http, shared, watched, sender));
+        }
+        runtime.spawn(accept(
+            listener,
+            Door::Grpc,
+            shared.clone(),
+            watched,
+            sender,
+        ));
         Ok(Self {
             shared,
             port,
+            http_port,
             phase,
             alive: Mutex::new(Some(alive)),
             handle,
@@ -251,8 +273,16 @@ fn listen(address: &str) -> io::Result<(Listener, u16)> {
     Err(last)
 }
 
+/// What is spoken on a port.
+#[derive(Clone, Copy)]
+enum Door {
+    Grpc,
+    Http,
+}
+
 async fn accept(
     listener: Listener,
+    door: Door,
     shared: Arc<Shared>,
     mut phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<()>,
@@ -276,7 +306,12 @@ async fn accept(
         let (shared, phase, alive) = (shared.clone(), phase.clone(), alive.clone());
         tokio::spawn(async move {
             shared.connections.fetch_add(1, Ordering::Relaxed);
-            welcome(stream, &peer, &shared, phase).await;
+            match (door, &shared.config.http) {
+                (Door::Http, Some(config)) => {
+                    http1::serve(stream, &peer, &shared, config, phase).await;
+                }
+                _ => welcome(stream, &peer, &shared, phase).await,
+            }
             shared.connections.fetch_sub(1, Ordering::Relaxed);
             drop((permit, alive));
         });

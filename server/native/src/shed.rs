@@ -173,8 +173,13 @@ mod tests {
     }
 
     fn refuse(shed: &Shed, method: u32, message: &'static [u8], within: Option<Duration>) {
-        let (call, _) =
-            crate::inbox::Call::new(method, Bytes::from_static(message), Arc::default(), None);
+        let (call, _) = crate::inbox::Call::new(
+            method,
+            Bytes::from_static(message),
+            Arc::default(),
+            None,
+            Vec::new(),
+        );
         shed.refuse(
             &call,
             holds(LONG, within),
@@ -225,7 +230,7 @@ mod tests {
     #[test]
     fn smaller_calls_are_let_through_where_size_matters() {
         let shed = shed();
-        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None);
+        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None, Vec::new());
         let by_size = Holds {
             by_size: true,
             ..holds(LONG, None)
@@ -242,7 +247,7 @@ mod tests {
     #[test]
     fn a_rule_lapses_and_rules_are_bounded() {
         let shed = shed();
-        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None);
+        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None, Vec::new());
         let full = || Refusal::new(Code::ResourceExhausted, "full");
         shed.refuse(&call, holds(Duration::from_millis(1), None), full());
         std::thread::sleep(Duration::from_millis(5));
@@ -250,7 +255,7 @@ mod tests {
         assert_eq!(shed.live.load(Ordering::Relaxed), 0);
         for i in 0..=255 {
             let message = Bytes::from(vec![0x0a, 0x01, i]);
-            let (call, _) = Call::new(0, message, Arc::default(), None);
+            let (call, _) = Call::new(0, message, Arc::default(), None, Vec::new());
             shed.refuse(&call, holds(LONG, None), full());
         }
         assert_eq!(shed.rules.read().len(), MOST_RULES);

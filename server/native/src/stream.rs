@@ -118,10 +118,7 @@ impl Stream {
 }
 
 fn end(code: Code, message: &str) -> Event {
-    Event::End(Outcome {
-        payload: None,
-        trailers: Refusal::new(code, message).trailers(),
-    })
+    Event::End(Outcome::new(None, Refusal::new(code, message).trailers()))
 }
 
 impl Drop for Stream {

@@ -1,0 +1,119 @@
+"""Routes whose requests may go straight to the server: it has the HTTP port, and answers them in batches
+with the calls of gRPC (docs/adr/0031). The same functions read and write them as in the gateway itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import orjson
+from forebay.methods import Method
+from forebay.oip import open_inference_pb2 as oip
+from forebay.twin.v1 import embedding_pb2 as twin
+from google.rpc import status_pb2
+
+from forebay_gateway import http_errors, open_inference, rest
+from forebay_gateway.contract import Binding, bindings
+from forebay_gateway.json_codec import dumps, parse_json, response_json
+from forebay_gateway.openai import embeddings
+from forebay_gateway.upstream import FORWARDED, RETURNED
+
+Written = tuple[Mapping[str, str], bytes]
+Writer = Callable[[bytes], Written]
+_ENCODING = "accept-encoding"
+#: Headers that become metadata of the calls: the gateway's, and what the Open Inference Protocol reads.
+HEADERS = (*FORWARDED.values(), open_inference.HEADER, _ENCODING)
+JSON: Mapping[str, str] = {"content-type": "application/json"}
+
+
+class _Json:
+    """Errors as the contract's doors have them."""
+
+    def refuse(self, status: status_pb2.Status) -> tuple[int, Mapping[str, str], bytes]:
+        """See forebay_server.transport.http_port.Route."""
+        error, body = http_errors.error_object(status)
+        return error.status, http_errors.headers_of(error), orjson.dumps(body)
+
+
+class Contract(_Json):
+    """A unary method of the contract, as its annotation says."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.path = binding.path
+        self.method = binding.method
+        self._names = re.findall(r"{(\w+)}", binding.path)
+
+    def read(
+        self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
+    ) -> tuple[bytes, Writer]:
+        """See forebay_server.transport.http_port.Route."""
+        named = dict(zip(self._names, places, strict=True))
+        message = rest.with_places(self.method, parse_json(body), named)
+        return message.SerializeToString(), self._write
+
+    def _write(self, payload: bytes) -> Written:
+        return JSON, response_json(self.method.response, payload)
+
+
+class Embeddings(_Json):
+    """OpenAI's /v1/embeddings."""
+
+    path = "/v1/embeddings"
+    method = embeddings.EMBED
+
+    def read(
+        self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
+    ) -> tuple[bytes, Writer]:
+        """See forebay_server.transport.http_port.Route."""
+        message, form = embeddings.read(parse_json(body))
+
+        def write(payload: bytes) -> Written:
+            return JSON, dumps(embeddings.listed(twin.EmbedResponse.FromString(payload), form))
+
+        return message.SerializeToString(), write
+
+
+class Infer:
+    """The Open Inference Protocol's `infer`."""
+
+    method: Method = open_inference.INFER
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(
+        self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
+    ) -> tuple[bytes, Writer]:
+        """See forebay_server.transport.http_port.Route."""
+        name, version = (*places, "")[:2]
+        size = headers.get(open_inference.HEADER)
+        message, wants_binary = open_inference.read_infer(body, size, name, version)
+        accepted = headers.get(_ENCODING, "")
+
+        def write(payload: bytes) -> Written:
+            answer = oip.ModelInferResponse.FromString(payload)
+            return open_inference.write_infer(answer, wants_binary, accepted)
+
+        return message.SerializeToString(), write
+
+    def refuse(self, status: status_pb2.Status) -> tuple[int, Mapping[str, str], bytes]:
+        """See forebay_server.transport.http_port.Route."""
+        return open_inference.refused(status)
+
+
+def routes() -> list[Contract | Embeddings | Infer]:
+    """All of them: methods whose calls are answered in batches."""
+    batched = [b for b in bindings() if b.method.batched and b.method.kind == "unary" and b.body]
+    infer = [Infer(f"{base}/infer") for base in open_inference.MODELS]
+    return [*map(Contract, batched), Embeddings(), *infer]
+
+
+def returned(name: str) -> bool:
+    """Whether a call's trailer becomes a header of the answer."""
+    return RETURNED.fullmatch(name) is not None
+
+
+def aside(cors: bool) -> tuple[str, ...]:
+    """Headers whose requests are the gateway's: compressed bodies, and pages of other origins."""
+    return ("content-encoding", "origin") if cors else ("content-encoding",)

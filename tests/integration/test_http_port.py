@@ -1,0 +1,299 @@
+"""The HTTP port where the server has it: the same answers as by way of the gateway, and its bounds."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from forebay.settings import load_settings
+from forebay_gateway import direct
+
+from tests.conftest import Live
+from tests.integration.test_gateway import Gateway
+from tests.integration.test_inference import ROW
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("forebay_native") is None,
+    reason="the extension forebay_native is not built (cargo is needed)",
+)
+BODY_LIMIT = 50_000
+RECEIVE_S = 1.0
+PREDICT = "/api/v1/tabular:predict"
+EMBED = "/api/v1/embeddings:embed"
+INFER = "/v2/models/iris/infer"
+
+
+@pytest.fixture(scope="module")
+def server(starters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    values = {
+        "home": tmp_path_factory.mktemp("home"),
+        "models.root": starters,
+        "grpc.port": 0,
+        "grpc.lane": "fast",
+        "grpc.receive_timeout_s": RECEIVE_S,
+        "http.max_body_bytes": BODY_LIMIT,
+        "http.cors_origins": ["https://app.example"],
+    }
+    live = Live(load_settings(values, environ={}).settings)
+    yield live
+    live.stop()
+
+
+@pytest.fixture(scope="module")
+def doors(server: Live) -> Iterator[tuple[Gateway, Gateway]]:
+    """The server's own port, and a gateway on a port of its own."""
+    same = {"max_body_bytes": BODY_LIMIT, "cors_origins": ["https://app.example"]}
+    both = Gateway(server, **same), Gateway(server.target, **same)
+    yield both
+    for door in both:
+        door.stop()
+
+
+@pytest.fixture(scope="module")
+def port(doors: tuple[Gateway, Gateway]) -> int:
+    return doors[0].port
+
+
+def tensors(**more: object) -> bytes:
+    names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
+    inputs = [{"name": n, "datatype": "FP32", "shape": [1, 1], "data": [5.1]} for n in names]
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+def binary() -> tuple[bytes, dict[str, str]]:
+    names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
+    raw = np.array([5.1], "<f4").tobytes()
+    size = {"binary_data_size": len(raw)}
+    inputs = [{"name": n, "datatype": "FP32", "shape": [1, 1], "parameters": size} for n in names]
+    wish = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+    head = json.dumps(wish).encode()
+    return head + raw * 4, {"inference-header-content-length": str(len(head))}
+
+
+def said(**body: object) -> bytes:
+    return json.dumps(body).encode()
+
+
+TEXTS = said(model="minilm", texts=["a", "b"])
+CASES = {
+    "predict": (PREDICT, said(rows=[ROW]), {}),
+    "embed": (EMBED, TEXTS, {}),
+    "classify": ("/api/v1/classification:classify", said(texts=["good"]), {}),
+    "rerank": ("/api/v1/rerank", said(query="a", documents=["a", "b"]), {}),
+    "embeddings": ("/v1/embeddings", said(model="minilm", input=["a", "b"]), {}),
+    "base64": ("/v1/embeddings", said(input="a", model="minilm", encoding_format="base64"), {}),
+    "infer": (INFER, tensors(id="seven"), {}),
+    "infer, a version": ("/v2/models/iris/versions/1/infer", tensors(), {}),
+    "infer, binary": (INFER, *binary()),
+    "infer, packed answer": (INFER, tensors(), {"accept-encoding": "gzip"}),
+    "packed body": (EMBED, gzip.compress(TEXTS), {"content-encoding": "gzip"}),
+    "packed tensors": (INFER, gzip.compress(tensors()), {"content-encoding": "gzip"}),
+    "another origin": (EMBED, TEXTS, {"origin": "https://app.example"}),
+    "escaped name": ("/v2/models/ir%69s/infer", tensors(), {}),
+    "a query": (f"{EMBED}?x=1", TEXTS, {}),
+    "a time": (EMBED, TEXTS, {"x-forebay-timeout-ms": "20000"}),
+    "too late": (EMBED, said(texts=["word " * 200] * 40), {"grpc-timeout": "2m"}),
+    "no time": (EMBED, TEXTS, {"x-forebay-timeout-ms": "soon"}),
+    "no such time": (EMBED, TEXTS, {"grpc-timeout": "soon"}),
+    "no JSON": (EMBED, b"{", {}),
+    "no object": (EMBED, b"[]", {}),
+    "nothing": (EMBED, b"", {}),
+    "unknown field": (EMBED, said(texts=["a"], txets=1), {}),
+    "wrong type": (EMBED, said(texts=5), {}),
+    "unknown model": (EMBED, said(model="minilmm", texts=["a"]), {}),
+    "unknown model, infer": ("/v2/models/irsi/infer", tensors(), {}),
+    "wrong tensors": (INFER, said(inputs=3), {}),
+    "wrong header": (INFER, tensors(), {"inference-header-content-length": "99999"}),
+    "too large": (EMBED, said(texts=["x" * BODY_LIMIT]), {}),
+    "no row": (PREDICT, said(rows=[{"a": 1}]), {}),
+}
+#: Headers that are compared.
+TOLD = (
+    "content-type",
+    "content-encoding",
+    "access-control-allow-origin",
+    "inference-header-content-length",
+    "x-request-id",
+    "retry-after",
+)
+
+
+def told(response: httpx.Response) -> dict[str, str]:
+    return {k: response.headers[k] for k in TOLD if k in response.headers}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_doors_say_the_same(doors: tuple[Gateway, Gateway], case: str) -> None:
+    path, body, headers = CASES[case]
+    headers = {"accept-encoding": "identity", "x-request-id": "one", **headers}
+    by_port, by_gateway = (d.http.post(path, content=body, headers=headers) for d in doors)
+    assert by_port.status_code == by_gateway.status_code, by_port.text
+    ours, theirs = told(by_port), told(by_gateway)
+    if by_port.status_code >= 400:
+        # What never came to the server has no id there.
+        ours.pop("x-request-id", None)
+        theirs.pop("x-request-id", None)
+    assert ours == theirs
+    if by_port.headers["content-type"] != "application/json":
+        assert by_port.content == by_gateway.content
+        return
+    first, second = by_port.json(), by_gateway.json()
+    if case == "too late":  # by the server's clock or by the gateway's
+        first["error"].pop("message"), second["error"].pop("message")
+    for answer in (first, second):
+        answer.pop("timing", None)
+        if "usage" in answer:
+            answer["usage"].pop("cached", None)  # by the first one's answer
+    if "embeddings" in first:
+        a, b = (np.array([e["values"] for e in x.pop("embeddings")]) for x in (first, second))
+        np.testing.assert_allclose(a, b, atol=1e-4)  # batches differ
+    elif case in ("embeddings", "base64"):
+        first.pop("data"), second.pop("data")
+    assert first == second
+
+
+def test_the_routes_are_those_of_batched_methods() -> None:
+    paths = {r.path for r in direct.routes()}
+    assert {PREDICT, EMBED, "/v1/embeddings", "/v2/models/{name}/infer"} <= paths
+    assert "/api/v1/collections/{collection}:search" in paths
+
+
+def test_one_connection_serves_both_kinds_in_turn(doors: tuple[Gateway, Gateway]) -> None:
+    for _ in range(3):
+        assert doors[0].http.post(PREDICT, json={"rows": [ROW]}).status_code == 200
+        assert doors[0].http.get("/api/v1/models").status_code == 200
+        assert doors[0].http.get("/healthz").text == "ok\n"
+        assert doors[0].http.post("/nothing").status_code == 404
+        assert doors[0].http.get(PREDICT).status_code == 405
+
+
+def test_a_body_in_pieces(doors: tuple[Gateway, Gateway]) -> None:
+    """As .NET's PostAsJsonAsync sends it: without a length."""
+    pieces = [TEXTS[:7], TEXTS[7:20], TEXTS[20:]]
+    answer = doors[0].http.post(EMBED, content=iter(pieces))
+    assert answer.status_code == 200 and len(answer.json()["embeddings"]) == 2
+    endless = (b"x" * 10_000 for _ in range(100))
+    answer = doors[0].http.post(EMBED, content=endless)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "too_large"
+
+
+def test_many_callers_get_their_own_answers(doors: tuple[Gateway, Gateway]) -> None:
+    """Each answer is the one of its own request, however they were batched."""
+    url, faults = doors[0].url, []
+
+    def ask(n: int) -> None:
+        with httpx.Client(base_url=url) as http:
+            for i in range(30):
+                row = {**ROW, "total_rooms": 500 + n * 30 + i}
+                body = {"rows": [row] * (1 + i % 3)}
+                answer = http.post(PREDICT, json=body, headers={"x-request-id": f"{n}-{i}"})
+                if answer.headers["x-request-id"] != f"{n}-{i}":
+                    faults.append(answer.headers)
+                if len(answer.json().get("predictions", ())) != 1 + i % 3:
+                    faults.append(answer.text)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not faults
+
+
+def test_requests_are_counted_and_logged_like_calls(
+    server: Live, doors: tuple[Gateway, Gateway]
+) -> None:
+    def count(name: str, **labels: str) -> float:
+        return server.server.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    route = {"route": PREDICT, "status": "200"}
+    method = {"method": "/forebay.v1.TabularService/Predict", "code": "OK"}
+    names = "forebay_http_direct_duration_seconds", "forebay_rpc_server_duration_seconds"
+    before = count(f"{names[0]}_count", **route), count(f"{names[1]}_count", **method)
+    doors[0].http.post(PREDICT, json={"rows": [ROW]}).raise_for_status()
+    deadline = time.monotonic() + 5
+    while True:
+        after = count(f"{names[0]}_count", **route), count(f"{names[1]}_count", **method)
+        if after == (before[0] + 1, before[1] + 1):
+            break
+        assert time.monotonic() < deadline, (before, after)
+        time.sleep(0.01)
+
+
+def test_where_no_gateway_listens_its_routes_are_unavailable(server: Live) -> None:
+    Path(server.gateway_socket).unlink(missing_ok=True)
+    url = f"http://127.0.0.1:{server.server.lanes.http_port}"
+    answer = httpx.get(f"{url}/api/v1/models")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "unavailable"
+    assert httpx.post(f"{url}{EMBED}", content=TEXTS).status_code == 200
+
+
+def reply_to(port: int, sent: bytes, wait_s: float = 10) -> bytes:
+    """All that comes back until the connection ends."""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait_s) as raw:
+        raw.sendall(sent)
+        got = b""
+        while piece := raw.recv(65536):
+            got += piece
+    return got
+
+
+def test_who_never_ends_its_headers_is_cut_off(port: int) -> None:
+    started = time.monotonic()
+    got = reply_to(port, b"POST " + EMBED.encode() + b" HTTP/1.1\r\nHost: x\r\n")
+    assert b" 200 " not in got
+    assert time.monotonic() - started < RECEIVE_S + 3
+
+
+def test_who_never_ends_its_body_is_told(port: int) -> None:
+    head = f"POST {EMBED} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode()
+    assert reply_to(port, head + b"{").startswith(b"HTTP/1.1 504 ")
+
+
+def test_headers_beyond_the_bound_are_refused(port: int) -> None:
+    flood = b"".join(b"x-%d: %s\r\n" % (i, b"y" * 1000) for i in range(200))
+    got = reply_to(port, b"POST " + EMBED.encode() + b" HTTP/1.1\r\nHost: x\r\n" + flood + b"\r\n")
+    assert got.startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 64, b"PRI * HTTP/2.0\r\n\r\n"],
+)
+def test_garbage_hurts_nobody(port: int, garbage: bytes) -> None:
+    got = reply_to(port, garbage)
+    assert got == b"" or got.startswith(b"HTTP/1.1 4")
+    answer = httpx.post(f"http://127.0.0.1:{port}{EMBED}", content=TEXTS)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "smuggled",
+    [
+        b"Content-Length: 3\r\nContent-Length: 30\r\n\r\n{}",
+        b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"Content-Length: -1\r\n\r\n{}",
+    ],
+)
+@pytest.mark.parametrize("path", [EMBED, "/api/v1/models:import"])
+def test_lengths_that_contradict_make_one_request_at_most(
+    port: int, path: str, smuggled: bytes
+) -> None:
+    """What one end reads as a body, the other must not read as a second request."""
+    head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    hidden = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    got = reply_to(port, head + smuggled + hidden)
+    assert got.count(b"HTTP/1.1 ") <= 1
+    assert b" 200 " not in got
