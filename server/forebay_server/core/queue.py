@@ -35,8 +35,13 @@ MIN_RETRY_S, MAX_RETRY_S = 0.01, 30.0
 #: Share of the time left until a request's deadline within which its answer must be likely. The rest
 #: is for its way back, and for what the throughput's estimate is off.
 MOST_OF_DEADLINE = 0.65
-#: A refusal holds for all that comes as late, for so long: a full batch waits meanwhile.
-MOST_HOLD_S = 0.025
+#: A refusal holds for all that comes as late: for so long, and while a full batch waits for half of the
+#: time that what waits will take, since calls come in again long before engines want for any.
+LEAST_HOLD_S, MOST_HOLD_S = 0.025, 0.1
+
+
+def _hold(wait_s: float) -> float:
+    return min(MOST_HOLD_S, max(LEAST_HOLD_S, wait_s / 2))
 
 
 @dataclass(slots=True)
@@ -151,7 +156,7 @@ class RequestQueue:
                     retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, late)),
                     metadata={"waiting": str(self.waiting_rows)},
                 )
-                full.holds_s = MOST_HOLD_S if waiting > batch else min(MOST_HOLD_S, late)
+                full.holds_s = _hold(wait) if waiting > batch else min(LEAST_HOLD_S, late)
                 full.within_s = took / MOST_OF_DEADLINE
                 return full
         if self.waiting_rows and self.waiting_rows + rows > policy.max_queue_size:
@@ -165,7 +170,7 @@ class RequestQueue:
                 },
             )
             room = wait * rows / self.waiting_rows  # until as many have left; fewer may fit before
-            full.holds_s = MOST_HOLD_S if waiting > batch else min(MOST_HOLD_S, room)
+            full.holds_s = _hold(wait) if waiting > batch else min(LEAST_HOLD_S, room)
             full.by_size = True
             return full
         return None

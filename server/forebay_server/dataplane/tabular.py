@@ -235,8 +235,13 @@ def _strings(
     bad: list[FieldViolation],
     warnings: list[list[str]],
 ) -> NDArray[np.object_]:
+    values = list(values)  # of a message's field, each look at a value makes a new string
     out = np.empty(len(values), object)
     categories = frozenset(feature.categories or ())
+    found = set(values)
+    if all(type(v) is str and v for v in found) and (not categories or found <= categories):
+        out[:] = values
+        return out
     for i, value in enumerate(values):
         if value is None or value == "":
             out[i] = ""

@@ -70,10 +70,11 @@ def prepare(spec: EngineSpec, batch: Batch, dtypes: Mapping[str, Any]) -> Prepar
 def _plain(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype != object:
         return array
-    return np.array(
-        [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in array.reshape(-1)],
-        object,
-    ).reshape(array.shape)
+    flat = array.reshape(-1).tolist()
+    if bytes not in set(map(type, flat)):
+        return array
+    plain = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in flat]
+    return np.array(plain, object).reshape(array.shape)
 
 
 def _pad(spec: EngineSpec, batch: Batch, dtypes: Mapping[str, Any]) -> Prepared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from forebay.v1 import common_pb2
 from forebay.v1 import tabular_pb2 as pb
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
+from numpy.typing import NDArray
 
 from forebay_server.core.call import Call, CallFacts, reply_all
 from forebay_server.dataplane.blocks import Tensors, answer_each
@@ -184,7 +186,7 @@ def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
         if column.strings:
             out[column.name] = column.strings
         else:
-            out[column.name] = np.fromiter(column.numbers, np.float64, len(column.numbers))
+            out[column.name] = _numbers(column)
         sizes[column.name] = len(out[column.name])
     rows = max(sizes.values())
     for name, size in sizes.items():
@@ -200,6 +202,27 @@ def _from_columns(columns: Sequence[pb.FeatureColumn]) -> Table:
         return f"columns[{place[name]}] value {i}" if name in place else f"columns ({name})"
 
     return Table(out, rows, path)
+
+
+def _numbers(column: pb.FeatureColumn) -> NDArray[np.float64]:
+    """A column's numbers, without a Python float for each: written, they are its last field, in one
+    piece of eight bytes each."""
+    n = len(column.numbers)
+    data = column.SerializeToString()
+    at = len(data) - 8 * n
+    if n and data.endswith(_packed(8 * n), 0, at):
+        return np.frombuffer(data, "<f8", offset=at)
+    return np.fromiter(column.numbers, np.float64, n)
+
+
+@lru_cache
+def _packed(size: int) -> bytes:
+    """What stands before so many bytes of numbers."""
+    out = [pb.FeatureColumn.NUMBERS_FIELD_NUMBER << 3 | 2]
+    while size > 0x7F:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*out, size])
 
 
 @dataclass(slots=True)
@@ -231,17 +254,16 @@ def _reply(call: Call, outcome: TabularOutcome) -> None:
     head = outcome.model.manifest.tabular_head
     response = pb.PredictResponse()
     add = response.predictions.add
-    values = outcome.outputs[head.output].reshape(len(outcome.warnings)).tolist()
+    given = outcome.outputs[head.output].reshape(len(outcome.warnings))
     if head.classes is None:
         if not any(outcome.warnings):
-            pieces = [_VALUE + _DOUBLE(v) for v in values]
-            reply_all([call], [b"".join(pieces) + _facts(call.facts)])
+            reply_all([call], [_written(given) + _facts(call.facts)])
             return
-        for value, warnings in zip(values, outcome.warnings, strict=True):
+        for value, warnings in zip(given.tolist(), outcome.warnings, strict=True):
             add(value=value, warnings=warnings)
     else:
         scores = outcome.outputs.get(head.probabilities_output or "")
-        for i, (label, warnings) in enumerate(zip(values, outcome.warnings, strict=True)):
+        for i, (label, warnings) in enumerate(zip(given.tolist(), outcome.warnings, strict=True)):
             one = add(label=str(label), warnings=warnings)
             if scores is not None:
                 for j in np.argsort(-scores[i], kind="stable").tolist():
@@ -259,7 +281,15 @@ def _value_piece() -> bytes:
 
 
 _VALUE = _value_piece()
-_DOUBLE = struct.Struct("<d").pack
+_PIECE = np.dtype([("before", f"S{len(_VALUE)}"), ("value", "<f8")])
+
+
+def _written(values: NDArray[Any]) -> bytes:
+    """The bytes of predictions that have a value alone, `_PIECE.itemsize` each."""
+    out = np.empty(len(values), _PIECE)
+    out["before"] = _VALUE
+    out["value"] = values
+    return out.tobytes()
 
 
 def _reply_all(
@@ -275,7 +305,7 @@ def _reply_all(
 
         answer_each(answer)(calls, rows, outputs)
         return
-    pieces = [_VALUE + _DOUBLE(v) for v in outputs[head.output].reshape(sum(rows)).tolist()]
+    data = _written(outputs[head.output].reshape(sum(rows)))
     payloads = []
     known: CallFacts | None = None
     facts, at = b"", 0
@@ -283,6 +313,7 @@ def _reply_all(
         if call.facts is not known:
             known = call.facts
             facts = _facts(known)
-        payloads.append((pieces[at] if n == 1 else b"".join(pieces[at : at + n])) + facts)
-        at += n
+        end = at + n * _PIECE.itemsize
+        payloads.append(data[at:end] + facts)
+        at = end
     reply_all(calls, payloads)
