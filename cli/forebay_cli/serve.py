@@ -33,6 +33,7 @@ def http_port(settings: Settings) -> HttpPort | None:
         aside=direct.aside(bool(http.cors_origins)),
         max_body_bytes=http.max_body_bytes,
         timeout_s=http.timeout_s,
+        idle_timeout_s=http.idle_timeout_s,
     )
 
 

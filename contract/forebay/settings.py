@@ -165,6 +165,9 @@ class HttpSettings(_Section):
     max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")
     cors_origins: list[str] = []
     timeout_s: float = Field(default=300.0, gt=0, description="when the caller names none")
+    idle_timeout_s: float = Field(
+        default=75.0, ge=1, description="for connections that have no request"
+    )
     flagged_labels: list[str] = Field(
         default=["negative", "toxic"], description="labels that /v1/moderations flags"
     )

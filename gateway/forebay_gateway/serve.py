@@ -34,7 +34,7 @@ def run(settings: Settings, shared: bool = False) -> None:
         port=http.port,
         uds=http.gateway or None,
         # The server keeps its connections: one that ends as it is used would cost a request.
-        timeout_keep_alive=86400 if http.gateway else 5,
+        timeout_keep_alive=86400 if http.gateway else int(http.idle_timeout_s),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(settings.grpc.drain_s),

@@ -35,8 +35,9 @@ class Server:
             answers (status, headers, body) by gRPC's status code for those that end in the
             extension, 0 for a body that is too large, the first for all others; `forwarded`, the
             headers that become metadata; `aside`, headers whose requests go to the gateway;
-            `max_body_bytes`; `timeout_s`, the deadline where a request gives none; `unreachable`,
-            the answer when the gateway does not listen.
+            `max_body_bytes`; `timeout_s`, the deadline where a request gives none; `idle_timeout_s`,
+            for how long a connection may have no whole request; `unreachable`, the answer when
+            the gateway does not listen.
 
     Raises:
         OSError: it cannot listen there.

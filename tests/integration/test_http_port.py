@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     reason="the extension forebay_native is not built (cargo is needed)",
 )
 BODY_LIMIT = 50_000
-RECEIVE_S = 1.0
+RECEIVE_S, IDLE_S = 1.0, 3.0
 PREDICT = "/api/v1/tabular:predict"
 EMBED = "/api/v1/embeddings:embed"
 INFER = "/v2/models/iris/infer"
@@ -41,6 +41,7 @@ def server(starters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "grpc.lane": "fast",
         "grpc.receive_timeout_s": RECEIVE_S,
         "http.max_body_bytes": BODY_LIMIT,
+        "http.idle_timeout_s": IDLE_S,
         "http.cors_origins": ["https://app.example"],
     }
     live = Live(load_settings(values, environ={}).settings)
@@ -253,7 +254,7 @@ def test_who_never_ends_its_headers_is_cut_off(port: int) -> None:
     started = time.monotonic()
     got = reply_to(port, b"POST " + EMBED.encode() + b" HTTP/1.1\r\nHost: x\r\n")
     assert b" 200 " not in got
-    assert time.monotonic() - started < RECEIVE_S + 3
+    assert time.monotonic() - started < IDLE_S + 3
 
 
 def test_who_never_ends_its_body_is_told(port: int) -> None:
@@ -297,3 +298,36 @@ def test_lengths_that_contradict_make_one_request_at_most(
     got = reply_to(port, head + smuggled + hidden)
     assert got.count(b"HTTP/1.1 ") <= 1
     assert b" 200 " not in got
+
+
+def test_a_connection_that_is_idle_is_not_one_that_is_slow(port: int) -> None:
+    request = f"POST {EMBED} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(TEXTS)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        for _ in range(2):
+            raw.sendall(request + TEXTS)
+            assert raw.recv(65536).startswith(b"HTTP/1.1 200 ")
+            time.sleep(RECEIVE_S * 2)
+
+
+def test_what_was_accepted_is_answered_when_the_server_ends(
+    starters: Path, tmp_path: Path
+) -> None:
+    values = {"home": tmp_path, "models.root": starters, "grpc.port": 0, "grpc.lane": "fast"}
+    live = Live(load_settings(values, environ={}).settings)
+    url = f"http://127.0.0.1:{live.server.lanes.http_port}{EMBED}"
+    texts = [f"word {i} " * 100 for i in range(60)]
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(url, json={"texts": texts}, timeout=60))
+    )
+    asking.start()
+    deadline = time.monotonic() + 10
+    while not live.server.metrics.registry.get_sample_value(
+        "forebay_rpc_server_active_requests", {"method": "/forebay.v1.EmbeddingService/Embed"}
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    live.stop()
+    asking.join(60)
+    assert [a.status_code for a in answers] == [200]
+    assert answers[0].headers.get("connection") == "close"

@@ -70,6 +70,7 @@ class HttpPort:
         returned: which of a call's trailers become headers of its answer.
         aside: requests with one of these headers go to the gateway.
         timeout_s: deadline of calls whose callers name none.
+        idle_timeout_s: a connection that has no request, or whose headers do not end, ends then.
     """
 
     address: str
@@ -80,6 +81,7 @@ class HttpPort:
     aside: Sequence[str]
     max_body_bytes: int
     timeout_s: float
+    idle_timeout_s: float
 
     def config(self) -> dict[str, object]:
         """As the extension takes it."""
@@ -92,6 +94,7 @@ class HttpPort:
             "aside": list(self.aside),
             "max_body_bytes": self.max_body_bytes,
             "timeout_s": self.timeout_s,
+            "idle_timeout_s": self.idle_timeout_s,
             "unreachable": _canned(first, Unavailable("the gateway does not answer")),
         }
 

@@ -50,6 +50,8 @@ pub struct Config {
     pub max_body_bytes: usize,
     /// The deadline of calls whose callers name none.
     pub timeout: Duration,
+    /// Time that a connection may be without a request, its headers' way included.
+    pub idle_timeout: Duration,
     /// The answer when the gateway cannot be reached.
     pub unreachable: Canned,
 }
@@ -169,7 +171,7 @@ pub async fn serve(
     let mut connection = std::pin::pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(shared.config.receive_timeout)
+            .header_read_timeout(config.idle_timeout)
             .max_buf_size(LEAST_BUFFER.max(shared.config.max_header_bytes as usize))
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades()

@@ -402,6 +402,7 @@ struct PyHttp {
     aside: Vec<String>,
     max_body_bytes: usize,
     timeout_s: f64,
+    idle_timeout_s: f64,
     unreachable: PyCanned,
 }
 
@@ -428,6 +429,7 @@ impl PyHttp {
             aside: names(self.aside)?,
             max_body_bytes: self.max_body_bytes,
             timeout: Duration::from_secs_f64(self.timeout_s),
+            idle_timeout: Duration::from_secs_f64(self.idle_timeout_s),
             unreachable: canned(self.unreachable),
         })
     }
