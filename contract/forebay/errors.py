@@ -229,7 +229,9 @@ class QueueFull(ForebayError):
     reason = "QUEUE_FULL"
     #: For so long all such calls would be refused as well; 0 = it says nothing of others. Excepted are
     #: those that have more time left than `within_s` (None: none are), and smaller ones if `by_size`.
+    #: For some time after it, more than one in `gap_s` would be too many.
     holds_s: float = 0.0
+    gap_s: float = 0.0
     within_s: float | None = None
     by_size: bool = False
 

@@ -103,6 +103,7 @@ class Server:
         self,
         call: Call,
         hold_s: float,
+        gap_s: float,
         within_s: float | None,
         by_size: bool,
         message: str,
@@ -110,7 +111,8 @@ class Server:
     ) -> None:
         """For so long, refuse (RESOURCE_EXHAUSTED, with the details) calls of the same method whose
         telling fields say the same, if no more than `within_s` is left until their deadline, and if
-        they are no smaller than this one, where `by_size` says that it matters."""
+        they are no smaller than this one, where `by_size` says that it matters. Then, where `gap_s` is
+        over 0, for four times as long all but one in each such time."""
     def take_refusals(self) -> list[int]:
         """Calls that were refused without Python because too much waits, by method, since the last
         time."""

@@ -309,9 +309,7 @@ def test_a_connection_that_is_idle_is_not_one_that_is_slow(port: int) -> None:
             time.sleep(RECEIVE_S * 2)
 
 
-def test_what_was_accepted_is_answered_when_the_server_ends(
-    starters: Path, tmp_path: Path
-) -> None:
+def test_what_was_accepted_is_answered_when_the_server_ends(starters: Path, tmp_path: Path) -> None:
     values = {"home": tmp_path, "models.root": starters, "grpc.port": 0, "grpc.lane": "fast"}
     live = Live(load_settings(values, environ={}).settings)
     url = f"http://127.0.0.1:{live.server.lanes.http_port}{EMBED}"

@@ -38,6 +38,13 @@ MOST_OF_DEADLINE = 0.65
 #: A refusal holds for all that comes as late: for so long, and while a full batch waits for half of the
 #: time that what waits will take, since calls come in again long before engines want for any.
 LEAST_HOLD_S, MOST_HOLD_S = 0.025, 0.1
+#: Of the time that engines take for a call: after a hold, calls come in so far apart.
+GAP_SHARE = 0.65
+
+
+def _gap(takes_s: float) -> float:
+    """Between calls that come in after a hold, so that the queue fills slowly again."""
+    return takes_s * GAP_SHARE
 
 
 def _hold(wait_s: float) -> float:
@@ -156,6 +163,7 @@ class RequestQueue:
                     retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, late)),
                     metadata={"waiting": str(self.waiting_rows)},
                 )
+                full.gap_s = _gap(rows * wait / max(1, self.waiting_rows))
                 full.holds_s = _hold(wait) if waiting > batch else min(LEAST_HOLD_S, late)
                 full.within_s = took / MOST_OF_DEADLINE
                 return full
@@ -170,6 +178,7 @@ class RequestQueue:
                 },
             )
             room = wait * rows / self.waiting_rows  # until as many have left; fewer may fit before
+            full.gap_s = _gap(room)
             full.holds_s = _hold(wait) if waiting > batch else min(LEAST_HOLD_S, room)
             full.by_size = True
             return full

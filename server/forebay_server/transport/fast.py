@@ -233,6 +233,7 @@ class FastLane:
                 self._server.refuse_alike(
                     cast(Any, call.origin),
                     error.holds_s,
+                    error.gap_s,
                     error.within_s,
                     error.by_size,
                     error.message,

@@ -330,11 +330,12 @@ impl PyServer {
     }
 
     /// For so long, refuses calls that ask the same as this one, without asking Python.
-    #[allow(clippy::needless_pass_by_value)] // PyO3 makes it for the call
+    #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)] // PyO3 makes it for the call
     fn refuse_alike(
         &self,
         call: PyRef<'_, PyCall>,
         hold_s: f64,
+        gap_s: f64,
         within_s: Option<f64>,
         by_size: bool,
         message: String,
@@ -342,6 +343,7 @@ impl PyServer {
     ) {
         let like_it = Holds {
             time: Duration::try_from_secs_f64(hold_s).unwrap_or_default(),
+            gap: Duration::try_from_secs_f64(gap_s).unwrap_or_default(),
             within: within_s.and_then(|s| Duration::try_from_secs_f64(s).ok()),
             by_size,
         };

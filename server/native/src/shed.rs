@@ -7,12 +7,14 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::inbox::Call;
 use crate::status::Refusal;
 use crate::wire::{Field, field};
 
+/// Calls are let through one by one for so many times as long as all were refused.
+const SLOWLY: u32 = 4;
 /// More are not kept: the next call is refused by Python, as without.
 const MOST_RULES: usize = 64;
 
@@ -20,16 +22,38 @@ struct Rule {
     method: u32,
     key: Vec<u8>,
     until: Instant,
+    /// From `until` to here, a call is let through at `next`, and then after each `gap`.
+    ends: Instant,
+    gap: Duration,
+    next: Mutex<Instant>,
     within: Option<Duration>,
     /// Bytes of a message; smaller ones are let through.
     least: usize,
     refusal: Refusal,
 }
 
+impl Rule {
+    /// Whether a call that it is about may pass nevertheless.
+    fn lets_through(&self, now: Instant) -> bool {
+        if now < self.until {
+            return false;
+        }
+        let mut next = self.next.lock();
+        if now < *next {
+            return false;
+        }
+        *next = now + self.gap;
+        true
+    }
+}
+
 /// For how long, and for what calls, a refusal holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Holds {
     pub time: Duration,
+    /// Then, for `SLOWLY` times as long, one call is let through in each such time: all at once would
+    /// come in faster than Python reads them, and those behind would wait to be refused.
+    pub gap: Duration,
     /// Calls that have more time than this are let through. None: nobody is.
     pub within: Option<Duration>,
     /// Whether smaller calls are let through.
@@ -61,12 +85,15 @@ impl Shed {
         };
         let now = Instant::now();
         let mut rules = self.rules.write();
-        rules.retain(|r| r.until > now && !(r.method == like.method && r.key == key));
+        rules.retain(|r| r.ends > now && !(r.method == like.method && r.key == key));
         if rules.len() < MOST_RULES {
             rules.push(Rule {
                 method: like.method,
                 key,
                 until: now + holds.time,
+                ends: now + holds.time * if holds.gap.is_zero() { 1 } else { 1 + SLOWLY },
+                gap: holds.gap,
+                next: Mutex::new(now),
                 within: holds.within,
                 least: if holds.by_size { like.message.len() } else { 0 },
                 refusal,
@@ -90,7 +117,7 @@ impl Shed {
         let mut lapsed = 0;
         let mut key = None;
         for rule in rules.iter() {
-            if rule.until <= now {
+            if rule.ends <= now {
                 lapsed += 1;
                 continue;
             }
@@ -105,7 +132,7 @@ impl Shed {
                 (Some(_), None) => false,
                 (Some(within), Some(deadline)) => deadline.saturating_duration_since(now) <= within,
             };
-            if late && key.as_ref() == Some(&rule.key) {
+            if late && key.as_ref() == Some(&rule.key) && !rule.lets_through(now) {
                 return Some(rule.refusal.clone());
             }
         }
@@ -113,7 +140,7 @@ impl Shed {
         drop(rules);
         if all {
             let mut rules = self.rules.write();
-            rules.retain(|r| r.until > now);
+            rules.retain(|r| r.ends > now);
             self.live.store(rules.len(), Ordering::Relaxed);
         }
         None
@@ -163,6 +190,7 @@ mod tests {
     fn holds(time: Duration, within: Option<Duration>) -> Holds {
         Holds {
             time,
+            gap: Duration::ZERO,
             within,
             by_size: false,
         }
@@ -242,6 +270,25 @@ mod tests {
         );
         assert!(shed.refusal(0, BA, None).is_some(), "as large");
         assert!(shed.refusal(0, b"\x0a\x02ab", None).is_none());
+    }
+
+    #[test]
+    fn after_its_time_calls_are_let_through_one_by_one() {
+        let shed = shed();
+        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None, Vec::new());
+        let time = Duration::from_millis(300);
+        let slowly = Holds {
+            gap: LONG,
+            ..holds(time, None)
+        };
+        shed.refuse(&call, slowly, Refusal::new(Code::ResourceExhausted, "full"));
+        assert!(shed.refusal(0, AB, None).is_some());
+        std::thread::sleep(time + Duration::from_millis(10));
+        assert!(shed.refusal(0, AB, None).is_none(), "one");
+        assert!(shed.refusal(0, AB, None).is_some(), "and no more");
+        std::thread::sleep(time * SLOWLY);
+        assert!(shed.refusal(0, AB, None).is_none());
+        assert!(shed.refusal(0, AB, None).is_none());
     }
 
     #[test]

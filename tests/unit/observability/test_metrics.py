@@ -28,6 +28,7 @@ def filled() -> Metrics:
     m = Metrics()
     m.rpc.started(["/s/M", "/s/M"])
     m.rpc.ended("/s/M", "OK", [0.02])
+    m.http.ended("/v2/models/{name}/infer", 200, [0.02])
     m.rejected.labels("QUEUE_FULL").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)

@@ -1,95 +1,36 @@
-"""All settings, and the only reader of the environment.
-
-In rising order: defaults, a YAML file (`--config` or FOREBAY_CONFIG), environment variables, flags.
-A variable names its setting with two underscores between levels: FOREBAY_GRPC__PORT is `grpc.port`.
-FOREBAY_HOME, FOREBAY_GRPC_PORT and FOREBAY_HTTP_PORT are short names. An unknown key, in the file
-or in the environment, stops the start as a wrong value does, with a line that names it. Lists are
-given as YAML in variables: FOREBAY_MODELS__PROVIDERS='[cuda, cpu]'. Variables that Kubernetes makes
-for a service named forebay (FOREBAY_SERVICE_HOST, FOREBAY_PORT=tcp://...) are nobody's settings and
-are passed over.
-"""
+"""The tree of settings: a section for each part."""
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-PREFIX = "FOREBAY_"
-#: Short names of the settings that everybody sets.
-SHORT = {
-    "FOREBAY_HOME": "home",
-    "FOREBAY_GRPC_PORT": "grpc.port",
-    "FOREBAY_HTTP_PORT": "http.port",
-    "FOREBAY_CONFIG": "",
-    "FOREBAY_DATA": "data",
-}
-#: Settings that may hold passwords: never shown, not even in an error.
-SECRET = ("storage.database", "storage.redis", "retrieval.qdrant_api_key")
-#: What Kubernetes puts into the environment of pods for each service of their namespace.
-_SERVICE_LINK = re.compile(
-    r"FOREBAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+from forebay.settings.prompts import (
+    ANSWER_PROMPT,
+    EXPAND_PROMPT,
+    HYDE_PROMPT,
+    PLACES,
+    REWRITE_PROMPT,
 )
-_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
 
 
 class SettingsError(Exception):
     """A setting that stops the start; the message names it, its source and what is allowed."""
 
 
-ANSWER_PROMPT = """\
-Answer the question from the following context alone. Put the number of the chunk that a statement \
-rests on behind it, like [1]. Quote word by word where that helps. When the context does not hold the \
-answer, reply exactly: NOT IN THE DOCUMENTS
-
-Context:
-{context}
-
-Question: {question}"""
-REWRITE_PROMPT = """\
-Rewrite the last question such that it can be understood without the conversation before it. Reply \
-with the question alone.
-
-Conversation:
-{history}
-
-Last question: {question}"""
-EXPAND_PROMPT = """\
-Write {count} other wordings of the question, one a line, nothing else.
-
-Question: {question}"""
-HYDE_PROMPT = """\
-Write a short passage, as it could stand in a document, that answers the question.
-
-Question: {question}"""
-#: What each prompt must have a place for.
-PLACES = {
-    "answer_prompt": {"context", "question"},
-    "rewrite_prompt": {"history", "question"},
-    "expand_prompt": {"count", "question"},
-    "hyde_prompt": {"question"},
-}
-
-
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @field_validator("*", mode="after")
@@ -99,7 +40,7 @@ class _Section(BaseModel):
         return value.expanduser() if isinstance(value, Path) else value
 
 
-class GrpcSettings(_Section):
+class GrpcSettings(Section):
     """The gRPC server."""
 
     host: str = "127.0.0.1"
@@ -146,7 +87,7 @@ class GrpcSettings(_Section):
         return self
 
 
-class HttpSettings(_Section):
+class HttpSettings(Section):
     """The gateway."""
 
     enabled: bool = True
@@ -173,7 +114,7 @@ class HttpSettings(_Section):
     )
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """The model repository."""
 
     root: Path | None = Field(default=None, description="default: models in the home folder")
@@ -194,7 +135,7 @@ class ModelSettings(_Section):
     )
 
 
-class GenerationSettings(_Section):
+class GenerationSettings(Section):
     """Language models."""
 
     vllm_python: Path | None = Field(
@@ -208,7 +149,7 @@ class GenerationSettings(_Section):
     )
 
 
-class KnowledgeSettings(_Section):
+class KnowledgeSettings(Section):
     """Answers from knowledge bases by a language model. Prompts: `{context}` are the numbered
     chunks, `{history}` earlier messages."""
 
@@ -236,7 +177,7 @@ class KnowledgeSettings(_Section):
         return value
 
 
-class RetrievalSettings(_Section):
+class RetrievalSettings(Section):
     """Collections' dense indexes."""
 
     faiss_device: Literal["cpu", "gpu"] = Field(
@@ -253,7 +194,7 @@ class RetrievalSettings(_Section):
     qdrant_timeout_s: int = Field(default=10, ge=1, le=600)
 
 
-class FileSettings(_Section):
+class FileSettings(Section):
     """Files of callers."""
 
     max_file_bytes: int = Field(default=200 << 20, ge=1)
@@ -263,7 +204,7 @@ class FileSettings(_Section):
     )
 
 
-class BatchSettings(_Section):
+class BatchSettings(Section):
     """Batches of requests."""
 
     max_items: int = Field(default=50_000, ge=1, description="per batch")
@@ -272,7 +213,7 @@ class BatchSettings(_Section):
     keep_s: float = Field(default=30 * 86400.0, gt=0, description="of ended batches' results")
 
 
-class ResponseSettings(_Section):
+class ResponseSettings(Section):
     """Stored conversations."""
 
     keep_s: float = Field(default=30 * 86400.0, gt=0, description="after the last use")
@@ -280,7 +221,7 @@ class ResponseSettings(_Section):
     max_background: int = Field(default=64, ge=1, description="responses in the background at once")
 
 
-class AuthSettings(_Section):
+class AuthSettings(Section):
     """Who may call."""
 
     required: Literal["auto", "always", "never"] = Field(
@@ -292,7 +233,7 @@ class AuthSettings(_Section):
     reload_s: float = Field(default=2.0, gt=0)
 
 
-class StorageSettings(_Section):
+class StorageSettings(Section):
     """Relational state, cache and limits."""
 
     database: SecretStr = Field(default=SecretStr(""), description="default: SQLite in home")
@@ -303,7 +244,7 @@ class StorageSettings(_Section):
     cache_ttl_s: int = Field(default=3600, ge=1, description="for Redis")
 
 
-class ObservabilitySettings(_Section):
+class ObservabilitySettings(Section):
     """Logs, metrics, traces."""
 
     log_format: Literal["json", "console"] = "json"
@@ -313,7 +254,7 @@ class ObservabilitySettings(_Section):
     otlp_endpoint: str = ""
 
 
-class Settings(_Section):
+class Settings(Section):
     """The whole tree."""
 
     home: Path = Path("~/.forebay").expanduser()
@@ -375,140 +316,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Settings in force and where each one came from."""
-
-    settings: Settings
-    sources: dict[str, str]
-
-    def explain(self) -> list[tuple[str, str, str]]:
-        """Dotted name, value (secrets masked) and source of every setting."""
-        return [
-            (name, str(value), self.sources.get(name, "default"))
-            for name, value in _flatten(self.settings.model_dump(mode="json"))
-        ]
-
-
-def load_settings(
-    flags: Mapping[str, Any] | None = None,
-    config_file: Path | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Loaded:
-    """Read all sources.
-
-    Args:
-        flags: dotted names to values; None values are left out.
-        config_file: the YAML file; default: FOREBAY_CONFIG.
-        environ: the environment; default: the process's own.
-
-    Raises:
-        SettingsError: naming the key, its source, and what is allowed.
-    """
-    env = os.environ if environ is None else environ
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    path = config_file or (Path(env["FOREBAY_CONFIG"]) if env.get("FOREBAY_CONFIG") else None)
-    if path is not None:
-        for name, value in _flatten(_read_yaml(path)):
-            values[name], sources[name] = value, str(path)
-    for variable, value in env.items():
-        if not variable.startswith(PREFIX) or (variable in SHORT and not SHORT[variable]):
-            continue
-        if _SERVICE_LINK.fullmatch(variable) or _SERVICE_URL.match(value):
-            continue
-        name = SHORT.get(variable) or variable.removeprefix(PREFIX).lower().replace("__", ".")
-        if name not in _NAMES:
-            raise SettingsError(f"{variable} names no setting.{_hint(name)}")
-        values[name], sources[name] = _typed(name, value), variable
-    for name, value in (flags or {}).items():
-        if value is not None:
-            values[name], sources[name] = value, "--" + name.replace(".", "-")
-    try:
-        settings = Settings.model_validate(_nest(values))
-    except ValidationError as e:
-        raise SettingsError(_complaint(e, values, sources)) from None
-    return Loaded(settings.model_copy(update={"home": settings.home.absolute()}), sources)
-
-
-def _complaint(
-    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]
-) -> str:
-    """One line on the first fault: key, value, source, what is allowed."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    name = ".".join(str(p) for p in first["loc"])
-    given = next((n for n in values if name == n or name.startswith(f"{n}.")), None)
-    if given is None:  # a rule about a whole section: blame what was given of it
-        given = next((n for n in values if n.startswith(f"{name}.")), None)
-    source = sources[given] if given is not None else "default"
-    if first["type"] == "extra_forbidden":
-        return f"{name} (from {source}) names no setting.{_hint(name)}"
-    said = first["msg"].removeprefix("Value error, ")
-    if given is None or not name.startswith(given):
-        return f"{name} (from {source}): {said}"
-    secret = any(name == s or s.startswith(f"{name}.") for s in SECRET)
-    return f"{name} is {'<hidden>' if secret else repr(values[given])} (from {source}): {said}"
-
-
-def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, _NAMES, n=3)
-    meant = f" Did you mean {', '.join(near)}?" if near else ""
-    return f"{meant} `forebay config` lists them all"
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as e:
-        raise SettingsError(f"{path}: {e}") from None
-    if not isinstance(data, dict):
-        raise SettingsError(f"{path}: a mapping is needed at the top")
-    return data
-
-
-def _typed(name: str, text: str) -> Any:
-    """A variable's value: lists as YAML, everything else as text, which Pydantic converts."""
-    if name not in _LISTS:
-        return text
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return [value] if isinstance(value, str) else value
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if value is None and not prefix and name in _SECTIONS:
-            continue  # `grpc:` with nothing below it
-        out.extend(_flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)])
-    return out
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        at = out
-        *parents, last = name.split(".")
-        for part in parents:
-            below = at.setdefault(part, {})
-            if not isinstance(below, dict):  # `grpc: 5` in the file: let Pydantic name it
-                break
-            at = below
-        else:
-            at[last] = value
-    return out
-
-
-_SECTIONS = frozenset(
-    name
-    for name, field in Settings.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
-)
-_DEFAULTS = dict(_flatten(Settings().model_dump(mode="json")))
-_NAMES = frozenset(_DEFAULTS)
-_LISTS = frozenset(name for name, value in _DEFAULTS.items() if isinstance(value, list))
