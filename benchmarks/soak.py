@@ -3,16 +3,15 @@
     python -m benchmarks.soak [--minutes 20] [--keep]
 
 On the fast lane: tabular, embed, classify, rerank, ModelInfer and vector search, in Poisson arrivals
-with ten seconds of bursts each minute, and downloads, which are server streams. A share of the calls is taken back; some connections are dropped
-in the middle of calls, some read so slowly that the server has to wait. Every answer is checked against
-its own request. The server's proportional memory, descriptors, threads, asyncio tasks and Python
+with ten seconds of bursts each minute; downloads, which are server streams; and predictions by HTTP. A
+share of the calls is taken back; some connections are dropped in the middle of calls, some read so slowly
+that the server has to wait. Every answer is checked against its own request. The server's proportional memory, descriptors, threads, asyncio tasks and Python
 objects are sampled, before, during and after. With --keep it writes benchmarks/results/soak.{json,md,png}.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -24,11 +23,12 @@ from typing import Any
 import grpc
 import numpy as np
 from forebay.v1 import collection_pb2 as pb
-from forebay.v1 import collection_pb2_grpc, file_pb2, file_pb2_grpc
+from forebay.v1 import collection_pb2_grpc
 
 from benchmarks import common
 from benchmarks.openloop import Workload, path, run, text, workloads
 from benchmarks.openloop.live import Served, serve
+from benchmarks.soak_traffic import Requests, Streams
 
 EVERY_S = 5.0
 DIMENSIONS = 64
@@ -113,53 +113,6 @@ def spec_of(server: Served, models: Path, minutes: int, scale: float) -> dict[st
     }
 
 
-class Streams:
-    """Downloads of a file beside the load, as server streams: each whole file is checked, each second
-    one is taken back after its first message, every twentieth is read slowly."""
-
-    EVERY_S = 0.05
-
-    def __init__(self, server: Served) -> None:
-        self.calls = {"offered": 0, "ok": 0, "wrong": 0}
-        self._done = threading.Event()
-        self._channel = grpc.insecure_channel(server.target)
-        self._stub = file_pb2_grpc.FileServiceStub(self._channel)
-        pieces = [np.random.default_rng(i).bytes(64 << 10) for i in range(16)]
-        self._sha256 = hashlib.sha256(b"".join(pieces)).hexdigest()
-        parts = [file_pb2.UploadFileRequest(header={"purpose": "user_data"})]
-        parts += [file_pb2.UploadFileRequest(chunk={"path": "f", "data": p}) for p in pieces]
-        self._file = self._stub.UploadFile(iter(parts)).file.id
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """No more."""
-        self._done.set()
-        self._thread.join()
-        self._channel.close()
-
-    def _run(self) -> None:
-        request = file_pb2.DownloadFileRequest(file=self._file)
-        while not self._done.wait(self.EVERY_S):
-            self.calls["offered"] += 1
-            n = self.calls["offered"]
-            stream = self._stub.DownloadFile(request, timeout=60)
-            seen = hashlib.sha256()
-            try:
-                for piece in stream:
-                    seen.update(piece.data)
-                    if n % 2:
-                        stream.cancel()
-                        break
-                    if n % 20 == 0:
-                        time.sleep(0.02)
-                else:
-                    self.calls["ok"] += 1
-                    self.calls["wrong"] += seen.hexdigest() != self._sha256
-            except grpc.RpcError:
-                self.calls["wrong"] += 1
-
-
 class Sampler:
     """What the server's process holds, as the system sees it."""
 
@@ -241,17 +194,23 @@ def measure(minutes: int, scale: float) -> dict[str, Any]:
     with common.exact_starters() as models, tempfile.TemporaryDirectory() as folder:
         inside = Path(folder, "inside.ndjson")
         command = (sys.executable, "-m", "benchmarks.soak_server", str(inside))
-        with serve(models, command=command, FOREBAY_GRPC__LANE="fast") as server:
+        http = {"FOREBAY_HTTP_PORT": "0", "FOREBAY_HTTP__GATEWAY": f"{folder}/none.sock"}
+        with serve(models, command=command, FOREBAY_GRPC__LANE="fast", **http) as server:
             spec = spec_of(server, models, minutes, scale)
-            # Models load at their first call, pools fill: that is no growth.
-            run({**spec, "phases": [{"name": "warm", "seconds": 20, "rate": 0.5 * spec["rate"]}]})
+            # Models load at their first call, pools fill, and arenas with the first batch of full size:
+            # that is no growth.
+            bursts = {"arrivals": "onoff", "on_s": 0.2, "off_s": 0.6}
+            warm = {"name": "warm", "seconds": 40, "rate": 1.5 * spec["rate"], **bursts}
+            run({**spec, "phases": [warm]})
             time.sleep(3 * EVERY_S)
             before = {**_last(inside), "descriptors": server.descriptors()}
             streams = Streams(server)
+            requests = Requests(server, int(before["http_port"]))
             sampler = Sampler(server)
             out = run(spec)
             sampler.stop()
             streams.stop()
+            requests.stop()
             time.sleep(3 * EVERY_S)
             after = {**_last(inside), "descriptors": server.descriptors()}
             own = [json.loads(line) for line in inside.read_text().splitlines()]
@@ -266,13 +225,14 @@ def measure(minutes: int, scale: float) -> dict[str, Any]:
             for key in mine:
                 mine[key] += w[key]
     calls["downloads (streams)"] = streams.calls
+    calls["predictions by HTTP"] = requests.calls
     inner = [s for s in own if before["at_s"] <= s["at_s"] < after["at_s"] - 3 * EVERY_S]
     result: dict[str, Any] = {
         "machine": common.machine(),
         "minutes": minutes,
         "codes": codes,
         "calls": calls,
-        "wrong": out["wrong"] + streams.calls["wrong"],
+        "wrong": out["wrong"] + streams.calls["wrong"] + requests.calls["wrong"],
         "said": out.get("samples", []),
         "client": out["client"],
         "before": before,

@@ -22,6 +22,7 @@ def main() -> None:
     import uvloop
     from forebay.settings import load_settings
     from forebay_cli import huge_pages
+    from forebay_cli.serve import http_port
     from forebay_server.app import Server
     from forebay_server.observability.logs import configure
 
@@ -32,7 +33,7 @@ def main() -> None:
     out = Path(sys.argv[1]).open("w")  # noqa: SIM115
 
     async def serve() -> None:
-        server = Server(settings)
+        server = Server(settings, http_port(settings))
         await server.start()
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -43,6 +44,7 @@ def main() -> None:
                 "tasks": len(asyncio.all_tasks()),
                 "threads": threading.active_count(),
                 "objects": len(gc.get_objects()),
+                "http_port": server.lanes.http_port,
                 **server.lanes.stats(),
             }
             out.write(json.dumps(sample) + "\n")

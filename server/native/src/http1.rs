@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -349,16 +349,11 @@ async fn receive(
     Ok((message, rooms))
 }
 
-/// Headers of an answer; those that no header can hold are left out.
+/// Headers of an answer; JSON, if they do not say else.
 pub fn headers(pairs: Vec<(String, String)>) -> HeaderMap {
-    let mut map = HeaderMap::with_capacity(pairs.len() + 2);
-    for (name, value) in pairs {
-        if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), value.try_into()) {
-            map.append(name, value);
-        }
-    }
+    let mut map = metadata::map(pairs);
     map.entry(CONTENT_TYPE)
-        .or_insert(http::HeaderValue::from_static("application/json"));
+        .or_insert(HeaderValue::from_static("application/json"));
     map
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 pub const TIMEOUT: &str = "grpc-timeout";
 pub const ENCODING: &str = "grpc-encoding";
@@ -49,10 +49,20 @@ pub fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
+/// Trailers, or an answer's headers. What no header can hold is left out: it is no reason to lose an
+/// answer.
+pub fn map(pairs: Vec<(String, String)>) -> HeaderMap {
+    let mut map = HeaderMap::with_capacity(pairs.len() + 3);
+    for (name, value) in pairs {
+        if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
+            map.append(name, value);
+        }
+    }
+    map
+}
+
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
 
     fn with(name: &'static str, value: &str) -> HeaderMap {

@@ -1,27 +1,27 @@
 //! The module `forebay_native`, as Python sees it. `forebay_native.pyi` has its types.
 
 use std::any::Any;
-use std::collections::HashSet;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ::http::{HeaderName, HeaderValue, StatusCode};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use pyo3::exceptions::{PyIndexError, PyOSError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
-use crate::http1::{self, Canned, Pattern, Route};
+use crate::http1;
 use crate::inbox::{Bounds, Call, Gone, Outcome};
-use crate::rows::{self, Number, Text};
+use crate::metadata;
 use crate::server::{Config, Method, Server};
 use crate::shed::Holds;
-use crate::split as parts;
 use crate::status::{self, Code, Refusal};
 use crate::tls;
+
+mod http;
+mod records;
 
 /// From this size on, an answer's bytes go to the socket from Python's own memory.
 const COPY_BELOW: usize = 8 << 10;
@@ -68,17 +68,6 @@ fn payload(data: &Bound<'_, PyBytes>) -> Bytes {
         return Bytes::copy_from_slice(bytes);
     }
     Bytes::from_owner(Held(data.clone().unbind(), bytes.as_ptr(), bytes.len()))
-}
-
-fn headers(pairs: Vec<(String, String)>) -> HeaderMap {
-    let mut map = HeaderMap::with_capacity(pairs.len() + 3);
-    for (name, value) in pairs {
-        // What no header can hold is left out: a trailer is no reason to lose an answer.
-        if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-            map.append(name, value);
-        }
-    }
-    map
 }
 
 #[pyclass(frozen, name = "Server", module = "forebay_native")]
@@ -166,7 +155,7 @@ impl PyServer {
         receive_timeout_s: f64,
         overload: (String, Vec<u8>),
         tls: Option<(Vec<u8>, Vec<u8>, Option<Vec<u8>>)>,
-        http: Option<PyHttp>,
+        http: Option<http::PyHttp>,
     ) -> PyResult<Self> {
         let seconds = Duration::from_secs_f64;
         let method = |(path, fields, streams)| Method {
@@ -197,7 +186,7 @@ impl PyServer {
                 message: overload.0,
                 details: overload.1,
             },
-            http: http.map(PyHttp::config).transpose()?,
+            http: http.map(http::PyHttp::config).transpose()?,
         };
         let tls = tls
             .map(|(c, k, ca)| settings(&c, &k, ca.as_deref()))
@@ -261,7 +250,7 @@ impl PyServer {
             return Err(PyValueError::new_err("an answer for each call is needed"));
         }
         let own = HeaderName::try_from(own).map_err(|e| PyValueError::new_err(e.to_string()))?;
-        let trailers = status::trailers(0, "", b"", headers(shared));
+        let trailers = status::trailers(0, "", b"", metadata::map(shared));
         let mut ready = Vec::with_capacity(calls.len());
         for ((call, data), value) in calls.iter().zip(&payloads).zip(&values) {
             drop(call.call.owner.lock().take());
@@ -287,7 +276,7 @@ impl PyServer {
                 drop(owner);
                 let payload = (code == 0).then(|| payload(&data));
                 let details = if code == 0 { &b""[..] } else { data.as_bytes() };
-                let trailers = status::trailers(code, &message, details, headers(more));
+                let trailers = status::trailers(code, &message, details, metadata::map(more));
                 (call, Outcome::new(payload, trailers))
             })
             .collect();
@@ -390,53 +379,6 @@ impl PyServer {
     }
 }
 
-/// Status, headers, body.
-type PyCanned = (u16, Vec<(String, String)>, Vec<u8>);
-
-/// What `http1::Config` is made of.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-struct PyHttp {
-    address: String,
-    gateway: String,
-    routes: Vec<(String, Vec<(u8, PyCanned)>)>,
-    forwarded: Vec<String>,
-    aside: Vec<String>,
-    max_body_bytes: usize,
-    timeout_s: f64,
-    idle_timeout_s: f64,
-    unreachable: PyCanned,
-}
-
-impl PyHttp {
-    fn config(self) -> PyResult<http1::Config> {
-        let names = |names: Vec<String>| -> PyResult<Vec<HeaderName>> {
-            let name = |n| HeaderName::try_from(n).map_err(|_| PyValueError::new_err("no header"));
-            names.into_iter().map(name).collect()
-        };
-        let canned = |(status, headers, body): PyCanned| Canned {
-            status: StatusCode::from_u16(status).unwrap_or_default(),
-            headers: http1::headers(headers),
-            body: body.into(),
-        };
-        let route = |(path, errors): (String, Vec<(u8, PyCanned)>)| Route {
-            pattern: Pattern::new(&path),
-            errors: errors.into_iter().map(|(n, e)| (n, canned(e))).collect(),
-        };
-        Ok(http1::Config {
-            address: self.address,
-            gateway: self.gateway.into(),
-            routes: self.routes.into_iter().map(route).collect(),
-            forwarded: names(self.forwarded)?,
-            aside: names(self.aside)?,
-            max_body_bytes: self.max_body_bytes,
-            timeout: Duration::from_secs_f64(self.timeout_s),
-            idle_timeout: Duration::from_secs_f64(self.idle_timeout_s),
-            unreachable: canned(self.unreachable),
-        })
-    }
-}
-
 fn settings(
     certificate: &[u8],
     key: &[u8],
@@ -450,157 +392,12 @@ fn settings(
     .map_err(PyValueError::new_err)
 }
 
-/// Messages that were taken apart at one field.
-#[pyclass(frozen, name = "Split", module = "forebay_native")]
-struct PySplit {
-    messages: Vec<(Py<PyBytes>, Vec<Range<usize>>)>,
-}
-
-impl PySplit {
-    /// The records of a message.
-    fn records<'a>(&'a self, py: Python<'a>, at: usize) -> PyResult<Vec<&'a [u8]>> {
-        let found = self.messages.get(at);
-        let (message, ranges) = found.ok_or_else(|| PyIndexError::new_err(at))?;
-        let data = message.as_bytes(py);
-        Ok(ranges.iter().map(|r| &data[r.clone()]).collect())
-    }
-}
-
-#[pymethods]
-impl PySplit {
-    /// Record `index` of each member, one after the other. None unless each member has `of` records,
-    /// and this one has `size` bytes.
-    #[allow(clippy::needless_pass_by_value)] // PyO3 makes it for the call
-    fn concat<'py>(
-        &self,
-        py: Python<'py>,
-        members: Vec<usize>,
-        index: usize,
-        of: usize,
-        size: usize,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut all = Vec::with_capacity(size * members.len());
-        for &at in &members {
-            let records = self.records(py, at)?;
-            match records.get(index) {
-                Some(record) if records.len() == of && record.len() == size => {
-                    all.extend_from_slice(record);
-                }
-                _ => return Ok(None),
-            }
-        }
-        Ok(Some(PyBytes::new(py, &all)))
-    }
-}
-
-type Groups<'py> = Vec<(Bound<'py, PyBytes>, Vec<usize>)>;
-
-/// Takes messages apart at a field: the pieces, the places of messages that share a head, and the
-/// places of those that are not taken.
-#[pyfunction]
-fn split(
-    py: Python<'_>,
-    messages: Vec<Py<PyBytes>>,
-    field: u64,
-) -> (PySplit, Groups<'_>, Vec<usize>) {
-    let mut heads: Vec<(Vec<u8>, Vec<usize>)> = Vec::new();
-    let mut odd = Vec::new();
-    let mut taken = Vec::with_capacity(messages.len());
-    for (at, message) in messages.into_iter().enumerate() {
-        let Some(found) = parts::split(message.as_bytes(py), field) else {
-            odd.push(at);
-            taken.push((message, Vec::new()));
-            continue;
-        };
-        match heads.iter_mut().find(|(head, _)| *head == found.head) {
-            Some((_, members)) => members.push(at),
-            None => heads.push((found.head, vec![at])),
-        }
-        taken.push((message, found.records));
-    }
-    let groups = heads.into_iter();
-    let groups = groups.map(|(head, members)| (PyBytes::new(py, &head), members));
-    (PySplit { messages: taken }, groups.collect(), odd)
-}
-
-type Columns = Vec<Vec<Py<PyString>>>;
-
-/// Reads rows of google.protobuf.Struct.
-#[pyclass(frozen, name = "RowReader", module = "forebay_native")]
-struct PyRowReader {
-    numbers: Vec<Number>,
-    strings: Vec<Text>,
-}
-
-#[pymethods]
-impl PyRowReader {
-    #[new]
-    fn new(
-        numbers: Vec<(String, f64, f64, bool)>,
-        strings: Vec<(String, HashSet<String>, bool)>,
-    ) -> Self {
-        let number = |(name, least, most, needed)| Number {
-            name,
-            least,
-            most,
-            needed,
-        };
-        let text = |(name, known, needed)| Text {
-            name,
-            known,
-            needed,
-        };
-        Self {
-            numbers: numbers.into_iter().map(number).collect(),
-            strings: strings.into_iter().map(text).collect(),
-        }
-    }
-
-    /// The rows of the members that are whole, one after the other: a matrix of numbers, columns of
-    /// strings, how many rows each of them has, and the places of the others.
-    #[allow(clippy::needless_pass_by_value, clippy::type_complexity)] // PyO3 makes it for the call
-    fn read<'py>(
-        &self,
-        py: Python<'py>,
-        split: PyRef<'py, PySplit>,
-        members: Vec<usize>,
-    ) -> PyResult<(
-        Bound<'py, PyBytes>,
-        Columns,
-        Vec<(usize, usize)>,
-        Vec<usize>,
-    )> {
-        let mut values = Vec::with_capacity(members.len() * self.numbers.len() * 4);
-        let mut columns: Columns = self.strings.iter().map(|_| Vec::new()).collect();
-        let (mut good, mut odd) = (Vec::with_capacity(members.len()), Vec::new());
-        for &at in &members {
-            let records = split.records(py, at)?;
-            let rows = records.iter();
-            let rows = rows.map(|data| rows::read(data, &self.numbers, &self.strings));
-            let Some(rows) = rows.collect::<Option<Vec<_>>>() else {
-                odd.push(at);
-                continue;
-            };
-            good.push((at, rows.len()));
-            for row in rows {
-                for value in row.numbers {
-                    values.extend_from_slice(&(value as f32).to_ne_bytes());
-                }
-                for (column, text) in columns.iter_mut().zip(row.strings) {
-                    column.push(PyString::new(py, text).unbind());
-                }
-            }
-        }
-        Ok((PyBytes::new(py, &values), columns, good, odd))
-    }
-}
-
 #[pymodule]
 fn forebay_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    module.add_function(wrap_pyfunction!(split, module)?)?;
-    module.add_class::<PySplit>()?;
-    module.add_class::<PyRowReader>()?;
+    module.add_function(wrap_pyfunction!(records::split, module)?)?;
+    module.add_class::<records::PySplit>()?;
+    module.add_class::<records::PyRowReader>()?;
     module.add_class::<PyCall>()?;
     module.add_class::<PyServer>()
 }
