@@ -21,7 +21,14 @@ from forebay_cli.fit import fit_live
 from forebay_server.capacity.planning import peak
 from forebay_server.capacity.simulation import Call, Scenario, simulate
 from forebay_server.core.interfaces import BatchPolicy
-from forebay_server.repository.loading import BATCH_TOKENS, PADDING_TOKENS
+from forebay_server.repository.inspect import describe
+from forebay_server.repository.loading import (
+    BATCH_TOKENS,
+    PADDING_TOKENS,
+    Defaults,
+    engine_spec,
+)
+from forebay_server.repository.manifest import ModelConfig
 
 from benchmarks import common
 from benchmarks.openloop import Workload, run, workloads
@@ -65,13 +72,21 @@ def cases(models: Path) -> dict[str, tuple[Workload, str, list[int], list[Call],
     }
 
 
+def instances(models: Path, name: str) -> int:
+    """Engines that the server has for a model."""
+    folder = models / name / "1"
+    spec = engine_spec(name, 1, folder, describe(folder), ModelConfig(), Defaults(), None)
+    return spec.instances
+
+
 def check(models: Path, name: str, seconds: float) -> dict[str, Any]:
     """One workload, fitted, run and simulated."""
     workload, model, lengths, calls, policy, rows = cases(models)[name]
     with serve(models, FOREBAY_GRPC__LANE="fast") as server:
         with grpc.insecure_channel(server.target) as channel:
-            cost = fit_live(channel, [], model, lengths, rows=rows).model
-        able = peak(cost, policy, calls)
+            slots = instances(models, model)
+            cost = fit_live(channel, [], model, lengths, rows=rows, instances=slots).model
+        able = peak(cost, policy, calls, slots)
         if name == "forest":  # a call is two items: one of 256 rows and one of 244
             able /= 2
             calls = [replace(calls[0], rows=250, items=2)]
@@ -91,7 +106,8 @@ def check(models: Path, name: str, seconds: float) -> dict[str, Any]:
                 }
             )
             real = out["phases"][1]
-            simulated = simulate(Scenario(rate, calls, cost, policy), max(120.0, 20_000 / rate))
+            scenario = Scenario(rate, calls, cost, policy, slots=slots)
+            simulated = simulate(scenario, max(120.0, 20_000 / rate))
             row: dict[str, Any] = {"share": share, "rate": rate, "calls": real["offered"]}
             for q in ("50", "99"):
                 is_ms = real["latency"]["percentiles_ms"][q]

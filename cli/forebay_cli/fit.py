@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -29,12 +31,16 @@ WORDS = [
     "night",
 ]
 CALLERS = (1, 2, 4, 8, 16, 32, 64)
+#: Calls tell what they take beside the engine while the machine has time for their callers too.
+FEW = 4
+#: Requests of a loop, written before it begins: callers that write them take the server's cores.
+REQUESTS = 32
 Make = Callable[[random.Random], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What a live fit found. `length`: tokens by requested length, special tokens included."""
+    """What a live fit found. `lengths`: tokens by requested length, special tokens included."""
 
     model: Any  # forebay_server.capacity.cost.CostModel
     lengths: dict[int, int]
@@ -47,6 +53,7 @@ def fit_live(
     lengths: Sequence[int],
     seconds: float = 1.5,
     rows: int = 1,
+    instances: int = 1,
 ) -> Fitted:
     """Fit `name` on a running server.
 
@@ -54,6 +61,7 @@ def fit_live(
         lengths: tokens of the texts, special tokens included; one loop each.
         seconds: of each loop.
         rows: rows of a tabular call.
+        instances: engines that the server has for the model.
 
     Raises:
         grpc.RpcError: a call failed.
@@ -61,48 +69,70 @@ def fit_live(
     """
     from forebay_server.capacity.cost import Sample, fit
 
-    samples: list[Sample] = []
+    alone: set[Sample] = set()
+    beside: set[Sample] = set()  # with as many others as there are instances
     overheads: list[float] = []
     seen: dict[int, int] = {}
     method, makes, answer = _calls(channel, metadata, name, lengths, rows)
-    write: Callable[[Any], bytes] = lambda m: m.SerializeToString()  # noqa: E731
-    call = channel.unary_unary(
-        method, request_serializer=write, response_deserializer=answer.FromString
-    )
+    call = channel.unary_unary(method)
     for length, make in makes.items():
+        rng = random.Random(length)
+        requests = [make(rng).SerializeToString() for _ in range(REQUESTS)]
         for callers in CALLERS:
-            for took, reply in _loop(call, metadata, make, callers, seconds):
+            for took, data in _loop(call, metadata, requests, callers, seconds):
+                reply = answer.FromString(data)
                 timing, usage = reply.timing, reply.usage
                 tokens = round(usage.tokens / max(1, usage.items)) if usage.tokens else 1
                 seen[length] = tokens
                 compute = timing.compute_ms / 1e3
                 if compute > 0:
-                    samples.append(Sample(timing.batch_rows, tokens, compute))
-                    if callers in (2, 4, 8):
+                    # Every call of a batch tells of it: sets count the batch once.
+                    to = alone if callers < max(2, instances) else beside
+                    to.add(Sample(timing.batch_rows, tokens, compute))
+                    if callers <= FEW:
                         overheads.append(max(0.0, took - compute - timing.queue_ms / 1e3))
-    # Every call of a batch tells of it: count the batch once.
-    once = {(s.rows, s.length, s.seconds): s for s in samples}
+    contention = _contention(alone, beside, instances)
+    share = 1 / (1 + contention * (instances - 1))
+    samples = [*alone, *(replace(s, seconds=s.seconds * share) for s in beside)]
     items = "rows" if method.endswith("Predict") else "texts"
     source: dict[str, object] = {"model": name, "kind": "running server", "items": items}
-    return Fitted(fit(list(once.values()), overheads, source), seen)
+    return Fitted(replace(fit(samples, overheads, source), contention=contention), seen)
+
+
+def _contention(alone: set[Any], beside: set[Any], instances: int) -> float:
+    """By batches of one row, which run both ways."""
+    if instances == 1:
+        return 0.0
+    found = []
+    for length in {s.length for s in alone}:
+        ways = [
+            [s.seconds for s in x if (s.rows, s.length) == (1, length)] for x in (alone, beside)
+        ]
+        if all(ways):
+            found.append(statistics.median(ways[1]) / statistics.median(ways[0]) - 1)
+    return max(0.0, statistics.median(found) if found else 0.0) / (instances - 1)
 
 
 def _loop(
-    call: Any, metadata: Sequence[tuple[str, str]], make: Make, callers: int, seconds: float
-) -> list[tuple[float, Any]]:
+    call: Any,
+    metadata: Sequence[tuple[str, str]],
+    requests: Sequence[bytes],
+    callers: int,
+    seconds: float,
+) -> list[tuple[float, bytes]]:
     """(latency, answer) of calls of so many callers, one after the other each. Threads: gRPC's own
     machinery waits without Python, so they disturb the server little."""
-    out: list[tuple[float, Any]] = []
+    out: list[tuple[float, bytes]] = []
     faults: list[BaseException] = []
     begin = time.perf_counter()
     until = begin + seconds
     warm = begin + seconds / 5
 
-    def run(seed: int) -> None:
-        rng = random.Random(seed)
+    def run(first: int) -> None:
+        mine = itertools.islice(itertools.cycle(requests), first % len(requests), None)
         try:
             while (before := time.perf_counter()) < until:
-                reply = call(make(rng), metadata=metadata, timeout=30)
+                reply = call(next(mine), metadata=metadata, timeout=30)
                 if before > warm:
                     out.append((time.perf_counter() - before, reply))
         except BaseException as e:

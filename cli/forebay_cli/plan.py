@@ -25,7 +25,9 @@ def plan(
     max_batch_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
     max_padding_tokens: Annotated[int, typer.Option(min=0, help="Padding of a batch.")] = 12,
-    instances: Annotated[int, typer.Option(min=1, help="Engines of a replica.")] = 1,
+    instances: Annotated[
+        int, typer.Option(min=1, help="Engines of a replica; with --fit, of the running server.")
+    ] = 1,
     call_us: Annotated[
         float, typer.Option(min=0, help="Server CPU of a call beside its engine, microseconds.")
     ] = 45.0,
@@ -111,7 +113,8 @@ def _cost(
             from forebay_cli.fit import fit_live
 
             with channel() as (open_channel, metadata):
-                model = fit_live(open_channel, metadata, fit, spread, rows=rows).model
+                found = fit_live(open_channel, metadata, fit, spread, 1.5, rows, instances)
+                model = found.model
     except (ForebayError, ValueError) as e:
         _fail(str(e))
     return model, policy, instances, model.source.get("items") != "rows"

@@ -40,6 +40,8 @@ class CostModel:
         ratios: measured / modelled, as quantiles from 0 to 1.
         overhead_s: what a call takes beside queue and engine, as quantiles from 0 to 1: transport,
             tokenizer, answer, as seen by a client on the same machine.
+        contention: how much longer a batch takes for each other that runs beside it at its replica, as a
+            share. 0 where engines have cores of their own.
         error: median of |measured / modelled - 1|.
     """
 
@@ -49,6 +51,7 @@ class CostModel:
     per_pair_s: float = 0.0
     ratios: tuple[float, ...] = (1.0,)
     overhead_s: tuple[float, ...] = (0.0,)
+    contention: float = 0.0
     error: float = 0.0
     source: dict[str, object] = field(default_factory=dict)
 
@@ -111,8 +114,8 @@ def fit(
         float(per_pair),
         quantiles(ratios),
         quantiles(overhead_s) if len(overhead_s) else (0.0,),
-        float(np.median(np.abs(ratios - 1.0))),
-        source or {},
+        error=float(np.median(np.abs(ratios - 1.0))),
+        source=source or {},
     )
 
 

@@ -32,7 +32,6 @@ class Target:
     headroom: float = 0.2
     slots: int = 1
     call_s: float = 0.0
-    contention: float = 0.0
     routing: Routing = "two_choices"
     price_per_hour: float = 0.0
 
@@ -65,7 +64,8 @@ def peak(
     for call in calls:
         rows = max(1, min(policy.max_batch_size, policy.max_batch_tokens // max(1, call.length)))
         rates.append(cost.seconds(rows, call.length) / rows * call.rows * call.items)
-    return 1 / max(sum(rates) / len(rates) / slots, call_s)
+    each = sum(rates) / len(rates) * (1 + cost.contention * (slots - 1))
+    return 1 / max(each / slots, call_s)
 
 
 def capacity(target: Target, cost: CostModel, policy: BatchPolicy) -> float:
@@ -154,7 +154,6 @@ def _run(
         replicas,
         target.slots,
         call_s=target.call_s,
-        contention=target.contention,
         routing=target.routing,
     )
     return simulate(scenario, seconds)

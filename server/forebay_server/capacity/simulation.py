@@ -47,8 +47,6 @@ class Scenario:
         deadline_s: of each call; None = none.
         call_s: interpreter time that each call takes at its replica, one after the other: what bounds
             models that are quicker than their server.
-        contention: how much longer a batch takes for each further slot that is busy at its start, as
-            a share. 0 for replicas whose instances have cores of their own.
         routing: how the load balancer picks a replica. `least_loaded` knows all queues, `two_choices`
             the better of two that it picks at random.
     """
@@ -61,7 +59,6 @@ class Scenario:
     slots: int = 1
     deadline_s: float | None = None
     call_s: float = 0.0
-    contention: float = 0.0
     routing: Routing = "random"
     arrivals: Arrivals = "poisson"
     on_s: float = 0.1
@@ -268,7 +265,7 @@ class Simulation:
             ratios = s.cost.ratios
             seconds = s.cost.seconds(cut.batch.rows, cut.batch.length)
             seconds *= ratios[self._random.randrange(len(ratios))]
-            seconds *= 1 + s.contention * (s.slots - replica.free)
+            seconds *= 1 + s.cost.contention * (s.slots - replica.free)
             replica.free -= 1
             replica.running += cut.batch.rows * cut.batch.length
             if now >= self._warm:
