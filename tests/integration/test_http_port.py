@@ -101,6 +101,16 @@ CASES = {
     "another origin": (EMBED, TEXTS, {"origin": "https://app.example"}),
     "escaped name": ("/v2/models/ir%69s/infer", tensors(), {}),
     "a query": (f"{EMBED}?x=1", TEXTS, {}),
+    # As Java's HttpClient asks at first.
+    "an offer of HTTP/2": (
+        EMBED,
+        TEXTS,
+        {
+            "connection": "Upgrade, HTTP2-Settings",
+            "upgrade": "h2c",
+            "http2-settings": "AAMAAABkAAQBAAAAAAIAAAAA",
+        },
+    ),
     "a time": (EMBED, TEXTS, {"x-forebay-timeout-ms": "20000"}),
     "too late": (EMBED, said(texts=["word " * 200] * 40), {"grpc-timeout": "2m"}),
     "no time": (EMBED, TEXTS, {"x-forebay-timeout-ms": "soon"}),

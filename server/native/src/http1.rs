@@ -268,18 +268,26 @@ impl Direct {
         config: &Config,
     ) -> Response<Reply> {
         let route = &config.routes[self.at];
-        match self.run(request, shared, config).await {
+        // Routes are numbered behind the methods of gRPC.
+        let method = shared.config.methods.len() + self.at;
+        match self.run(request, method, shared, config).await {
             Ok(outcome) => match outcome.payload {
                 Some(body) => whole(outcome.status, outcome.trailers, body),
                 None => route.error(code_of(&outcome.trailers)),
             },
-            Err(code) => route.error(code),
+            Err(code) => {
+                if code == Code::ResourceExhausted as u8 {
+                    shared.refusals[method].fetch_add(1, Ordering::Relaxed);
+                }
+                route.error(code)
+            }
         }
     }
 
     async fn run(
         self,
         request: Request<Incoming>,
+        method: usize,
         shared: &Shared,
         config: &Config,
     ) -> Result<Outcome, u8> {
@@ -288,11 +296,9 @@ impl Direct {
         let receiving = receive(&head, body, shared, config.max_body_bytes);
         let received = timeout(shared.config.receive_timeout, receiving).await;
         let (message, _room) = received.map_err(|_| Code::DeadlineExceeded as u8)??;
-        // Routes are numbered behind the methods of gRPC.
-        let method = u32::try_from(shared.config.methods.len() + self.at).unwrap_or(u32::MAX);
+        let method = u32::try_from(method).unwrap_or(u32::MAX);
         let (call, outcome) = Call::new(method, message, self.caller, deadline, self.places);
         if !shared.inbox.put(call.clone()) {
-            shared.refusals[method as usize].fetch_add(1, Ordering::Relaxed);
             return Err(Code::ResourceExhausted as u8);
         }
         let leaving = Leaving::new(&shared.inbox, &call);
