@@ -101,16 +101,6 @@ CASES = {
     "another origin": (EMBED, TEXTS, {"origin": "https://app.example"}),
     "escaped name": ("/v2/models/ir%69s/infer", tensors(), {}),
     "a query": (f"{EMBED}?x=1", TEXTS, {}),
-    # As Java's HttpClient asks at first.
-    "an offer of HTTP/2": (
-        EMBED,
-        TEXTS,
-        {
-            "connection": "Upgrade, HTTP2-Settings",
-            "upgrade": "h2c",
-            "http2-settings": "AAMAAABkAAQBAAAAAAIAAAAA",
-        },
-    ),
     "a time": (EMBED, TEXTS, {"x-forebay-timeout-ms": "20000"}),
     "too late": (EMBED, said(texts=["word " * 200] * 40), {"grpc-timeout": "2m"}),
     "no time": (EMBED, TEXTS, {"x-forebay-timeout-ms": "soon"}),
@@ -196,6 +186,23 @@ def test_a_body_in_pieces(doors: tuple[Gateway, Gateway]) -> None:
     answer = doors[0].http.post(EMBED, content=endless)
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(EMBED, TEXTS), ("/v1/rerank", said(model="minilm", query="a", documents=["a", "b"]))],
+)
+def test_who_offers_http_2_is_served_by_http_1(
+    doors: tuple[Gateway, Gateway], path: str, body: bytes
+) -> None:
+    """As Java's HttpClient does with its first request, whoever answers it."""
+    offer = {
+        "connection": "Upgrade, HTTP2-Settings",
+        "upgrade": "h2c",
+        "http2-settings": "AAMAAABkAAQBAAAAAAIAAAAA",
+    }
+    answer = doors[0].http.post(path, content=body, headers=offer)
+    assert answer.status_code == 200, answer.text
 
 
 def test_many_callers_get_their_own_answers(doors: tuple[Gateway, Gateway]) -> None:

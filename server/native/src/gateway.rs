@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 
 use crate::reply::Reply;
 
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// One client connection's connection to the gateway, opened by its first request. HTTP/1.1 has one
@@ -34,7 +35,14 @@ impl Gateway {
 
     /// Sends the request on, and gives the answer as it comes.
     pub async fn pass(&self, mut request: Request<Incoming>) -> io::Result<Response<Reply>> {
-        let upgrades = request.headers().contains_key(UPGRADE);
+        let offer = request.headers().get(UPGRADE);
+        let upgrades = offer.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
+        if !upgrades {
+            // Java's HttpClient offers HTTP/2 with its requests. The gateway's server would take the
+            // offer for the end of the request, and lose its body.
+            request.headers_mut().remove(UPGRADE);
+            request.headers_mut().remove(HTTP2_SETTINGS);
+        }
         let ours = upgrades.then(|| hyper::upgrade::on(&mut request));
         *request.version_mut() = Version::HTTP_11;
         request.headers_mut().remove(EXPECT); // it is answered when the body is read
