@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from forebay.settings import load_settings
+from forebay_cli.serve import http_port
 from forebay_gateway import direct
 
 from tests.conftest import Live
@@ -346,3 +347,12 @@ def test_what_was_accepted_is_answered_when_the_server_ends(starters: Path, tmp_
     asking.join(60)
     assert [a.status_code for a in answers] == [200]
     assert answers[0].headers.get("connection") == "close"
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("::1", "[::1]:80"), ("[::1]", "[::1]:80"), ("127.0.0.1", "127.0.0.1:80")]
+)
+def test_addresses_are_taken_as_settings_have_them(host: str, address: str) -> None:
+    values = {"http.host": host, "http.port": 80, "http.gateway": "/nowhere"}
+    found = http_port(load_settings(values, environ={}).settings)
+    assert found is not None and found.address == address
