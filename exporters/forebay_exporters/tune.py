@@ -205,7 +205,7 @@ def threadings(best: Candidate, _: int) -> list[Candidate]:
     out = []
     for threads, instances in sorted(ways, reverse=True):
         execution = {"intra_op_threads": threads, "instances": instances}
-        if instances > 1 and best.keys["engine"] == "onnxruntime":
+        if instances > 1:
             execution["lone_threads"] = cores
         name = f"{best.name}, {instances} x {threads} threads"
         out.append(Candidate(name, {**best.keys, "execution": execution}))

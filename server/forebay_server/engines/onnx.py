@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays, providers
 from forebay_server.engines.arrays import Executed, Prepared
+from forebay_server.engines.company import Company
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
 
 #: ONNX Runtime's type names -> the Open Inference Protocol's.
@@ -36,24 +35,18 @@ DATATYPES = {
     "tensor(string)": "BYTES",
 }
 
-#: See _Sessions; about the time between two batches of a busy instance.
-BESIDE_S = 0.05
-
 
 class _Sessions:
     """One model's sessions, which its instances share: `Run` may be called from several threads.
 
     With `wide`, a run that has the machine to itself uses all of its threads; runs beside each other
-    use the threads of `narrow` each. Under load one run may end as the next begins: it stays narrow
-    for `BESIDE_S` after two last ran beside each other, as a wide one would meet the next.
+    use the threads of `narrow` each.
     """
 
     def __init__(self, narrow: ort.InferenceSession, wide: ort.InferenceSession | None) -> None:
         self.narrow = narrow
         self.wide = wide
-        self._lock = threading.Lock()
-        self._running = 0
-        self._beside_until = 0.0
+        self._company = Company()
 
     @property
     def all(self) -> list[ort.InferenceSession]:
@@ -63,20 +56,11 @@ class _Sessions:
         """Run on a CPU; ONNX Runtime releases the GIL."""
         if self.wide is None:
             return list(self.narrow.run(outputs, feeds))
-        with self._lock:
-            self._mark()
-            session = self.narrow if time.monotonic() < self._beside_until else self.wide
-            self._running += 1
+        session = self.wide if self._company.begin() else self.narrow
         try:
             return list(session.run(outputs, feeds))
         finally:
-            with self._lock:
-                self._running -= 1
-                self._mark()
-
-    def _mark(self) -> None:
-        if self._running:
-            self._beside_until = time.monotonic() + BESIDE_S
+            self._company.end()
 
 
 class OnnxEngine:

@@ -5,8 +5,8 @@ Options (EngineSpec.options, `engine_options` of model.yaml):
     precision    fp32 (default); bf16: products in bfloat16; int8: weights as int8, activations
                  quantised at run time, group by group (see weights)
     group_size   activations of a row that share a scale, with int8: 32 (default), 64 or 128
-    kernels      compiled kernels that are kept for shapes met before, default 1000; each new shape
-                 costs milliseconds once, each kept one up to a megabyte
+    kernels      compiled kernels that are kept for shapes met before, default 1000, by all instances
+                 together; each new shape costs milliseconds once, each kept one up to a megabyte
 
 The artefact stays what it is, an fp32 ONNX file: the precision is chosen when it is loaded. So the
 factory can give it to ONNX Runtime where OpenVINO is not installed or the processor lacks what the
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from openvino.frontend import FrontEndManager
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays
 from forebay_server.engines.arrays import Executed, Prepared
+from forebay_server.engines.company import Company
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
 from forebay_server.engines.weights import compress
 
@@ -101,13 +103,29 @@ def _has_vnni() -> bool:
     return any(f in flags for f in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What the instances of a model share. `narrow` has a stream for each of them; `wide`, if any,
+    one with all threads, for a run that has the machine to itself."""
+
+    narrow: ov.CompiledModel
+    wide: ov.CompiledModel | None
+    company: Company
+
+    @property
+    def all(self) -> list[ov.CompiledModel]:
+        return [self.narrow] if self.wide is None else [self.narrow, self.wide]
+
+
 class OpenVinoEngine:
     """See interfaces.Engine."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self._compiled: ov.CompiledModel | None = None
-        self._request: ov.InferRequest | None = None
+        self._loaded: _Loaded | None = None
+        self._shares = False
+        self._narrow: ov.InferRequest | None = None
+        self._wide: ov.InferRequest | None = None
         self._outputs: dict[str, int] = {}
         self._dtypes: dict[str, Any] = {}
         self._weights_bytes = 0
@@ -115,7 +133,8 @@ class OpenVinoEngine:
     def load(self) -> None:
         """Read, convert, compile. Raises FailedPrecondition (MODEL_REJECTED) that names the fault."""
         wanted = precision(self.spec)
-        settings = self._settings(wanted)
+        self._group_size()
+        self._kernels()
         path = must_be_there(self.spec)
         try:
             model = read(path)
@@ -125,32 +144,66 @@ class OpenVinoEngine:
         if wanted != "fp32" and not compress(model, wanted):
             log.warning("%s: no float32 weights to make %s", self.spec.model, wanted)
         try:
-            compiled = core().compile_model(model, "CPU", settings)
+            narrow = self._compile(model, wanted, self._streams(), self._threads())
+            lone = self.spec.lone_threads
+            wide = self._compile(model, wanted, 1, lone) if self._has_wide() else None
         except Exception as e:
             raise rejected(f"{path.name} cannot be compiled: {_said(e, path)}") from e
-        names = [o.get_any_name() for o in compiled.outputs]
+        names = [o.get_any_name() for o in narrow.outputs]
         kept = [self.spec.output] if self.spec.kind == "tokens" else names
         self._outputs = {n: names.index(n) for n in kept}
         size = path.stat().st_size
         self._weights_bytes = size // {"int8": 4, "bf16": 2}.get(wanted, 1)
-        self._compiled = compiled
-        self._request = compiled.create_infer_request()
+        self._loaded = _Loaded(narrow, wide, Company())
+        self._open_requests()
 
-    def _settings(self, wanted: str) -> dict[str, Any]:
+    def share(self) -> OpenVinoEngine:
+        """Another instance of the loaded model: a stream of its own, no weights."""
+        other = OpenVinoEngine(self.spec)
+        other.__dict__.update(self.__dict__)
+        other._shares = True
+        other._open_requests()
+        return other
+
+    def _open_requests(self) -> None:
+        assert self._loaded is not None
+        self._narrow = self._loaded.narrow.create_infer_request()
+        wide = self._loaded.wide
+        self._wide = wide.create_infer_request() if wide is not None else None
+
+    def _streams(self) -> int:
+        """One for each instance that shares what is loaded: none does in processes of their own."""
+        return self.spec.instances if self.spec.isolation == "thread" else 1
+
+    def _has_wide(self) -> bool:
+        return self.spec.lone_threads not in (0, self._threads())
+
+    def _threads(self) -> int:
+        """Of one instance."""
+        return self.spec.intra_op_threads or os.cpu_count() or 1
+
+    def _compile(
+        self, model: ov.Model, wanted: str, streams: int, threads: int
+    ) -> ov.CompiledModel:
+        # Each stream keeps kernels of its own.
+        graphs = self._streams() + self._has_wide()
         settings: dict[str, Any] = {
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": self.spec.intra_op_threads or os.cpu_count() or 1,
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams * threads,
             "INFERENCE_PRECISION_HINT": "bf16" if wanted == "bf16" else "f32",
             # The transport's threads run on the same cores: the system knows best where.
             "ENABLE_CPU_PINNING": False,
-            "CPU_RUNTIME_CACHE_CAPACITY": str(self._kernels()),
+            "CPU_RUNTIME_CACHE_CAPACITY": str(self._kernels() // graphs),
         }
         if wanted == "int8":
-            group = self.spec.options.get("group_size", GROUP_SIZES[0])
-            if group not in GROUP_SIZES:
-                raise rejected(f"engine_options.group_size is {group!r}; known are 32, 64, 128")
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(group)
-        return settings
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(self._group_size())
+        return core().compile_model(model, "CPU", settings)
+
+    def _group_size(self) -> int:
+        group = self.spec.options.get("group_size", GROUP_SIZES[0])
+        if group not in GROUP_SIZES:
+            raise rejected(f"engine_options.group_size is {group!r}; known are 32, 64, 128")
+        return int(group)
 
     def _kernels(self) -> int:
         given = self.spec.options.get("kernels", KERNELS)
@@ -178,9 +231,13 @@ class OpenVinoEngine:
             return
         for rows, length in shapes:
             batch = arrays.example(self.spec, rows, length)
-            self.finish(self.execute(self.prepare(batch)), batch)
-        if self._compiled is not None:  # an idle server holds no activations
-            self._compiled.release_memory()
+            inputs = self.prepare(batch)
+            for request in (self._narrow, self._wide):
+                if request is not None:
+                    self.finish(self._run(request, inputs), batch)
+        if self._loaded is not None:  # an idle server holds no activations
+            for compiled in self._loaded.all:
+                compiled.release_memory()
 
     def prepare(self, batch: Batch) -> Prepared:
         """Pad ids to [rows, length], or concatenate tensors along the first axis."""
@@ -188,11 +245,20 @@ class OpenVinoEngine:
 
     def execute(self, inputs: Prepared) -> Executed:
         """Run the model; OpenVINO releases the GIL."""
-        request = self._request
-        if request is None:
+        loaded, narrow = self._loaded, self._narrow
+        if loaded is None or narrow is None:
             raise Unavailable(
                 "the model is not loaded", reason="MODEL_NOT_READY", retry_after_s=1.0
             )
+        if self._wide is None:
+            return self._run(narrow, inputs)
+        request = self._wide if loaded.company.begin() else narrow
+        try:
+            return self._run(request, inputs)
+        finally:
+            loaded.company.end()
+
+    def _run(self, request: ov.InferRequest, inputs: Prepared) -> Executed:
         request.infer(cast(Any, inputs.feeds), share_inputs=True)
         # Copied: the next run, which may overlap `finish`, writes into the same memory.
         values = {n: np.array(request.get_output_tensor(i).data) for n, i in self._outputs.items()}
@@ -204,22 +270,23 @@ class OpenVinoEngine:
 
     def check_health(self) -> None:
         """Raise Unavailable when there is no model."""
-        if self._request is None:
+        if self._loaded is None:
             raise Unavailable(
                 "the model is not loaded", reason="MODEL_NOT_READY", retry_after_s=1.0
             )
 
     def close(self) -> None:
         """Drop the model; a thread's memory goes back as far as the allocator lets it."""
-        self._request = self._compiled = None
+        self._loaded = self._narrow = self._wide = None
 
     def info(self) -> Mapping[str, Any]:
         """The runtime and its precision as provider, and an estimate of resident bytes."""
+        graphs = 0 if self._loaded is None or self._shares else len(self._loaded.all)
         return {
             "providers": [f"openvino-{precision(self.spec)}"],
             "providers_missing": [],
             # Packed weights plus activations: 1.3 times the weights, as for ONNX Runtime.
-            "memory_bytes": int(self._weights_bytes * 1.3) if self._request is not None else 0,
+            "memory_bytes": int(self._weights_bytes * 1.3) * graphs,
             "pid": os.getpid(),
         }
 

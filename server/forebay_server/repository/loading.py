@@ -41,8 +41,10 @@ WARMUP = ((1, 16), (8, 64))
 BATCH_TOKENS = {False: 1024, True: 16384}
 #: Tokens that a batch may pad, on a CPU and on a GPU.
 PADDING_TOKENS = {False: 12, True: 4096}
-#: Up to so many cores, an encoder gets an instance to each core unless model.yaml says otherwise.
+#: Up to so many cores, a model gets an instance to each core unless model.yaml says otherwise.
 FEW_CORES = 4
+#: Runtimes whose instances share a loaded model, and can run a lone batch on all cores.
+SHARING = ("onnxruntime", "openvino")
 
 
 #: Full batches that may wait, where neither model.yaml nor the settings say how many rows.
@@ -113,7 +115,7 @@ def load(
         return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
     tokenizer = tokenizer_of(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
-    nice = defaults.engine_nice if spec.kind == "tokens" and spec.isolation == "thread" else 0
+    nice = defaults.engine_nice if spec.isolation == "thread" else 0
 
     def load_one(engine: Engine) -> None:
         if nice:  # the engine's own threads inherit the priority of the one that loads
@@ -207,17 +209,17 @@ def _threads(
 ) -> tuple[int, int, int]:
     """Instances, threads of each, and threads of a run that has the machine to itself.
 
-    A tree ensemble is done before a second thread has woken up. Encoders use all cores: on few, by a
-    thread to each of as many batches when there is work for that (no core waits for the other at the
-    end of each operator: ADR 0026), by all threads on a batch that comes alone.
+    On few cores, each gets an instance with one thread: none waits for another at the end of each
+    operator (ADR 0026). A text that comes alone is computed by all; a row of a tree ensemble would be
+    done before a second thread has woken up.
     """
     execution = config.execution
     cores = os.cpu_count() or 1
     unset = execution.instances is None and execution.intra_op_threads is None
     on_cpu = tuple(execution.providers or defaults.providers) == ("cpu",)
-    alone = execution.isolation == "thread" and engine == "onnxruntime" and on_cpu
-    if text and unset and alone and not defaults.intra_op_threads and 1 < cores <= FEW_CORES:
-        return cores, 1, cores
+    alone = execution.isolation == "thread" and engine in SHARING and on_cpu
+    if unset and alone and not defaults.intra_op_threads and 1 < cores <= FEW_CORES:
+        return cores, 1, cores if text else 0
     threads = execution.intra_op_threads
     if threads is None:
         threads = defaults.intra_op_threads or (cores if text else 1)
