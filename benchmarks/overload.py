@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -91,12 +92,18 @@ def measure(server: Served, workload: Workload, seconds: float, times: float) ->
     calm, over, after = out["phases"]
     refused = over.get("refusals") or {"count": 0, "with_retry_info": 0}
     took = refused.get("took") or {"percentiles_ms": {}, "within_5ms": 1.0}
+    # The generator's share of the machine grows with the calls that it sends.
+    cores = os.cpu_count() or 1
+    top = max(peaks["phases"][1:], key=lambda p: float(p["ok_per_s"]))
+    lent = [cores - p["cpu_s"] / p["seconds"] for p in (top, over)]
     unanswered = over["codes"].get("DEADLINE_EXCEEDED_AT_CLIENT", 0)
     return {
         "peak_per_s": peak,
         "offered_per_s": over["offered"] / seconds,
         "goodput_per_s": over["ok_per_s"],
         "goodput_of_peak": over["ok_per_s"] / peak,
+        "client_cores": [cores - n for n in lent],
+        "goodput_of_cores": over["ok_per_s"] / peak * lent[0] / lent[1],
         "ok_p50_ms": over["latency"]["percentiles_ms"]["50"] if over.get("latency") else None,
         "ok_p99_ms": over["latency"]["percentiles_ms"]["99"] if over.get("latency") else None,
         "before_p99_ms": calm["latency"]["percentiles_ms"]["99"],
@@ -161,6 +168,11 @@ def table(result: dict[str, Any]) -> str:
         ("peak, calls/s", "{peak_per_s:.0f}"),
         ("offered, calls/s", "{offered_per_s:.0f}"),
         ("goodput, calls/s (of peak)", "{goodput_per_s:.0f} ({goodput_of_peak:.2f})"),
+        (
+            "cores that the generator took, at the peak and beyond",
+            "{client_cores[0]:.2f}, {client_cores[1]:.2f}",
+        ),
+        ("goodput of peak, by core that it left", "{goodput_of_cores:.2f}"),
         ("answers p50, p99 ms", "{ok_p50_ms:.1f}, {ok_p99_ms:.1f}"),
         ("refused (with RetryInfo)", "{refused} ({with_retry_info})"),
         ("refusals p50, p99 ms", "{refusal_p50_ms}, {refusal_p99_ms}"),

@@ -27,6 +27,7 @@ type kind struct {
 
 // load is a run.
 type load struct {
+	cpu      []time.Duration // that the generator used, by phase
 	spec     *Spec
 	kinds    map[string]*kind
 	fields   map[*Workload][]hpack.HeaderField
@@ -302,6 +303,7 @@ func (l *load) run() {
 	}
 	for i, p := range l.spec.Phases {
 		l.phase.Store(int32(i))
+		used := cpuTime()
 		until := begin.Add(time.Duration(p.Seconds * 1e9))
 		if p.Callers > 0 {
 			l.closed.Lock()
@@ -314,6 +316,7 @@ func (l *load) run() {
 		} else {
 			l.open(i, p, begin, until)
 		}
+		l.cpu = append(l.cpu, cpuTime()-used)
 		begin = until
 	}
 	l.phase.Store(-1)

@@ -32,8 +32,9 @@ type Figures struct {
 
 // PhaseFigures is a phase with its workloads.
 type PhaseFigures struct {
-	Name    string  `json:"name"`
-	Seconds float64 `json:"seconds"`
+	Name       string  `json:"name"`
+	Seconds    float64 `json:"seconds"`
+	CPUSeconds float64 `json:"cpu_s"` // of the generator
 	Figures
 	Workloads map[string]*Figures `json:"workloads"`
 }
@@ -85,7 +86,10 @@ func (l *load) output() *Output {
 	out := &Output{Samples: r.samples}
 	begin := r.start
 	for i, p := range l.spec.Phases {
-		whole := &PhaseFigures{Name: p.Name, Seconds: p.Seconds, Workloads: map[string]*Figures{}}
+		whole := &PhaseFigures{
+			Name: p.Name, Seconds: p.Seconds, CPUSeconds: l.cpu[i].Seconds(),
+			Workloads: map[string]*Figures{},
+		}
 		seconds := p.Seconds
 		if p.Callers > 0 { // the last answers of a closed loop come after its end
 			seconds = max(seconds, r.phases[i].last.Sub(begin).Seconds())
@@ -104,10 +108,8 @@ func (l *load) output() *Output {
 			ms(b.latency.Quantile(.5)), ms(b.latency.Quantile(.99)),
 		})
 	}
-	var used syscall.Rusage
-	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &used)
 	out.Client = Client{
-		CPUSeconds: time.Duration(used.Utime.Nano() + used.Stime.Nano()).Seconds(),
+		CPUSeconds: cpuTime().Seconds(),
 		Lag:        r.lag.summary(false), Unended: l.flight.Load(),
 	}
 	for _, k := range l.kinds {
@@ -115,6 +117,13 @@ func (l *load) output() *Output {
 		out.Client.Opened += k.opened
 	}
 	return out
+}
+
+// cpuTime is what this process has used, in user and system mode.
+func cpuTime() time.Duration {
+	var used syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &used)
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
 func main() {

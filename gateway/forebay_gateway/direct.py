@@ -11,16 +11,18 @@ import orjson
 from forebay.methods import Method
 from forebay.oip import open_inference_pb2 as oip
 from forebay.twin.v1 import embedding_pb2 as twin
+from forebay.v1 import rerank_pb2 as pb
 from google.rpc import status_pb2
 
 from forebay_gateway import http_errors, open_inference, rest
 from forebay_gateway.contract import Binding, bindings
 from forebay_gateway.json_codec import dumps, parse_json, response_json
-from forebay_gateway.openai import embeddings
+from forebay_gateway.openai import embeddings, rerank
 from forebay_gateway.upstream import FORWARDED, RETURNED
 
 Written = tuple[Mapping[str, str], bytes]
-Writer = Callable[[bytes], Written]
+#: From a response's bytes and the request's id.
+Writer = Callable[[bytes, str], Written]
 _ENCODING = "accept-encoding"
 #: Headers that become metadata of the calls: the gateway's, and what the Open Inference Protocol reads.
 HEADERS = (*FORWARDED.values(), open_inference.HEADER, _ENCODING)
@@ -52,7 +54,7 @@ class Contract(_Json):
         message = rest.with_places(self.method, parse_json(body), named)
         return message.SerializeToString(), self._write
 
-    def _write(self, payload: bytes) -> Written:
+    def _write(self, payload: bytes, request_id: str) -> Written:
         return JSON, response_json(self.method.response, payload)
 
 
@@ -68,8 +70,29 @@ class Embeddings(_Json):
         """See forebay_server.transport.http_port.Route."""
         message, form = embeddings.read(parse_json(body))
 
-        def write(payload: bytes) -> Written:
+        def write(payload: bytes, request_id: str) -> Written:
             return JSON, dumps(embeddings.listed(twin.EmbedResponse.FromString(payload), form))
+
+        return message.SerializeToString(), write
+
+
+class Rerank(_Json):
+    """/v1/rerank and /v2/rerank, in Cohere's and Jina's shape."""
+
+    method = rerank.RERANK
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(
+        self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
+    ) -> tuple[bytes, Writer]:
+        """See forebay_server.transport.http_port.Route."""
+        message = rerank.read(parse_json(body))
+
+        def write(payload: bytes, request_id: str) -> Written:
+            answer = pb.RerankResponse.FromString(payload)
+            return JSON, dumps(rerank.listed(answer, message.return_documents, request_id))
 
         return message.SerializeToString(), write
 
@@ -91,7 +114,7 @@ class Infer:
         message, wants_binary = open_inference.read_infer(body, size, name, version)
         accepted = headers.get(_ENCODING, "")
 
-        def write(payload: bytes) -> Written:
+        def write(payload: bytes, request_id: str) -> Written:
             answer = oip.ModelInferResponse.FromString(payload)
             return open_inference.write_infer(answer, wants_binary, accepted)
 
@@ -102,11 +125,11 @@ class Infer:
         return open_inference.refused(status)
 
 
-def routes() -> list[Contract | Embeddings | Infer]:
+def routes() -> list[Contract | Embeddings | Rerank | Infer]:
     """All of them: methods whose calls are answered in batches."""
     batched = [b for b in bindings() if b.method.batched and b.method.kind == "unary" and b.body]
     infer = [Infer(f"{base}/infer") for base in open_inference.MODELS]
-    return [*map(Contract, batched), Embeddings(), *infer]
+    return [*map(Contract, batched), Embeddings(), *map(Rerank, rerank.PATHS), *infer]
 
 
 def returned(name: str) -> bool:

@@ -91,6 +91,12 @@ CASES = {
     "embed": (EMBED, TEXTS, {}),
     "classify": ("/api/v1/classification:classify", said(texts=["good"]), {}),
     "rerank": ("/api/v1/rerank", said(query="a", documents=["a", "b"]), {}),
+    "rerank as Cohere": (
+        "/v1/rerank",
+        said(query="a", documents=["a", {"text": "b"}], return_documents=True),
+        {},
+    ),
+    "rerank as Cohere, wrong": ("/v2/rerank", said(query="a", documents=["a", 1]), {}),
     "embeddings": ("/v1/embeddings", said(model="minilm", input=["a", "b"]), {}),
     "base64": ("/v1/embeddings", said(input="a", model="minilm", encoding_format="base64"), {}),
     "infer": (INFER, tensors(id="seven"), {}),
@@ -165,7 +171,7 @@ def test_both_doors_say_the_same(doors: tuple[Gateway, Gateway], case: str) -> N
 
 def test_the_routes_are_those_of_batched_methods() -> None:
     paths = {r.path for r in direct.routes()}
-    assert {PREDICT, EMBED, "/v1/embeddings", "/v2/models/{name}/infer"} <= paths
+    assert {PREDICT, EMBED, "/v1/embeddings", "/v1/rerank", "/v2/models/{name}/infer"} <= paths
     assert "/api/v1/collections/{collection}:search" in paths
 
 
@@ -191,7 +197,7 @@ def test_a_body_in_pieces(doors: tuple[Gateway, Gateway]) -> None:
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [(EMBED, TEXTS), ("/v1/rerank", said(model="minilm", query="a", documents=["a", "b"]))],
+    [(EMBED, TEXTS), ("/v1/moderations", said(input="a"))],
 )
 def test_who_offers_http_2_is_served_by_http_1(
     doors: tuple[Gateway, Gateway], path: str, body: bytes

@@ -19,51 +19,51 @@ from forebay_gateway.openai import fields
 from forebay_gateway.upstream import Upstream
 
 RERANK = methods()["/forebay.v1.RerankService/Rerank"]
-KNOWN = (
-    "model",
-    "query",
-    "documents",
-    "top_n",
-    "return_documents",
-    "max_tokens_per_doc",
-    "priority",
-)
+PATHS = ("/v1/rerank", "/v2/rerank")
+KNOWN = ("model", "query", "documents", "top_n", "return_documents")
 
 
 def endpoint(upstream: Upstream) -> Any:
     """POST /v1/rerank."""
 
     async def rerank(request: Request) -> Response:
-        body = parse_json(await upstream.body(request))
-        fields.only(body, KNOWN[:5])
-        message = pb.RerankRequest(
-            model=fields.text(body, "model", ""),
-            query=fields.text(body, "query"),
-            documents=_documents(body.get("documents")),
-            top_n=fields.number(body, "top_n"),
-            return_documents=fields.flag(body, "return_documents"),
-        )
+        message = read(parse_json(await upstream.body(request)))
         data, headers = await upstream.unary(RERANK, request, message.SerializeToString())
         answer = pb.RerankResponse.FromString(data)
-        results = []
-        for one in answer.results:
-            item: dict[str, Any] = {"index": one.index, "relevance_score": np.float32(one.score)}
-            if message.return_documents:
-                item["document"] = {"text": one.document}
-            results.append(item)
-        out = {
-            "id": headers.get("x-request-id", ""),
-            "model": answer.served_by.model,
-            "results": results,
-            "usage": {
-                "total_tokens": answer.usage.tokens,
-                "prompt_tokens": answer.usage.tokens,
-            },
-            "meta": {"billed_units": {"search_units": 1}},
-        }
+        out = listed(answer, message.return_documents, headers.get("x-request-id", ""))
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return rerank
+
+
+def read(body: dict[str, Any]) -> pb.RerankRequest:
+    """The request. Raises InvalidArgument."""
+    fields.only(body, KNOWN)
+    return pb.RerankRequest(
+        model=fields.text(body, "model", ""),
+        query=fields.text(body, "query"),
+        documents=_documents(body.get("documents")),
+        top_n=fields.number(body, "top_n"),
+        return_documents=fields.flag(body, "return_documents"),
+    )
+
+
+def listed(answer: pb.RerankResponse, documents: bool, request_id: str) -> dict[str, Any]:
+    """The results, with their documents where they are wanted."""
+    results = []
+    for one in answer.results:
+        item: dict[str, Any] = {"index": one.index, "relevance_score": np.float32(one.score)}
+        if documents:
+            item["document"] = {"text": one.document}
+        results.append(item)
+    tokens = answer.usage.tokens
+    return {
+        "id": request_id,
+        "model": answer.served_by.model,
+        "results": results,
+        "usage": {"total_tokens": tokens, "prompt_tokens": tokens},
+        "meta": {"billed_units": {"search_units": 1}},
+    }
 
 
 def _documents(value: Any) -> list[str]:

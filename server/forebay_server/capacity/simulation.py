@@ -102,12 +102,24 @@ class Outcome:
         return self.rows / max(1, self.batches)
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A batch that runs. `left`: seconds that it would still take alone."""
+
+    cut: Cut
+    left: float
+    began: float
+
+
 class _Replica:
     def __init__(self, policy: BatchPolicy, slots: int) -> None:
         self.queue = RequestQueue(policy)
         self.free = slots
         self.load = 0  # rows that wait or run
         self.running = 0  # tokens of the batches that run
+        self.jobs: list[_Job] = []
+        self.since = 0.0  # until then the jobs' work is accounted for
+        self.turn = 0  # of the plan for the next job's end: older ones are void
         self.door = 0.0  # when the interpreter has passed all that came
         self.alarm: float | None = None  # when a batch that waits for more is cut
 
@@ -265,23 +277,55 @@ class Simulation:
             ratios = s.cost.ratios
             seconds = s.cost.seconds(cut.batch.rows, cut.batch.length)
             seconds *= ratios[self._random.randrange(len(ratios))]
-            seconds *= 1 + s.cost.contention * (s.slots - replica.free)
             replica.free -= 1
             replica.running += cut.batch.rows * cut.batch.length
             if now >= self._warm:
                 self._out.batches += 1
                 self._out.rows += cut.batch.rows
-                self._out.busy_s += seconds
-            if self._observe is not None:
-                self._observe(now, at, cut.batch.rows, seconds)
-            self._later(now + seconds, lambda c=cut: self._done(at, c))
+            self._work(at)
+            replica.jobs.append(_Job(cut, seconds, now))
+            self._plan(at)
 
-    def _done(self, at: int, cut: Cut) -> None:
-        self._replicas[at].free += 1
-        self._replicas[at].running -= cut.batch.rows * cut.batch.length
+    def _slower(self, replica: _Replica) -> float:
+        """By what a batch takes longer beside those that run now."""
+        return 1 + self._s.cost.contention * (len(replica.jobs) - 1)
+
+    def _work(self, at: int) -> None:
+        """Account for what the running batches have done until now."""
+        replica = self._replicas[at]
+        if replica.jobs:
+            done = (self._now - replica.since) / self._slower(replica)
+            for job in replica.jobs:
+                job.left -= done
+        replica.since = self._now
+
+    def _plan(self, at: int) -> None:
+        """The next batch that ends, if none begins or ends before it."""
+        replica = self._replicas[at]
+        if not replica.jobs:
+            return
+        job = min(replica.jobs, key=lambda j: j.left)
+        replica.turn += 1
+        ends = self._now + max(0.0, job.left) * self._slower(replica)
+        self._later(ends, lambda turn=replica.turn: self._done(at, job, turn))
+
+    def _done(self, at: int, job: _Job, turn: int) -> None:
+        replica = self._replicas[at]
+        if turn != replica.turn:
+            return
+        self._work(at)
+        replica.jobs.remove(job)
+        replica.free += 1
+        rows = job.cut.batch.rows
+        replica.running -= rows * job.cut.batch.length
+        if job.began >= self._warm:
+            self._out.busy_s += self._now - job.began
+        if self._observe is not None:
+            self._observe(job.began, at, rows, self._now - job.began)
         result = np.zeros(0)
-        for entry in cut.entries:
+        for entry in job.cut.entries:
             entry.owner.set_result(entry.index, result)
+        self._plan(at)
         self._cut(at)
 
 

@@ -71,7 +71,9 @@ class EngineStatistics:
             self.prepare.add(prepare)
             self.execute.add(execute)
             self.finish.add(finish)
-            size = self.by_size.setdefault(rows, SizeStatistics())
+            size = self.by_size.get(rows)
+            if size is None:
+                size = self.by_size[rows] = SizeStatistics()
             size.prepare.add(prepare)
             size.execute.add(execute)
             size.finish.add(finish)

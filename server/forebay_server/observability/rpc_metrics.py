@@ -25,7 +25,9 @@ class RpcMetrics(Collector):
     def started(self, methods: Iterable[str]) -> None:
         """Calls have arrived, one of each method given."""
         with self._lock:
-            self._active.update(methods)
+            active = self._active
+            for method in methods:
+                active[method] += 1
 
     def ended(self, method: str, code: str, seconds: Sequence[float]) -> None:
         """Calls of a method have their status: how long each took."""

@@ -239,13 +239,21 @@ class _Answer:
 def _facts(f: CallFacts) -> bytes:
     """What a response says beside its predictions."""
     response = pb.PredictResponse(
-        served_by=common_pb2.ServedBy(model=f.model, version=f.version),
-        usage=common_pb2.Usage(items=f.items),
         timing=common_pb2.Timing(
             queue_ms=round(f.queue_s * 1e3, 3),
             compute_ms=round(f.compute_s * 1e3, 3),
             batch_rows=f.batch_rows,
         ),
+    )
+    return _served(f.model, f.version, f.items) + response.SerializeToString()
+
+
+@lru_cache(1024)
+def _served(model: str, version: int, items: int) -> bytes:
+    """What many responses say alike."""
+    response = pb.PredictResponse(
+        served_by=common_pb2.ServedBy(model=model, version=version),
+        usage=common_pb2.Usage(items=items),
     )
     return response.SerializeToString()
 

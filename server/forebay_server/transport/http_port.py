@@ -30,8 +30,8 @@ log = logging.getLogger("forebay.transport")
 
 #: Status, headers, body.
 Answer = tuple[int, list[tuple[str, str]], bytes]
-#: From a response's bytes to headers and body.
-Writer = Callable[[bytes], tuple[Mapping[str, str], bytes]]
+#: From a response's bytes and the request's id to headers and body.
+Writer = Callable[[bytes, str], tuple[Mapping[str, str], bytes]]
 #: The extension's key for the answer to a body that is too large; the others are gRPC's codes.
 _TOO_LARGE = 0
 
@@ -135,7 +135,7 @@ class Direct:
         headers = [(k, v) for k, v in trailers_of(call) if returned(k)]
         if call.error is None and self.write is not None:
             try:
-                own, body = self.write(call.payload)
+                own, body = self.write(call.payload, call.request_id)
                 return 200, [*headers, *own.items()], body
             except Exception:
                 log.exception("writing an answer of %s failed", self.route.path)

@@ -14,7 +14,7 @@ from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.access.limits import Limiter
 from forebay_server.access.usage import UsageKey, UsageLedger
 from forebay_server.core.call import ANONYMOUS, Call, Principal
-from forebay_server.observability.logs import ACCESS, AccessLines
+from forebay_server.observability.logs import ACCESS, AccessLines, access_record
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer, new_request_id, parse_traceparent
 from forebay_server.transport.pipeline import REQUEST_ID, Stage
@@ -135,12 +135,7 @@ class AccessLog:
                 each = [(round((now - c.started) * 1e3, 3), c.request_id, c.peer) for c in run]
                 lines.append(AccessLines(self._shared(run[0]), each))
             if lines:
-                # Not by `info`, which looks for its caller on the stack: nobody reads that here.
-                self._log.handle(
-                    self._log.makeRecord(
-                        ACCESS, logging.INFO, "", 0, "", (), None, extra={"access": lines}
-                    )
-                )
+                self._log.handle(access_record(lines))
         for call in (c for run in runs if run[0].code in OUR_FAULTS for c in run):
             if self._log.isEnabledFor(logging.ERROR):
                 cause = call.error.__cause__ if call.error is not None else None

@@ -74,6 +74,16 @@ def test_waiting_is_that_of_the_textbook_when_nothing_is_batched(load: float) ->
     assert out.utilisation == pytest.approx(load, rel=0.03)
 
 
+@pytest.mark.parametrize("load", [0.3, 0.6])
+def test_engines_on_one_processor_are_that_of_the_textbook(load: float) -> None:
+    """M/G/1 with processor sharing: the mean latency is one service time / (1 - load)."""
+    service = 0.01
+    cost = CostModel(service, 0.0, contention=1.0)
+    out = simulate(Scenario(load / service, [Call()], cost, ALONE, slots=64, seed=5), 4000)
+    mean = sum(out.latencies) / len(out.latencies)
+    assert mean == pytest.approx(service / (1 - load), rel=0.05)
+
+
 def test_every_call_is_answered_once_and_batches_keep_their_bounds() -> None:
     seen: list[int] = []
     scenario = Scenario(800, [Call(20), Call(200)], TRUE, TEXTS, replicas=3, slots=2)
