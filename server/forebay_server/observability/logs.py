@@ -21,9 +21,6 @@ import orjson
 #: Records that may wait for a slow reader of the log; beyond it lines are dropped and counted.
 BACKLOG = 10_000
 ACCESS = "forebay.access_log"
-#: Once nothing waits, the writer's thread rests for so many seconds: what comes meanwhile wakes nobody,
-#: and does not have its writer ask for the interpreter between two batches of calls.
-REST_S = 0.01
 _KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
 
 
@@ -133,18 +130,6 @@ class _BoundedHandler(logging.handlers.QueueHandler):
             self._lines.put(_lost(lost))
 
 
-class _Listener(logging.handlers.QueueListener):
-    """Writes what was handed over."""
-
-    def dequeue(self, block: bool) -> logging.LogRecord:
-        """The next record."""
-        try:
-            return self.queue.get_nowait()
-        except queue.Empty:
-            time.sleep(REST_S)
-            return self.queue.get(block)
-
-
 def _lost(lines: int) -> logging.LogRecord:
     text = "%d log lines were dropped: whoever reads the log is too slow"
     return logging.LogRecord("forebay.log", logging.WARNING, "", 0, text, (lines,), None)
@@ -160,7 +145,7 @@ def configure(format_: str, level: str, access_log: bool) -> logging.handlers.Qu
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(JsonFormatter() if format_ == "json" else ConsoleFormatter())
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    listener = _Listener(lines, out)
+    listener = logging.handlers.QueueListener(lines, out)
     root = logging.getLogger()
     root.handlers = [_BoundedHandler(lines)]
     root.setLevel(level)
