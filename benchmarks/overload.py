@@ -31,8 +31,6 @@ NAMES = ("forest", "embed", "tabular")
 ASKED = NAMES[:2]
 DEADLINE_MS = 1000
 INTERVAL_MS = 100
-#: Recovered is who answers so long without a refusal or a slow tenth of a second.
-STEADY_S = 2.0
 
 
 class Sampler:
@@ -130,20 +128,16 @@ def measure(server: Served, workload: Workload, seconds: float, times: float) ->
 
 
 def recovery(timeline: list[dict[str, Any]], begin: float, end: float) -> float | None:
-    """Seconds after the overload from which calls are answered, and as quickly as later on, for
-    STEADY_S at least: what holds the machine up after that is none of the overload's."""
+    """Seconds after the overload from which calls are answered, and as quickly as later on."""
     bins = [b for b in timeline if begin <= b["at_s"] < end - 0.15 and b["offered"]]
     later = sorted(b["p99_ms"] for b in bins[len(bins) // 2 :])
     usual = later[len(later) // 2]
-    since: float | None = None
-    for b in bins:
+    recovered = None
+    for b in reversed(bins):
         if b["ok"] < b["offered"] or b["p50_ms"] > 3 * usual:
-            since = None
-        elif since is None:
-            since = b["at_s"]
-        elif b["at_s"] - since >= STEADY_S:
             break
-    return None if since is None else round(max(0.0, since - begin), 2)
+        recovered = b["at_s"] - begin
+    return None if recovered is None else round(max(0.0, recovered), 2)
 
 
 def verdict(m: dict[str, Any]) -> dict[str, bool]:

@@ -197,7 +197,11 @@ def test_a_body_in_pieces(doors: tuple[Gateway, Gateway]) -> None:
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [(EMBED, TEXTS), ("/v1/moderations", said(input="a"))],
+    [
+        (EMBED, TEXTS),
+        ("/v1/rerank", said(model="minilm", query="a", documents=["a", "b"])),
+        ("/v1/moderations", said(input="a")),
+    ],
 )
 def test_who_offers_http_2_is_served_by_http_1(
     doors: tuple[Gateway, Gateway], path: str, body: bytes

@@ -131,7 +131,7 @@ class ModelSettings(Section):
         default=6,
         ge=0,
         le=19,
-        description="encoders' threads give way to those that take calls; 0 = they do not",
+        description="models' threads give way to those that take calls; 0 = they do not",
     )
 
 

@@ -1,6 +1,6 @@
 """Lower priority for threads that compute.
 
-An encoder keeps all cores busy for tens of milliseconds. Threads that take calls, refuse some and send
+A model keeps all cores busy for tens of milliseconds. Threads that take calls, refuse some and send
 answers need a core for microseconds, and must not wait for it that long: they keep the priority that
 the process has, and engines give way.
 """

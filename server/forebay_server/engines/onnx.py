@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays, providers
 from forebay_server.engines.arrays import Executed, Prepared
-from forebay_server.engines.company import Company
+from forebay_server.engines.occupancy import Occupancy
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
 
 #: ONNX Runtime's type names -> the Open Inference Protocol's.
@@ -46,7 +46,7 @@ class _Sessions:
     def __init__(self, narrow: ort.InferenceSession, wide: ort.InferenceSession | None) -> None:
         self.narrow = narrow
         self.wide = wide
-        self._company = Company()
+        self._occupancy = Occupancy()
 
     @property
     def all(self) -> list[ort.InferenceSession]:
@@ -56,11 +56,11 @@ class _Sessions:
         """Run on a CPU; ONNX Runtime releases the GIL."""
         if self.wide is None:
             return list(self.narrow.run(outputs, feeds))
-        session = self.wide if self._company.begin() else self.narrow
+        session = self.wide if self._occupancy.begin() else self.narrow
         try:
             return list(session.run(outputs, feeds))
         finally:
-            self._company.end()
+            self._occupancy.end()
 
 
 class OnnxEngine:

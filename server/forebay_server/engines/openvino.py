@@ -20,6 +20,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from openvino.frontend import FrontEndManager
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays
 from forebay_server.engines.arrays import Executed, Prepared
-from forebay_server.engines.company import Company
+from forebay_server.engines.occupancy import Occupancy
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
 from forebay_server.engines.weights import compress
 
@@ -110,7 +111,7 @@ class _Loaded:
 
     narrow: ov.CompiledModel
     wide: ov.CompiledModel | None
-    company: Company
+    occupancy: Occupancy
 
     @property
     def all(self) -> list[ov.CompiledModel]:
@@ -133,6 +134,7 @@ class OpenVinoEngine:
     def load(self) -> None:
         """Read, convert, compile. Raises FailedPrecondition (MODEL_REJECTED) that names the fault."""
         wanted = precision(self.spec)
+        # Odd options are refused by their own names, not as a model that cannot be compiled.
         self._group_size()
         self._kernels()
         path = must_be_there(self.spec)
@@ -154,7 +156,7 @@ class OpenVinoEngine:
         self._outputs = {n: names.index(n) for n in kept}
         size = path.stat().st_size
         self._weights_bytes = size // {"int8": 4, "bf16": 2}.get(wanted, 1)
-        self._loaded = _Loaded(narrow, wide, Company())
+        self._loaded = _Loaded(narrow, wide, Occupancy())
         self._open_requests()
 
     def share(self) -> OpenVinoEngine:
@@ -193,7 +195,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if wanted == "bf16" else "f32",
             # The transport's threads run on the same cores: the system knows best where.
             "ENABLE_CPU_PINNING": False,
-            "CPU_RUNTIME_CACHE_CAPACITY": str(self._kernels() // graphs),
+            "CPU_RUNTIME_CACHE_CAPACITY": str(ceil(self._kernels() / graphs)),
         }
         if wanted == "int8":
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(self._group_size())
@@ -252,11 +254,11 @@ class OpenVinoEngine:
             )
         if self._wide is None:
             return self._run(narrow, inputs)
-        request = self._wide if loaded.company.begin() else narrow
+        request = self._wide if loaded.occupancy.begin() else narrow
         try:
             return self._run(request, inputs)
         finally:
-            loaded.company.end()
+            loaded.occupancy.end()
 
     def _run(self, request: ov.InferRequest, inputs: Prepared) -> Executed:
         request.infer(cast(Any, inputs.feeds), share_inputs=True)

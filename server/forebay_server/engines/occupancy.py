@@ -9,7 +9,7 @@ import time
 BESIDE_S = 0.05
 
 
-class Company:
+class Occupancy:
     """The runs of one model's instances. A run alone may use all threads; runs beside each other
     use their own few each.
 
