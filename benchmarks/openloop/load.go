@@ -3,11 +3,9 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
-	"runtime"
 	"sort"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/net/http2/hpack"
@@ -37,6 +35,7 @@ type load struct {
 	flight   atomic.Int64
 	over     atomic.Bool // no new connections, no new calls
 	phase    atomic.Int32
+	alarm    *alarm
 
 	expiring struct {
 		sync.Mutex
@@ -50,9 +49,13 @@ type load struct {
 	}
 }
 
-func newLoad(spec *Spec) *load {
+func newLoad(spec *Spec) (*load, error) {
+	alarm, err := newAlarm()
+	if err != nil {
+		return nil, err
+	}
 	l := &load{
-		spec: spec, kinds: map[string]*kind{}, fields: map[*Workload][]hpack.HeaderField{},
+		spec: spec, alarm: alarm, kinds: map[string]*kind{}, fields: map[*Workload][]hpack.HeaderField{},
 		random: rand.New(rand.NewPCG(spec.Seed, 1)),
 	}
 	l.closed.random = rand.New(rand.NewPCG(spec.Seed, 2))
@@ -64,7 +67,7 @@ func newLoad(spec *Spec) *load {
 	for name, s := range spec.Connections {
 		l.kinds[name] = &kind{load: l, spec: s, slots: make([]*connection, s.Count)}
 	}
-	return l
+	return l, nil
 }
 
 func fields(spec *Spec, w *Workload) []hpack.HeaderField {
@@ -292,7 +295,6 @@ func (l *load) sweep() {
 
 // run goes through the phases and waits for the last answers.
 func (l *load) run() {
-	runtime.LockOSThread() // its sleeps are the kernel's: a Go timer may be a millisecond late
 	begin := time.Now()
 	l.recorder = newRecorder(l.spec, begin)
 	for _, w := range l.spec.Workloads {
@@ -331,17 +333,10 @@ func (l *load) open(i int, p *Phase, begin, until time.Time) {
 	for {
 		at := begin.Add(times.next())
 		if at.After(until) {
-			nap(time.Until(until))
+			l.alarm.sleep(time.Until(until))
 			return
 		}
-		nap(time.Until(at))
+		l.alarm.sleep(time.Until(at))
 		l.start(i, at, l.random)
-	}
-}
-
-func nap(d time.Duration) {
-	if d > 20*time.Microsecond {
-		left := syscall.NsecToTimespec(int64(d))
-		_ = syscall.Nanosleep(&left, nil)
 	}
 }

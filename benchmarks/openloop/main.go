@@ -133,7 +133,10 @@ func main() {
 	if err != nil {
 		fail(err)
 	}
-	l := newLoad(spec)
+	l, err := newLoad(spec)
+	if err != nil {
+		fail(err)
+	}
 	if err := l.connect(); err != nil {
 		fail(err)
 	}
