@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,8 @@ def cases(models: Path) -> dict[str, tuple[Workload, str, list[int], list[Call],
         "forest": (
             workloads.forest(models),
             "housing",
-            [1],
-            [Call(1, 256), Call(1, 244)],
+            [],
+            [Call.of_table(500, ROWS.max_batch_size)],
             ROWS,
             500,
         ),
@@ -85,11 +84,11 @@ def check(models: Path, name: str, seconds: float) -> dict[str, Any]:
     with serve(models, FOREBAY_GRPC__LANE="fast") as server:
         with grpc.insecure_channel(server.target) as channel:
             slots = instances(models, model)
-            cost = fit_live(channel, [], model, lengths, rows=rows, instances=slots).model
+            most = policy.max_batch_size
+            cost = fit_live(
+                channel, [], model, lengths, rows=rows, instances=slots, most=most
+            ).model
         able = peak(cost, policy, calls, slots)
-        if name == "forest":  # a call is two items: one of 256 rows and one of 244
-            able /= 2
-            calls = [replace(calls[0], rows=250, items=2)]
         runs = []
         for share in SHARES:
             rate = share * able

@@ -7,8 +7,9 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -35,6 +36,8 @@ CALLERS = (1, 2, 4, 8, 16, 32, 64)
 FEW = 4
 #: Requests of a loop, written before it begins: callers that write them take the server's cores.
 REQUESTS = 32
+#: Tables are fitted by calls of so many rows, and of a share of them: what a row adds shows between.
+FEWER_ROWS = 8
 Make = Callable[[random.Random], Any]
 
 
@@ -54,6 +57,7 @@ def fit_live(
     seconds: float = 1.5,
     rows: int = 1,
     instances: int = 1,
+    most: int = 256,
 ) -> Fitted:
     """Fit `name` on a running server.
 
@@ -62,26 +66,37 @@ def fit_live(
         seconds: of each loop.
         rows: rows of a tabular call.
         instances: engines that the server has for the model.
+        most: rows that a batch takes there. A call of more rides in several batches, and its answer adds
+            their times up: what it costs is fitted by calls of one of its parts.
 
     Raises:
         grpc.RpcError: a call failed.
-        ValueError: the model's task is not one of those that are batched.
+        ValueError: the model's task is not one of those that are batched, or a batch takes fewer rows.
     """
     from forebay_server.capacity.cost import Sample, fit
+    from forebay_server.capacity.simulation import Call
 
     alone: set[Sample] = set()
     beside: set[Sample] = set()  # with as many others as there are instances
-    overheads: list[float] = []
+    overheads: dict[int, list[float]] = {}
     seen: dict[int, int] = {}
-    method, makes, answer = _calls(channel, metadata, name, lengths, rows)
+    part = Call.of_table(rows, most)
+    method, makes, answer = _calls(channel, metadata, name, lengths, part.rows)
+    table = method.endswith("Predict")
     call = channel.unary_unary(method)
     for length, make in makes.items():
+        beyond = overheads.setdefault(length, [])
         rng = random.Random(length)
         requests = [make(rng).SerializeToString() for _ in range(REQUESTS)]
         for callers in CALLERS:
             for took, data in _loop(call, metadata, requests, callers, seconds):
                 reply = answer.FromString(data)
                 timing, usage = reply.timing, reply.usage
+                if table and timing.batch_rows < length:
+                    raise ValueError(
+                        f"a batch of {name} takes {timing.batch_rows} of the {length} rows of a call: "
+                        "say with --max-batch-size how many it takes"
+                    )
                 tokens = round(usage.tokens / max(1, usage.items)) if usage.tokens else 1
                 seen[length] = tokens
                 compute = timing.compute_ms / 1e3
@@ -90,24 +105,36 @@ def fit_live(
                     to = alone if callers < max(2, instances) else beside
                     to.add(Sample(timing.batch_rows, tokens, compute))
                     if callers <= FEW:
-                        overheads.append(max(0.0, took - compute - timing.queue_ms / 1e3))
+                        beyond.append(max(0.0, took - compute - timing.queue_ms / 1e3))
     contention = _contention(alone, beside, instances)
     share = 1 / (1 + contention * (instances - 1))
     samples = [*alone, *(replace(s, seconds=s.seconds * share) for s in beside)]
-    items = "rows" if method.endswith("Predict") else "texts"
-    source: dict[str, object] = {"model": name, "kind": "running server", "items": items}
-    return Fitted(replace(fit(samples, overheads, source), contention=contention), seen)
+    source: dict[str, object] = {"model": name, "kind": "running server"}
+    source["items"] = "rows" if table else "texts"
+    beside_engine = (
+        _stretched(overheads, rows) if table else [s for each in overheads.values() for s in each]
+    )
+    return Fitted(replace(fit(samples, beside_engine, source), contention=contention), seen)
+
+
+def _stretched(overheads: Mapping[int, Sequence[float]], rows: int) -> list[float]:
+    """What calls of `rows` rows take beside the engine, from calls of fewer: a row adds the same."""
+    sizes = sorted(overheads)
+    small, large = sizes[0], sizes[-1]
+    row_s = 0.0
+    if large > small:
+        middle = [statistics.median(overheads[n]) for n in (small, large)]
+        row_s = max(0.0, middle[1] - middle[0]) / (large - small)
+    return [s + row_s * (rows - large) for s in overheads[large]]
 
 
 def _contention(alone: set[Any], beside: set[Any], instances: int) -> float:
-    """By batches of one row, which run both ways."""
+    """By batches of the sizes that ran both ways."""
     if instances == 1:
         return 0.0
     found = []
-    for length in {s.length for s in alone}:
-        ways = [
-            [s.seconds for s in x if (s.rows, s.length) == (1, length)] for x in (alone, beside)
-        ]
+    for shape in {(s.rows, s.length) for s in alone}:
+        ways = [[s.seconds for s in x if (s.rows, s.length) == shape] for x in (alone, beside)]
         if all(ways):
             found.append(statistics.median(ways[1]) / statistics.median(ways[0]) - 1)
     return max(0.0, statistics.median(found) if found else 0.0) / (instances - 1)
@@ -180,15 +207,22 @@ def _calls(
         path = "/forebay.v1.ClassificationService/Classify"
         return path, makes, classification_pb2.ClassifyResponse
     if task in ("tabular-regression", "tabular-classification"):
-        make = _rows(channel, metadata, name, rows)
-        return "/forebay.v1.TabularService/Predict", {1: make}, tabular_pb2.PredictResponse
+        make = _rows(channel, metadata, name)
+        sizes = sorted({max(1, rows // FEWER_ROWS), rows})
+        return (
+            "/forebay.v1.TabularService/Predict",
+            {n: partial(make, n) for n in sizes},
+            tabular_pb2.PredictResponse,
+        )
     raise ValueError(
         f"{name} is a {task} model; embedding, classification and tabular can be fitted"
     )
 
 
-def _rows(channel: grpc.Channel, metadata: Sequence[tuple[str, str]], name: str, rows: int) -> Make:
-    """Rows of random values within the signature's ranges."""
+def _rows(
+    channel: grpc.Channel, metadata: Sequence[tuple[str, str]], name: str
+) -> Callable[[int, random.Random], Any]:
+    """Makes requests of so many rows, of random values within the signature's ranges."""
     from forebay.v1 import tabular_pb2 as pb
     from forebay.v1 import tabular_pb2_grpc
 
@@ -197,7 +231,7 @@ def _rows(channel: grpc.Channel, metadata: Sequence[tuple[str, str]], name: str,
         pb.GetSignatureRequest(model=name), metadata=metadata, timeout=30
     ).features
 
-    def make(rng: random.Random) -> pb.PredictRequest:
+    def make(rows: int, rng: random.Random) -> pb.PredictRequest:
         request = pb.PredictRequest(model=name)
         for f in features:
             column = request.columns.add(name=f.name)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 ROUTINGS = ("two_choices", "random", "round_robin", "least_loaded")
+#: Of a batch, where model.yaml does not say.
+BATCH_TEXTS, BATCH_ROWS = 32, 256
 
 
 def plan(
@@ -23,7 +25,10 @@ def plan(
     tokens: Annotated[str, typer.Option(help="Tokens of a text: 20, or 5-256.")] = "20",
     rows: Annotated[int, typer.Option(min=1, help="Rows of a tabular call.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=1)] = 1024,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a batch; by default 32 texts, 256 table rows."),
+    ] = None,
     max_padding_tokens: Annotated[int, typer.Option(min=0, help="Padding of a batch.")] = 12,
     instances: Annotated[
         int, typer.Option(min=1, help="Engines of a replica; with --fit, of the running server.")
@@ -50,9 +55,12 @@ def plan(
     if bool(fit) == (cost is not None):
         _fail("one of --fit and --cost is needed")
     lengths = lengths_of(tokens)
-    policy = BatchPolicy(max_batch_tokens, max_batch_size, max_padding_tokens)
-    model, policy, instances, text = _cost(fit, cost, lengths, rows, policy, instances)
-    calls = [Call(n) for n in lengths] if text else [Call(1, rows)]
+    said = BatchPolicy(max_batch_tokens, max_batch_size or BATCH_ROWS, max_padding_tokens)
+    model, policy, instances, text = _cost(fit, cost, lengths, rows, said, instances)
+    if policy is said and text and max_batch_size is None:
+        policy = replace(policy, max_batch_size=BATCH_TEXTS)
+    table = Call.of_table(rows, policy.max_batch_size)
+    calls = [Call(n) for n in lengths] if text else [table]
     if save is not None:
         save.write_text(model.to_json() + "\n")
     peak = planning.peak(model, policy, calls, instances, call_us / 1e6)
@@ -113,7 +121,9 @@ def _cost(
             from forebay_cli.fit import fit_live
 
             with channel() as (open_channel, metadata):
-                found = fit_live(open_channel, metadata, fit, spread, 1.5, rows, instances)
+                found = fit_live(
+                    open_channel, metadata, fit, spread, 1.5, rows, instances, policy.max_batch_size
+                )
                 model = found.model
     except (ForebayError, ValueError) as e:
         _fail(str(e))

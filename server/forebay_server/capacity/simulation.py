@@ -35,6 +35,12 @@ class Call:
     rows: int = 1
     items: int = 1
 
+    @classmethod
+    def of_table(cls, rows: int, most: int) -> Call:
+        """A call of so many rows of a table, `most` of which a batch takes: items of equal size."""
+        items = -(-rows // most)
+        return cls(1, -(-rows // items), items)
+
 
 @dataclass(frozen=True, slots=True)
 class Scenario:

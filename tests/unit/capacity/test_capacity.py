@@ -63,6 +63,15 @@ def test_quantiles_keep_the_mean() -> None:
     assert sum(kept) / len(kept) == pytest.approx(sum(values) / len(values), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("rows", "rows_of_an_item", "items"), [(1, 1, 1), (256, 256, 1), (257, 129, 2), (500, 250, 2)]
+)
+def test_a_table_rides_in_as_few_batches_as_take_it(
+    rows: int, rows_of_an_item: int, items: int
+) -> None:
+    assert Call.of_table(rows, 256) == Call(1, rows_of_an_item, items)
+
+
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 def test_waiting_is_that_of_the_textbook_when_nothing_is_batched(load: float) -> None:
     """M/D/1: the mean wait is load / (2 (1 - load)) service times."""
