@@ -21,9 +21,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout, timeout_at};
 
+use crate::call::{Call, Caller, Outcome};
 use crate::cork::Cork;
 use crate::frame::Receiver;
-use crate::inbox::{Call, Caller, Gone, Inbox, Outcome};
+use crate::inbox::{Gone, Inbox};
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal, streamed};

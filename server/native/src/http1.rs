@@ -22,9 +22,10 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::call::{Call, Caller, Outcome};
 use crate::connection::{Leaving, wait};
 use crate::gateway::Gateway;
-use crate::inbox::{Call, Caller, Outcome, Reservation};
+use crate::inbox::Reservation;
 use crate::metadata;
 use crate::reply::{Reply, whole};
 use crate::server::{Phase, Shared, Stream};

@@ -1,210 +1,14 @@
 //! Where calls wait for Python, and where Python hears of those that nobody waits for any more.
 
-use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::{mpsc, oneshot};
 
-use crate::metadata;
+use crate::call::{Call, Outcome};
 use crate::status::{Code, Refusal};
-
-/// How a call ends.
-#[derive(Debug)]
-pub struct Outcome {
-    /// Of an HTTP answer; gRPC's is in the trailers.
-    pub status: StatusCode,
-    /// None for an error: then the trailers say which.
-    pub payload: Option<Bytes>,
-    pub trailers: HeaderMap,
-}
-
-impl Outcome {
-    /// The end of a call of gRPC.
-    pub fn new(payload: Option<Bytes>, trailers: HeaderMap) -> Self {
-        Self {
-            status: StatusCode::OK,
-            payload,
-            trailers,
-        }
-    }
-}
-
-/// What a call that is answered by a stream sends next.
-#[derive(Debug)]
-pub enum Event {
-    Message(Bytes),
-    /// Its payload is not looked at.
-    End(Outcome),
-}
-
-/// The way back to whoever waits for an answer.
-pub enum Back {
-    One(oneshot::Sender<Outcome>),
-    Many(mpsc::UnboundedSender<Event>),
-}
-
-impl Back {
-    /// Ends the call. False when nobody waits.
-    pub fn end(self, outcome: Outcome) -> bool {
-        match self {
-            Self::One(sender) => sender.send(outcome).is_ok(),
-            Self::Many(sender) => sender.send(Event::End(outcome)).is_ok(),
-        }
-    }
-}
-
-/// Bytes of a stream's messages that wait for its reader: from here on it is behind...
-const BEHIND: usize = 32 << 10;
-/// ... until it has come back to this.
-const CAUGHT_UP: usize = 8 << 10;
-
-const WAITING: u8 = 0;
-const TAKEN: u8 = 1;
-const DROPPED: u8 = 2;
-
-/// Who calls, and with what metadata: the same object for calls of a connection that say the same.
-#[derive(Default)]
-pub struct Caller {
-    pub peer: Arc<str>,
-    /// The caller's text metadata, in order.
-    pub pairs: Vec<(String, String)>,
-    /// Room for Python's form of it.
-    pub python: OnceLock<Box<dyn Any + Send + Sync>>,
-}
-
-impl Caller {
-    pub fn new(peer: Arc<str>, headers: &HeaderMap) -> Self {
-        let owned = |(n, v): (&str, &str)| (n.to_owned(), v.to_owned());
-        Self {
-            peer,
-            pairs: metadata::pairs(headers).map(owned).collect(),
-            python: OnceLock::new(),
-        }
-    }
-
-    /// Whether a call with these headers says the same.
-    pub fn says(&self, headers: &HeaderMap) -> bool {
-        let mine = self.pairs.iter().map(|(n, v)| (n.as_str(), v.as_str()));
-        metadata::pairs(headers).eq(mine)
-    }
-}
-
-/// One call between the connection that it came by and Python.
-pub struct Call {
-    /// Index into the server's list of methods.
-    pub method: u32,
-    pub message: Bytes,
-    pub caller: Arc<Caller>,
-    /// What the places of an HTTP route say.
-    pub places: Vec<String>,
-    pub received: Instant,
-    pub deadline: Option<Instant>,
-    /// Whatever Python wants to find again when it hears that the call is gone.
-    pub owner: Mutex<Option<Box<dyn Any + Send>>>,
-    state: AtomicU8,
-    answer: Mutex<Option<Back>>,
-    /// Bytes of its stream that nobody has read yet.
-    unread: AtomicUsize,
-    /// Python has been told that the reader is behind, and waits to hear the contrary.
-    behind: AtomicBool,
-}
-
-impl Call {
-    pub fn new(
-        method: u32,
-        message: Bytes,
-        caller: Arc<Caller>,
-        deadline: Option<Instant>,
-        places: Vec<String>,
-    ) -> (Arc<Self>, oneshot::Receiver<Outcome>) {
-        let (sender, receiver) = oneshot::channel();
-        let back = Back::One(sender);
-        (
-            Self::with(method, message, caller, deadline, places, back),
-            receiver,
-        )
-    }
-
-    /// A call that is answered by a stream of messages.
-    pub fn streamed(
-        method: u32,
-        message: Bytes,
-        caller: Arc<Caller>,
-        deadline: Option<Instant>,
-    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Event>) {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let back = Back::Many(sender);
-        (
-            Self::with(method, message, caller, deadline, Vec::new(), back),
-            receiver,
-        )
-    }
-
-    fn with(
-        method: u32,
-        message: Bytes,
-        caller: Arc<Caller>,
-        deadline: Option<Instant>,
-        places: Vec<String>,
-        back: Back,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            method,
-            message,
-            caller,
-            places,
-            received: Instant::now(),
-            deadline,
-            owner: Mutex::new(None),
-            state: AtomicU8::new(WAITING),
-            answer: Mutex::new(Some(back)),
-            unread: AtomicUsize::new(0),
-            behind: AtomicBool::new(false),
-        })
-    }
-
-    /// Ends the call. False when it has ended before, or when nobody waits.
-    pub fn end(&self, outcome: Outcome) -> bool {
-        self.ending().is_some_and(|back| back.end(outcome))
-    }
-
-    /// The right to end the call; None when it has ended, or somebody else has it.
-    pub fn ending(&self) -> Option<Back> {
-        self.answer.lock().take()
-    }
-
-    /// Sends a message of the stream; nothing when it has ended. True when the reader is behind: no
-    /// more should be sent until `Inbox::read` has said so.
-    pub fn push(&self, message: Bytes) -> bool {
-        let size = message.len();
-        let answer = self.answer.lock();
-        let Some(Back::Many(sender)) = answer.as_ref() else {
-            return false;
-        };
-        // Counted first: the reader may be quicker.
-        let unread = self.unread.fetch_add(size, Ordering::SeqCst) + size;
-        if sender.send(Event::Message(message)).is_err() {
-            return false;
-        }
-        if unread < BEHIND {
-            return false;
-        }
-        self.behind.store(true, Ordering::SeqCst);
-        // Read meanwhile? Then nobody would be told; unless the reader has seen the flag already.
-        !(self.unread.load(Ordering::SeqCst) <= CAUGHT_UP
-            && self.behind.swap(false, Ordering::SeqCst))
-    }
-
-    fn answered(&self) -> bool {
-        self.answer.lock().is_none()
-    }
-}
 
 /// Why Python hears of a call again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -299,12 +103,7 @@ impl Inbox {
         if call.answered() {
             return;
         }
-        if why == Gone::Cancelled
-            && call
-                .state
-                .compare_exchange(WAITING, DROPPED, Ordering::AcqRel, Ordering::Acquire)
-                .is_ok()
-        {
+        if why == Gone::Cancelled && call.abandon() {
             self.abandoned.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -313,8 +112,7 @@ impl Inbox {
 
     /// So many bytes of a call's stream have left.
     pub fn read(&self, call: &Arc<Call>, size: usize) {
-        let unread = call.unread.fetch_sub(size, Ordering::SeqCst) - size;
-        if unread <= CAUGHT_UP && call.behind.swap(false, Ordering::SeqCst) {
+        if call.read(size) {
             self.tell(call, Gone::Ready);
         }
     }
@@ -337,13 +135,7 @@ impl Inbox {
                 let Some(call) = state.waiting.pop_front() else {
                     break;
                 };
-                let was = call.state.compare_exchange(
-                    WAITING,
-                    TAKEN,
-                    Ordering::AcqRel,
-                    Ordering::Acquire,
-                );
-                if was.is_ok() {
+                if call.take() {
                     taken.push(call);
                 }
             }
@@ -396,6 +188,10 @@ impl Drop for Reservation {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use http::HeaderMap;
+    use tokio::sync::oneshot;
+
     use super::*;
 
     fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
@@ -456,45 +252,26 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_counts_once() {
-        let (call, mut answer) = call();
-        let outcome = || Outcome::new(None, HeaderMap::new());
-        assert!(call.end(outcome()) && !call.end(outcome()));
-        assert!(answer.try_recv().is_ok());
+    fn nobody_hears_of_a_call_that_has_its_answer() {
         let inbox = inbox(1);
+        let (call, _answer) = call();
+        call.end(Outcome::new(None, HeaderMap::new()));
         inbox.leave(&call, Gone::Cancelled);
-        assert!(
-            inbox.take(1, Duration::ZERO).1.is_empty(),
-            "it has its answer"
-        );
+        assert!(inbox.take(1, Duration::ZERO).1.is_empty());
     }
 
     #[test]
-    fn a_stream_keeps_its_order_and_says_when_its_reader_is_behind() {
+    fn python_hears_once_that_a_reader_has_caught_up() {
         let inbox = inbox(9);
-        let (call, mut events) = Call::streamed(0, Bytes::new(), Arc::default(), None);
-        inbox.put(call.clone());
-        inbox.take(1, Duration::ZERO);
-        let piece = |n: u8| Bytes::from(vec![n; BEHIND / 2]);
-        assert!(!call.push(piece(1)));
-        assert!(call.push(piece(2)), "behind");
-        call.end(Outcome::new(None, HeaderMap::new()));
-        assert!(!call.push(piece(3)), "it has ended");
-        for n in 1..=2 {
-            let Ok(Event::Message(m)) = events.try_recv() else {
-                panic!("no message");
-            };
-            assert_eq!(m[0], n);
-            inbox.read(&call, m.len());
-            let gone = inbox.take(1, Duration::ZERO).1;
-            assert_eq!(
-                gone.len(),
-                usize::from(n == 2),
-                "told once it has caught up"
-            );
-        }
-        assert!(matches!(events.try_recv(), Ok(Event::End(_))));
-        assert!(events.try_recv().is_err());
+        let (call, _events) = Call::streamed(0, Bytes::new(), Arc::default(), None);
+        let size = 64 << 10;
+        assert!(call.push(Bytes::from(vec![0; size])), "behind");
+        inbox.read(&call, 1);
+        assert!(inbox.take(1, Duration::ZERO).1.is_empty());
+        inbox.read(&call, size - 2);
+        inbox.read(&call, 1);
+        let gone = inbox.take(1, Duration::ZERO).1;
+        assert!(gone.len() == 1 && gone[0].1 == Gone::Ready);
     }
 
     #[test]

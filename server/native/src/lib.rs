@@ -4,6 +4,7 @@
 //! with the gateway. Beside it, `split`
 //! takes many messages apart at one of their fields, and `rows` reads google.protobuf.Struct.
 
+pub mod call;
 pub mod connection;
 pub mod cork;
 pub mod frame;

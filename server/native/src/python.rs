@@ -12,8 +12,9 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
+use crate::call::{Call, Outcome};
 use crate::http1;
-use crate::inbox::{Bounds, Call, Gone, Outcome};
+use crate::inbox::{Bounds, Gone};
 use crate::metadata;
 use crate::server::{Config, Method, Server};
 use crate::shed::Holds;

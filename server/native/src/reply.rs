@@ -9,8 +9,8 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use crate::call::Outcome;
 use crate::frame::frame;
-use crate::inbox::Outcome;
 use crate::stream::Stream;
 
 /// See the module.

@@ -17,7 +17,8 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 
-use crate::inbox::{Bounds, Call, Inbox, Outcome};
+use crate::call::{Call, Outcome};
+use crate::inbox::{Bounds, Inbox};
 use crate::shed::Shed;
 use crate::status::Refusal;
 use crate::{connection, http1};

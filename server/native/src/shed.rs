@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::inbox::Call;
+use crate::call::Call;
 use crate::status::Refusal;
 use crate::wire::{Field, field};
 
@@ -201,7 +201,7 @@ mod tests {
     }
 
     fn refuse(shed: &Shed, method: u32, message: &'static [u8], within: Option<Duration>) {
-        let (call, _) = crate::inbox::Call::new(
+        let (call, _) = crate::call::Call::new(
             method,
             Bytes::from_static(message),
             Arc::default(),

@@ -11,8 +11,9 @@ use http_body::Frame;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::call::{Call, Event, Outcome};
 use crate::frame::frame;
-use crate::inbox::{Call, Event, Gone, Inbox, Outcome, Reservation};
+use crate::inbox::{Gone, Inbox, Reservation};
 use crate::status::{Code, Refusal};
 
 /// After the deadline, the time for Python to say where the call was when it passed.

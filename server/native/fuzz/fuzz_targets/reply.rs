@@ -4,7 +4,7 @@
 
 use arbitrary::Arbitrary;
 use bytes::{Buf, Bytes};
-use forebay_native::inbox::Outcome;
+use forebay_native::call::Outcome;
 use forebay_native::reply::answer;
 use forebay_native::status::{self, MESSAGE, STATUS};
 use http::{HeaderMap, HeaderName, HeaderValue};
