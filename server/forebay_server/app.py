@@ -111,12 +111,12 @@ class Server:
             self.metrics.batches.observer,
         )
         self.metrics.watch_models(
-            lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.loaded.items()]
+            lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.pool.loaded.items()]
         )
         self.metrics.generation.watch(
             lambda: [
                 (m, str(v), x.client)
-                for (m, v), x in self.repository.loaded.items()
+                for (m, v), x in self.repository.pool.loaded.items()
                 if isinstance(x.client, GenerationClient)
             ]
         )
@@ -184,7 +184,7 @@ class Server:
 
     def _services(self, validator: Validator) -> list[Service]:
         most = self.settings.grpc.max_items_per_call
-        access = ModelAccess(self.repository, asyncio.get_running_loop(), self._resume)
+        access = ModelAccess(self.repository.resolver, asyncio.get_running_loop(), self._resume)
         registry = Registry(self.repository)
         cache = self._cache()
         texts = TextPipeline(access, cache, most)
@@ -230,7 +230,7 @@ class Server:
             RerankService(texts),
             TokenService(access),
             generation,
-            ModelService(registry),
+            ModelService(registry, self.repository),
             KeyService(self.keys),
             UsageService(self.ledger, self.budgets),
             ServerService(self.settings, time.time(), choose(self.settings.grpc)),

@@ -210,7 +210,7 @@ def test_interactive_calls_go_first(start: Start, tmp_path_factory: pytest.TempP
     chats = generation_pb2_grpc.GenerationServiceStub(live.channel)
     items = [chat(f"c{i}", f"Hello {i}", max_tokens=300, ignore_eos=True) for i in range(200)]
     made = batch(stub, items)
-    gate = live.server.repository.loaded[("tiny", 1)].client.gate
+    gate = live.server.repository.pool.loaded[("tiny", 1)].client.gate
     deadline = time.monotonic() + 30
     while gate.background_waiting < 5:
         assert time.monotonic() < deadline

@@ -181,7 +181,7 @@ def test_kill_9_of_an_engine_process_loses_only_its_running_calls(
     live = start(models)
     stub = stub_of(live)
     before = stub.Embed(embedding_pb2.EmbedRequest(texts=["same"])).embeddings[0].values
-    engine = live.server.repository.loaded[("minilm", 1)].client.engines[0]
+    engine = live.server.repository.pool.loaded[("minilm", 1)].client.engines[0]
     pid = engine.info()["pid"]
     assert pid != os.getpid()
     long = embedding_pb2.EmbedRequest(texts=["word " * 250] * 64)

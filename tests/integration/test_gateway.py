@@ -274,7 +274,7 @@ def test_open_inference_json_and_binary(gateway: Gateway) -> None:
 
 
 def test_a_client_that_leaves_cancels_the_call(gateway: Gateway, live: Live) -> None:
-    statistics = live.server.repository.loaded[("minilm", 1)].client.statistics
+    statistics = live.server.repository.pool.loaded[("minilm", 1)].client.statistics
     before = statistics.cancelled
     body = json.dumps({"texts": ["word " * 250] * 300}).encode()
     with socket.create_connection(("127.0.0.1", gateway.port)) as raw:

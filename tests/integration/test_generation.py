@@ -266,7 +266,7 @@ def test_a_cancelled_stream_stops_the_work_and_is_counted(
         if seen > 20:
             break
     call.cancel()
-    client = tiny.server.repository.loaded[("tiny", 1)].client
+    client = tiny.server.repository.pool.loaded[("tiny", 1)].client
     deadline = time.monotonic() + 10
     while client.gate.running or client.engine.info()["running"]:
         assert time.monotonic() < deadline, "the work goes on without its client"
@@ -299,7 +299,7 @@ def test_a_deadline_ends_the_work(tiny: Live, stub: rpc.GenerationServiceStub) -
     with pytest.raises(grpc.RpcError) as caught:
         stub.Chat(request, timeout=0.2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    client = tiny.server.repository.loaded[("tiny", 1)].client
+    client = tiny.server.repository.pool.loaded[("tiny", 1)].client
     deadline = time.monotonic() + 10
     while client.engine.info()["running"]:
         assert time.monotonic() < deadline
@@ -309,7 +309,7 @@ def test_a_deadline_ends_the_work(tiny: Live, stub: rpc.GenerationServiceStub) -
 def test_many_streams_at_once_with_half_of_them_cancelled(
     tiny: Live, stub: rpc.GenerationServiceStub
 ) -> None:
-    client = tiny.server.repository.loaded[("tiny", 1)].client
+    client = tiny.server.repository.pool.loaded[("tiny", 1)].client
 
     def one(i: int) -> str:
         request = user(f"Count to {3 + i % 27}", max_tokens=100, ignore_eos=True)
@@ -338,7 +338,7 @@ def test_kill_9_is_a_clean_error_and_the_next_call_succeeds(
 ) -> None:
     live = start(random_openvino(tmp_path_factory.mktemp("killed")))
     stub = rpc.GenerationServiceStub(live.channel)
-    engine = live.server.repository.loaded[("tiny", 1)].client.engine
+    engine = live.server.repository.pool.loaded[("tiny", 1)].client.engine
     request = user("Count to 30", max_tokens=1900, ignore_eos=True)
     call = stub.ChatStream(pb.ChatStreamRequest(request=request))
     next(call)
@@ -370,7 +370,7 @@ def test_one_keys_flood_does_not_starve_another(
 
     with ThreadPoolExecutor(64) as pool:
         flood = [pool.submit(one, "flood", keys[0]) for _ in range(60)]
-        client = live.server.repository.loaded[("tiny", 1)].client
+        client = live.server.repository.pool.loaded[("tiny", 1)].client
         while client.gate.waiting < 30:
             time.sleep(0.01)
         lone = pool.submit(one, "lone", keys[1])

@@ -111,7 +111,7 @@ def test_kill_9_of_the_engine_costs_no_item(start: Start, tmp_path: Path, engine
     made = batch(stub, items)
     while not stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts.completed:
         time.sleep(0.02)
-    process = live.server.repository.loaded[("tiny", 1)].client.engine
+    process = live.server.repository.pool.loaded[("tiny", 1)].client.engine
     os.kill(process.info()["pid"], signal.SIGKILL)
     done = until_ended(stub, made.id, seconds=300)
     assert (done.counts.completed, done.counts.failed) == (100, 0)

@@ -105,7 +105,7 @@ def test_a_stream_is_as_the_whole_answer_and_a_client_that_leaves_stops_the_engi
     whole = ask(stub, "Holiday?", "random")
     assert "".join(e.token.text for e in events) == whole.answer
     assert events[-1].done.generation_usage.completion_tokens
-    engine = live.server.repository.loaded[("random", 1)].client
+    engine = live.server.repository.pool.loaded[("random", 1)].client
     call = stub.AskStream(request)
     for event in call:
         if event.WhichOneof("event") == "token":

@@ -304,7 +304,7 @@ def test_a_browser_that_leaves_ends_the_stream(gateway: Gateway, tiny: Live) -> 
     }
     with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body) as stream:
         next(stream.iter_lines())
-    client = tiny.server.repository.loaded[("tiny", 1)].client
+    client = tiny.server.repository.pool.loaded[("tiny", 1)].client
     import time
 
     deadline = time.monotonic() + 10

@@ -392,8 +392,8 @@ def test_a_queued_stream_has_heartbeats(
     monkeypatch.setattr(generation, "HEARTBEAT_S", 0.05)
     live = start(random_openvino(tmp_path_factory.mktemp("busy"), running=1))
     door = Gateway(live)
-    live.run(live.server.repository.resolve("tiny", ("generation",), ""))
-    gate = live.server.repository.loaded[("tiny", 1)].client.gate
+    live.run(live.server.repository.resolver.resolve("tiny", ("generation",), ""))
+    gate = live.server.repository.pool.loaded[("tiny", 1)].client.gate
     held = gate.enter("other", 1, 1)
     live.run(held.__aenter__())
     ask = {"model": "tiny", "stream": True}

@@ -122,7 +122,7 @@ def test_the_next_in_the_chain_answers_and_a_dead_one_is_left_alone(
 ) -> None:
     for _ in range(7):
         assert text_of(stub.Chat(to("chain", user("Who are you?"))).choices[0]) == said
-    engine = front.server.repository.loaded[("chain", 1)].client.engine
+    engine = front.server.repository.pool.loaded[("chain", 1)].client.engine
     assert engine._targets[0].breaker.wait_s() > 0
     for _ in range(7):
         with pytest.raises(grpc.RpcError) as caught:

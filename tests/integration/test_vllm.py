@@ -51,7 +51,7 @@ def client(tiny: Live) -> Iterator[openai.OpenAI]:
 
 
 def engine(live: Live) -> Any:
-    return live.server.repository.loaded[("tiny", 1)].client.engine
+    return live.server.repository.pool.loaded[("tiny", 1)].client.engine
 
 
 def until(
@@ -168,7 +168,7 @@ def test_two_hundred_streams_with_half_of_them_cancelled(
             )
             memory.append(engine(tiny).info()["memory_bytes"])
     assert engine(tiny).info()["memory_bytes"] < memory[len(memory) // 3] * 1.05 + (32 << 20)
-    assert tiny.server.repository.loaded[("tiny", 1)].client.gate.running == 0
+    assert tiny.server.repository.pool.loaded[("tiny", 1)].client.gate.running == 0
 
 
 def test_kill_9_in_the_middle_is_a_clean_error_and_the_next_call_succeeds(

@@ -22,8 +22,9 @@ from forebay.errors import (
 from forebay_server.core.call import ANONYMOUS, Call, CallFacts
 from forebay_server.core.interfaces import Completion, EngineClient, EngineRequest
 from forebay_server.dataplane.tokenization import TextEncoder
-from forebay_server.repository import LoadedModel, ModelRepository
+from forebay_server.repository import LoadedModel
 from forebay_server.repository.manifest import Manifest
+from forebay_server.repository.resolver import Resolver
 
 log = logging.getLogger("forebay.dataplane")
 T = TypeVar("T")
@@ -86,15 +87,15 @@ class ModelAccess:
     """Resolves references, and submits to engines.
 
     Args:
-        repository: the models.
+        resolver: gives the version that a reference means.
         loop: the event loop that the repository lives on; loads run there.
         executor: threads that go on with calls whose model had to be loaded first.
     """
 
     def __init__(
-        self, repository: ModelRepository, loop: asyncio.AbstractEventLoop, executor: Executor
+        self, resolver: Resolver, loop: asyncio.AbstractEventLoop, executor: Executor
     ) -> None:
-        self.repository = repository
+        self._resolver = resolver
         self._loop = loop
         self._executor = executor
 
@@ -110,7 +111,7 @@ class ModelAccess:
         is ended with the error."""
         key = _sticky(call, sticky_key)
         try:
-            loaded = self.repository.resolve_loaded(ref, tasks, key)
+            loaded = self._resolver.resolve_loaded(ref, tasks, key)
             if loaded is not None:
                 return self._serve(call, loaded)
         except ForebayError as e:
@@ -119,7 +120,7 @@ class ModelAccess:
 
         async def load() -> None:
             try:
-                loaded = await self.repository.resolve(ref, tasks, key)
+                loaded = await self._resolver.resolve(ref, tasks, key)
                 served = self._serve(call, loaded)
             except ForebayError as e:
                 call.fail(e)
@@ -139,9 +140,9 @@ class ModelAccess:
             return None
         own = sticky_key or (principal.key_id if principal is not ANONYMOUS else "")
         try:
-            if not own and self.repository.splits(ref):
+            if not own and self._resolver.splits(ref):
                 return None  # each call draws anew
-            loaded = self.repository.resolve_loaded(ref, tasks, own)
+            loaded = self._resolver.resolve_loaded(ref, tasks, own)
             return None if loaded is None else self._serve(calls[0], loaded)
         except ForebayError:
             return None
@@ -150,7 +151,7 @@ class ModelAccess:
         self, call: Call, ref: str, tasks: Sequence[str], sticky_key: str = ""
     ) -> ServedModel:
         """The model, loaded when need be. For handlers that run on the event loop."""
-        loaded = await self.repository.resolve(ref, tasks, _sticky(call, sticky_key))
+        loaded = await self._resolver.resolve(ref, tasks, _sticky(call, sticky_key))
         return self._serve(call, loaded)
 
     def refused(self, model: ServedModel, ref: str, calls: Sequence[Call], rows: int = 1) -> bool:
@@ -165,7 +166,7 @@ class ModelAccess:
         full = model.client.refusal(latest, rows, len(calls))
         if full is None:
             return False
-        if isinstance(full, QueueFull) and self.repository.splits(ref):
+        if isinstance(full, QueueFull) and self._resolver.splits(ref):
             full.holds_s = 0.0  # the next call may draw another version, whose queue is another
         facts = CallFacts(model.name, model.version)
         for call in calls:
@@ -177,7 +178,7 @@ class ModelAccess:
         """Queue the requests, and a copy for the shadow version where there is one."""
         if not requests:
             return []
-        self.repository.shadow(model.loaded, requests)
+        self._resolver.shadow(model.loaded, requests)
         return model.client.submit(requests)
 
     def _serve(self, call: Call, loaded: LoadedModel) -> ServedModel:

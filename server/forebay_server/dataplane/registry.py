@@ -1,11 +1,10 @@
-"""The registry's use cases: what there is, what it does, and changes to it."""
+"""The registry's use cases: what there is, how busy it is, loading and unloading."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from forebay.errors import AlreadyExists, InvalidArgument
 
 from forebay_server.core.statistics import EngineStatistics
 from forebay_server.engines.process import resident_bytes
-from forebay_server.repository import Event, LoadedModel, ModelRepository
+from forebay_server.repository import LoadedModel, ModelRepository
 from forebay_server.repository.inspect import describe
-from forebay_server.repository.manifest import check_files
-from forebay_server.repository.state import HistoryEvent, Routing
+from forebay_server.repository.manifest import ModelConfig, check_files
+from forebay_server.repository.state import Routing
 
 _OIP_STATES = {
     "ready": "READY",
@@ -65,45 +64,45 @@ class Registry:
     """See the module."""
 
     def __init__(self, repository: ModelRepository) -> None:
-        self.repository = repository
+        self._repository = repository
 
     @property
     def ready(self) -> bool:
         """Whether the server serves: preloaded models tried, collections and knowledge bases open."""
-        return self.repository.started
+        return self._repository.started
 
     def is_ready(self, name: str, version: int | None) -> bool:
         """Whether a version (or any) serves."""
-        return any(k[0] == name and version in (None, k[1]) for k in self.repository.loaded)
+        loaded = self._repository.pool.loaded
+        return any(k[0] == name and version in (None, k[1]) for k in loaded)
 
     def versions(self, name: str) -> list[int]:
         """Versions of a model, oldest first."""
-        folder = self.repository.folders().get(name)
+        folder = self._repository.catalogue.folders.get(name)
         return sorted(folder.versions) if folder else []
 
     def view(self, name: str) -> ModelView:
         """One model. Raises NotFound."""
-        folder = self.repository._folder(name)
-        config = self.repository.config(name)
+        catalogue, pool = self._repository.catalogue, self._repository.pool
+        folder = catalogue.folder(name)
+        config = catalogue.configs.get(name, ModelConfig())  # one that cannot be read says nothing
         versions = [
-            VersionView(
-                v, *self.repository.state_of((name, v)), self.repository.loaded.get((name, v))
-            )
+            VersionView(v, *pool.state_of((name, v)), pool.loaded.get((name, v)))
             for v in sorted(folder.versions, reverse=True)
         ]
         described = next((v.loaded.manifest.description for v in versions if v.loaded), "")
         return ModelView(
             name,
-            self.repository.task_of(name),
+            catalogue.task_of(name),
             config.description or described,
             versions,
-            self.repository.routings.get(name, Routing()),
+            self._repository.routing.of(name),
             bool(config.default_for),
         )
 
     def views(self) -> list[ModelView]:
         """All models, by name."""
-        return [self.view(name) for name in sorted(self.repository.folders())]
+        return [self.view(name) for name in sorted(self._repository.catalogue.folders)]
 
     def index(self) -> list[tuple[str, int, str, str]]:
         """Name, version, state and reason in the Open Inference Protocol's words."""
@@ -116,9 +115,9 @@ class Registry:
     def statistics(self, name: str) -> list[StatisticsView]:
         """Counters of loaded versions of a model, or of all. Raises NotFound."""
         if name:
-            self.repository._folder(name)
+            self._repository.catalogue.folder(name)
         out = []
-        for (model, version), loaded in sorted(self.repository.loaded.items()):
+        for (model, version), loaded in sorted(self._repository.pool.loaded.items()):
             if name in ("", model):
                 stats: Any = loaded.client.stats()
                 out.append(
@@ -134,29 +133,21 @@ class Registry:
 
     async def load(self, name: str, version: int | None) -> ModelView:
         """Load; raises why it could not be loaded."""
-        await self.repository.load(name, version)
+        await self._repository.load(name, version)
         return self.view(name)
 
     async def unload(self, name: str, version: int | None) -> tuple[ModelView, int, int]:
         """Unload; gives resident bytes before and after, of the server and its engines."""
         before = self.resident_bytes()
-        await self.repository.unload(name, version)
+        await self._repository.unload(name, version)
         return self.view(name), before, self.resident_bytes()
 
     def resident_bytes(self) -> int:
         """Resident bytes of the server and of its engines' processes."""
         pids = {os.getpid()}
-        for model in self.repository.loaded.values():
+        for model in self._repository.pool.loaded.values():
             pids.update(int(e.info().get("pid", 0)) for e in model.client.engines)
         return sum(resident_bytes(p) for p in pids if p)
-
-    async def history(self, name: str) -> list[HistoryEvent]:
-        """Steps of the production alias, newest first."""
-        return await self.repository.history(name)
-
-    def events(self) -> AsyncIterator[Event]:
-        """Changes from now on."""
-        return self.repository.events()
 
 
 class VersionUpload:

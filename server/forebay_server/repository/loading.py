@@ -47,6 +47,8 @@ FEW_CORES = 4
 SHARING = ("onnxruntime", "openvino")
 
 
+#: From a model and a version to what hears of its batches.
+Observer = Callable[[str, int], Callable[[BatchReport], None] | None]
 #: Full batches that may wait, where neither model.yaml nor the settings say how many rows.
 QUEUE_BATCHES = 128
 
@@ -100,7 +102,7 @@ def load(
     folder: Path,
     config: ModelConfig,
     defaults: Defaults,
-    observer: Callable[[str, int], Callable[[BatchReport], None] | None],
+    observer: Observer,
 ) -> LoadedModel:
     """Load a version. Raises FailedPrecondition (MODEL_REJECTED) naming the fault; leaves nothing."""
     if config.engine == "deterministic" and not (folder / "manifest.json").exists():

@@ -1,10 +1,15 @@
-"""Which models and versions a repository folder holds."""
+"""Which models and versions a repository folder holds, and which of them are wanted."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from forebay.errors import NotFound
+
+from forebay_server.repository.manifest import ModelConfig
+from forebay_server.repository.state import Routing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -16,6 +21,24 @@ class FolderModel:
     name: str
     folder: Path
     versions: dict[int, Path]
+
+    def require(self, version: int) -> None:
+        """Raises NotFound when there is no such version; names the newest."""
+        if version not in self.versions:
+            newest = [f"{self.name}@{v}" for v in sorted(self.versions)[-3:]]
+            raise NotFound("model version", f"{self.name}@{version}", nearest=newest)
+
+    def wanted(self, config: ModelConfig, routing: Routing) -> list[int]:
+        """Versions that should be loaded, by policy and by what points to them."""
+        have = sorted(self.versions)
+        policy = config.version_policy
+        if policy == "all":
+            wanted = set(have)
+        elif policy == "latest":
+            wanted = {have[-1]}
+        else:
+            wanted = {v for v in policy if v in self.versions}
+        return sorted(wanted | (routing.versions & set(have)))
 
 
 def scan(root: Path) -> dict[str, FolderModel]:

@@ -17,6 +17,7 @@ from forebay_server.dataplane.registry import (
     VersionView,
     in_thread,
 )
+from forebay_server.repository import ModelRepository
 from forebay_server.services.base import Service
 from forebay_server.services.paging import page, page_size
 
@@ -43,12 +44,13 @@ MAX_IMPORT_BYTES = 8 << 30
 
 
 class ModelService(Service):
-    """See protos/forebay/v1/model.proto."""
+    """See protos/forebay/v1/model.proto. Answers show what `registry` sees of `repository`."""
 
     name = "forebay.v1.ModelService"
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, repository: ModelRepository) -> None:
         self._registry = registry
+        self._repository = repository
 
     async def list_models(self, call: Call) -> pb.ListModelsResponse:
         """ListModels."""
@@ -62,7 +64,7 @@ class ModelService(Service):
         request = cast(pb.GetModelRequest, call.request)
         view = self._registry.view(request.model)
         response = pb.GetModelResponse(model=message(view))
-        for event in await self._registry.history(view.name):
+        for event in await self._repository.routing.history(view.name):
             response.history.add(
                 time=timestamp(event.time),
                 from_version=event.from_version,
@@ -100,7 +102,7 @@ class ModelService(Service):
         known = self._registry.versions(header.model)
         version = header.version if header.HasField("version") else max(known, default=0) + 1
         upload = VersionUpload(
-            self._registry.repository.root, header.model, version, MAX_IMPORT_BYTES
+            self._repository.catalogue.root, header.model, version, MAX_IMPORT_BYTES
         )
         try:
             async for request in requests:
@@ -111,10 +113,9 @@ class ModelService(Service):
         except BaseException:
             upload.abort()
             raise
-        repository = self._registry.repository
-        await repository.refresh_folders()
+        await self._repository.catalogue.read()
         if header.load:
-            await repository.load(header.model, version)
+            await self._repository.load(header.model, version)
         return pb.ImportVersionResponse(
             model=message(self._registry.view(header.model)),
             version=version,
@@ -125,7 +126,7 @@ class ModelService(Service):
         """SetAlias."""
         request = cast(pb.SetAliasRequest, call.request)
         version = request.version if request.HasField("version") else None
-        await self._registry.repository.set_alias(request.model, request.alias, version)
+        await self._repository.routing.set_alias(request.model, request.alias, version)
         return pb.SetAliasResponse(model=self._model(request.model))
 
     async def set_traffic(self, call: Call) -> pb.SetTrafficResponse:
@@ -141,13 +142,13 @@ class ModelService(Service):
         shadow = None
         if request.HasField("shadow"):
             shadow = (request.shadow.version, request.shadow.fraction)
-        await self._registry.repository.set_traffic(request.model, shares, shadow)
+        await self._repository.routing.set_traffic(request.model, shares, shadow)
         return pb.SetTrafficResponse(model=self._model(request.model))
 
     async def promote(self, call: Call) -> pb.PromoteResponse:
         """Promote."""
         request = cast(pb.PromoteRequest, call.request)
-        await self._registry.repository.promote(
+        await self._repository.routing.promote(
             request.model, request.version, call.principal.key_id
         )
         return pb.PromoteResponse(model=self._model(request.model))
@@ -155,7 +156,7 @@ class ModelService(Service):
     async def rollback(self, call: Call) -> pb.RollbackResponse:
         """Rollback."""
         request = cast(pb.RollbackRequest, call.request)
-        await self._registry.repository.rollback(request.model, call.principal.key_id)
+        await self._repository.routing.rollback(request.model, call.principal.key_id)
         return pb.RollbackResponse(model=self._model(request.model))
 
     async def get_statistics(self, call: Call) -> pb.GetStatisticsResponse:
@@ -186,7 +187,7 @@ class ModelService(Service):
     async def watch_models(self, call: Call) -> AsyncIterator[pb.WatchModelsResponse]:
         """WatchModels."""
         request = cast(pb.WatchModelsRequest, call.request)
-        events = self._registry.events()
+        events = self._repository.events.watch()
         if request.model:
             yield pb.WatchModelsResponse(event="current", model=self._model(request.model))
         else:

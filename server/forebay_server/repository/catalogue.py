@@ -1,0 +1,76 @@
+"""What the repository's folders say: models, versions, model.yaml, tasks. Loads nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from forebay.errors import ForebayError, NotFound
+
+from forebay_server.repository.manifest import ModelConfig, read_config, read_manifest, rejected
+from forebay_server.repository.routing import nearest
+from forebay_server.repository.scan import FolderModel, scan
+
+log = logging.getLogger("forebay.repository")
+
+
+class Catalogue:
+    """See the module. Other threads read it: its dictionaries are replaced as a whole.
+
+    Attributes:
+        folders: by model.
+        configs: what each model.yaml says, where it can be read.
+        faults: why the others cannot.
+        tasks: by model, as far as they are known.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: dict[str, FolderModel] = {}
+        self.configs: dict[str, ModelConfig] = {}
+        self.faults: dict[str, str] = {}
+        self.tasks: dict[str, str] = {}
+
+    async def read(self) -> None:
+        """See what is new in the folders."""
+        found = await asyncio.to_thread(scan, self.root)
+        configs: dict[str, ModelConfig] = {}
+        faults: dict[str, str] = {}
+        for name, folder in found.items():
+            try:
+                configs[name] = read_config(folder.folder / "model.yaml")
+            except ForebayError as e:
+                if faults.get(name) != e.message:
+                    log.error("model %s: %s", name, e.message)
+                faults[name] = e.message
+        self.folders, self.configs, self.faults = found, configs, faults
+
+    def folder(self, name: str) -> FolderModel:
+        """A model's folder. Raises NotFound; names the nearest."""
+        folder = self.folders.get(name)
+        if folder is None:
+            raise NotFound("model", name, nearest=nearest(name, self.folders))
+        return folder
+
+    def config(self, name: str) -> ModelConfig:
+        """A model's model.yaml. Raises FailedPrecondition (MODEL_REJECTED) naming its fault."""
+        if name in self.faults:
+            raise rejected(self.faults[name])
+        return self.configs[name]
+
+    def task_of(self, name: str) -> str:
+        """A model's task, as far as it is known without loading it."""
+        if name not in self.tasks:
+            folder = self.folders.get(name)
+            newest = folder.versions[max(folder.versions)] if folder else None
+            if newest is not None and (newest / "manifest.json").exists():
+                try:
+                    self.learn(name, read_manifest(newest / "manifest.json").task)
+                except ForebayError:
+                    return ""
+        return self.tasks.get(name, "")
+
+    def learn(self, name: str, task: str) -> None:
+        """Keep in mind what a model does: not every folder says it before it is loaded."""
+        self.tasks = {**self.tasks, name: task}

@@ -1,0 +1,43 @@
+"""What happens in the repository, for those who watch it. Lives on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change of the repository, for watchers."""
+
+    event: str
+    model: str
+    version: int = 0
+    reason: str = ""
+    time: float = 0.0
+
+
+class Events:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._watchers: set[asyncio.Queue[Event]] = set()
+
+    async def watch(self) -> AsyncIterator[Event]:
+        """Changes from now on. A watcher that falls 1000 behind loses the oldest."""
+        queue: asyncio.Queue[Event] = asyncio.Queue(1000)
+        self._watchers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._watchers.discard(queue)
+
+    def publish(self, event: str, model: str, version: int = 0, reason: str = "") -> None:
+        """Tell all that watch."""
+        for queue in self._watchers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(Event(event, model, version, reason, time.time()))

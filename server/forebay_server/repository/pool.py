@@ -1,0 +1,177 @@
+"""The versions in memory: each is loaded once; what was not used for longest makes room.
+
+Lives on one event loop; loads run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from forebay.errors import FailedPrecondition, ForebayError
+
+from forebay_server.repository.catalogue import Catalogue
+from forebay_server.repository.events import Events
+from forebay_server.repository.loading import Defaults, LoadedModel, Observer, load
+
+log = logging.getLogger("forebay.repository")
+
+#: Seconds between taking a version out of the routes and closing it: calls that have resolved it
+#: are on their way to its queue.
+GRACE_S = 0.5
+#: Weight that an engine's files take in memory, for the budget, before it is loaded.
+MEMORY_FACTOR = 1.3
+#: Model and version.
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a version does not serve, and the state of its folder then."""
+
+    reason: str
+    mark: float
+
+
+class ModelPool:
+    """See the module. Other threads read `loaded` and `failures`: they are replaced as a whole.
+
+    Args:
+        catalogue: where the versions lie.
+        events: hears of loads and unloads.
+        defaults: for models whose model.yaml does not say.
+        budget_bytes: of all loaded models; 0 = no bound.
+        observer: gives the batch observer of a version, for metrics.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        events: Events,
+        defaults: Defaults,
+        budget_bytes: int,
+        observer: Observer,
+    ) -> None:
+        self._catalogue = catalogue
+        self._events = events
+        self._defaults = defaults
+        self._budget = budget_bytes
+        self._observer = observer
+        self.loaded: dict[Key, LoadedModel] = {}
+        self.failures: dict[Key, Failure] = {}
+        self._loading: dict[Key, asyncio.Task[LoadedModel]] = {}
+        self._unloading: set[Key] = set()
+        self._exclusive = asyncio.Lock()
+
+    async def load(self, key: Key) -> LoadedModel:
+        """A version, loaded if it is not: once, however many wait for it.
+
+        Raises:
+            FailedPrecondition: it cannot be loaded, or finds no room; says why.
+        """
+        model = self.loaded.get(key)
+        if model is not None:
+            return model
+        task = self._loading.get(key)
+        if task is None:
+            task = asyncio.create_task(self._load(key))
+            self._loading[key] = task
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def unload(self, key: Key) -> None:
+        """Take a version out of the routes, then close it. Nothing when it is not loaded."""
+        model = self.loaded.get(key)
+        if model is None:
+            return
+        self._unloading.add(key)
+        self.loaded = {k: m for k, m in self.loaded.items() if k != key}
+        await asyncio.sleep(GRACE_S)
+        await asyncio.to_thread(model.client.close)
+        self._unloading.discard(key)
+        self._events.publish("unloaded", *key)
+
+    async def close(self, timeout_s: float) -> None:
+        """Drain and unload everything."""
+        for task in self._loading.values():
+            task.cancel()
+        models, self.loaded = list(self.loaded.values()), {}
+        await asyncio.gather(*(asyncio.to_thread(m.client.close, timeout_s) for m in models))
+
+    def known_bad(self, key: Key, folder: Path) -> bool:
+        """Whether it has failed, and its folder is as it was then."""
+        failure = self.failures.get(key)
+        return failure is not None and failure.mark == _mark(folder)
+
+    def forgive(self, key: Key) -> None:
+        """Forget that it has failed: calls wait for the next load instead of being refused."""
+        self.failures = {k: f for k, f in self.failures.items() if k != key}
+
+    def state_of(self, key: Key) -> tuple[str, str]:
+        """State of a version (available, loading, ready, unloading, failed) and why."""
+        if key in self.loaded:
+            return "ready", ""
+        if key in self._loading:
+            return "loading", ""
+        if key in self._unloading:
+            return "unloading", ""
+        if key[0] in self._catalogue.faults:
+            return "failed", self._catalogue.faults[key[0]]
+        failure = self.failures.get(key)
+        return ("failed", failure.reason) if failure else ("available", "")
+
+    async def _load(self, key: Key) -> LoadedModel:
+        name, version = key
+        folder = self._catalogue.folder(name).versions[version]
+        self._events.publish("loading", name, version)
+        try:
+            async with self._exclusive:  # two loads at once would both see the same free memory
+                await self._make_room(key, folder)
+                config = self._catalogue.config(name)
+                model = await asyncio.to_thread(
+                    load, name, version, folder, config, self._defaults, self._observer
+                )
+        except ForebayError as e:
+            self.failures = {**self.failures, key: Failure(e.message, _mark(folder))}
+            self._events.publish("failed", name, version, e.message)
+            raise
+        model.last_used = time.monotonic()
+        self.forgive(key)
+        self.loaded = {**self.loaded, key: model}
+        self._catalogue.learn(name, model.manifest.task)
+        self._events.publish("loaded", name, version)
+        return model
+
+    async def _make_room(self, key: Key, folder: Path) -> None:
+        """Evict models that were not used for longest, until the new one fits the budget."""
+        if not self._budget:
+            return
+        need = int(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) * MEMORY_FACTOR)
+        while self._taken_bytes() + need > self._budget:
+            idle = [
+                m
+                for m in self.loaded.values()
+                if not m.config.execution.preload and (m.name, m.version) != key
+            ]
+            if not idle:
+                raise FailedPrecondition(
+                    f"{key[0]}@{key[1]} needs about {need} bytes; {self._taken_bytes()} of the "
+                    f"budget of {self._budget} are taken by models that may not be evicted",
+                    reason="MEMORY_BUDGET",
+                )
+            oldest = min(idle, key=lambda m: m.last_used)
+            log.info("evicting %s@%d for %s@%d", oldest.name, oldest.version, *key)
+            await self.unload((oldest.name, oldest.version))
+
+    def _taken_bytes(self) -> int:
+        return sum(m.memory_bytes for m in self.loaded.values())
+
+
+def _mark(folder: Path) -> float:
+    """Changes when a file of the folder changes."""
+    return max((p.stat().st_mtime for p in folder.rglob("*")), default=0.0) + len(
+        list(folder.rglob("*"))
+    )

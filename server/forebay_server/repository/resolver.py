@@ -1,0 +1,146 @@
+"""Where a call goes: the version that its reference means, and the shadow that computes it too.
+
+`resolve_loaded`, `splits` and `shadow` are called from any thread, for every batch of calls: they
+only read, and what they read is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+from forebay.errors import FailedPrecondition, NotFound, Unavailable
+
+from forebay_server.core.interfaces import EngineRequest
+from forebay_server.repository.catalogue import Catalogue
+from forebay_server.repository.loading import LoadedModel
+from forebay_server.repository.pool import ModelPool
+from forebay_server.repository.routing import by_alias, parse, select
+from forebay_server.repository.routing_table import NOWHERE, RoutingTable
+
+
+class Resolver:
+    """See the module."""
+
+    def __init__(self, catalogue: Catalogue, pool: ModelPool, routing: RoutingTable) -> None:
+        self._catalogue = catalogue
+        self._pool = pool
+        self._routing = routing
+
+    def resolve_loaded(self, ref: str, tasks: Sequence[str], key: str) -> LoadedModel | None:
+        """The version that a reference means, None when it has to be loaded first.
+
+        Raises:
+            NotFound: no such model, version or alias; names the nearest.
+            FailedPrecondition: WRONG_TASK.
+            Unavailable: it cannot be loaded; says why.
+        """
+        name, version = self._find(ref, tasks, key)
+        model = self._serving(name, version)
+        if model is None:
+            self._refuse_failed(name, version)
+            return None
+        self._check_task(model.name, model.manifest.task, tasks)
+        model.last_used = time.monotonic()
+        return model
+
+    async def resolve(self, ref: str, tasks: Sequence[str], key: str) -> LoadedModel:
+        """As resolve_loaded, and loads the version when need be. On the repository's loop only."""
+        model = self.resolve_loaded(ref, tasks, key)
+        if model is not None:
+            return model
+        name, version = self._find(ref, tasks, key)
+        folder = self._catalogue.folder(name)
+        wanted = version or max(folder.wanted(self._catalogue.config(name), self._routing.of(name)))
+        folder.require(wanted)
+        try:
+            model = await self._pool.load((name, wanted))
+        except FailedPrecondition as e:
+            raise Unavailable(
+                f"model {name}@{wanted} cannot be loaded: {e.message}",
+                reason="MODEL_NOT_READY",
+                retry_after_s=5.0,
+            ) from None
+        self._check_task(name, model.manifest.task, tasks)
+        return model
+
+    def splits(self, ref: str) -> bool:
+        """Whether traffic is split over versions for some model that the reference may mean."""
+        routings = self._routing.by_model
+        return any(r.shares for n, r in routings.items() if not ref or ref.startswith(n))
+
+    def shadow(self, model: LoadedModel, requests: Sequence[EngineRequest]) -> None:
+        """Send a copy of a fraction of the requests to the shadow version; answers are dropped."""
+        found = self._routing.by_model.get(model.name)
+        if found is None or found.shadow is None or found.shadow[0] == model.version:
+            return
+        version, fraction = found.shadow
+        other = self._pool.loaded.get((model.name, version))
+        if other is None:
+            return
+        copies = [
+            EngineRequest(r.items, r.request_id, r.deadline, priority=-1)
+            for r in requests
+            if random.random() < fraction
+        ]
+        if copies:
+            other.shadow_calls += len(copies)
+            other.client.submit(copies)
+
+    def _find(self, ref: str, tasks: Sequence[str], key: str) -> tuple[str, int | None]:
+        if not ref:
+            ref = self._default(tasks)
+        name, selector = parse(ref)
+        routings = self._routing.by_model
+        if name not in self._catalogue.folders and not selector:
+            name, selector = parse(by_alias(name, routings) or name)
+        versions = self._catalogue.folder(name).versions
+        return name, select(name, selector, versions, routings.get(name, NOWHERE), key)
+
+    def _default(self, tasks: Sequence[str]) -> str:
+        """The model that answers requests without a name: by model.yaml, else the only one."""
+        for task in tasks:
+            named = [n for n, c in self._catalogue.configs.items() if task in c.default_for]
+            if named:
+                return sorted(named)[0]
+        for task in tasks:
+            only = [n for n, t in self._catalogue.tasks.items() if t == task]
+            if len(only) == 1:
+                return only[0]
+        nearest = sorted(self._catalogue.folders)[:5]
+        raise NotFound("default model", " or ".join(tasks), nearest=nearest)
+
+    def _serving(self, name: str, version: int | None) -> LoadedModel | None:
+        loaded = self._pool.loaded
+        if version is not None:
+            return loaded.get((name, version))
+        ready = [k[1] for k in loaded if k[0] == name]
+        return loaded.get((name, max(ready))) if ready else None
+
+    def _refuse_failed(self, name: str, version: int | None) -> None:
+        """Do not load again and again what has just failed: a refresh sees a mended folder."""
+        faults = self._catalogue.faults
+        if name in faults:
+            raise Unavailable(
+                f"model {name!r} cannot be loaded: {faults[name]}", reason="MODEL_NOT_READY"
+            )
+        wanted = version or max(self._catalogue.folders[name].versions)
+        failure = self._pool.failures.get((name, wanted))
+        if failure is not None:
+            raise Unavailable(
+                f"model {name}@{wanted} cannot be loaded: {failure.reason}",
+                reason="MODEL_NOT_READY",
+                retry_after_s=5.0,
+            )
+
+    def _check_task(self, name: str, task: str, tasks: Sequence[str]) -> None:
+        if task in tasks:
+            return
+        fitting = sorted(n for n, t in self._catalogue.tasks.items() if t in tasks)
+        hint = f"; models for it are {', '.join(fitting)}" if fitting else ""
+        raise FailedPrecondition(
+            f"model {name!r} does {task}; this call needs {' or '.join(tasks)}{hint}",
+            reason="WRONG_TASK",
+            metadata={"task": task},
+        )
