@@ -41,7 +41,7 @@ class Catalogue:
             try:
                 configs[name] = read_config(folder.folder / "model.yaml")
             except ForebayError as e:
-                if faults.get(name) != e.message:
+                if self.faults.get(name) != e.message:  # said once, not at every look
                     log.error("model %s: %s", name, e.message)
                 faults[name] = e.message
         self.folders, self.configs, self.faults = found, configs, faults
