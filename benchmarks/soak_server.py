@@ -22,11 +22,14 @@ def main() -> None:
     import uvloop
     from forebay.settings import load_settings
     from forebay_cli import huge_pages
+    from forebay_server.core.allocator import bound_arenas
+
+    huge_pages.ensure()
+    bound_arenas()
     from forebay_cli.serve import http_port
     from forebay_server.app import Server
     from forebay_server.observability.logs import configure
 
-    huge_pages.ensure()
     settings = load_settings().settings
     o = settings.observability
     listener = configure(o.log_format, o.log_level, o.access_log)

@@ -40,6 +40,9 @@ def http_port(settings: Settings) -> HttpPort | None:
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once."""
+    from forebay_server.core.allocator import bound_arenas
+
+    bound_arenas()  # before what follows starts threads
     import uvloop
     from forebay_server.app import Server
     from forebay_server.observability.logs import configure

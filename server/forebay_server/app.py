@@ -24,6 +24,7 @@ from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.access.keys import KeyStore
 from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
 from forebay_server.access.usage import UsageLedger
+from forebay_server.core.allocator import trim
 from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.generation_cache import AnswerCache
 from forebay_server.dataplane.models import ModelAccess
@@ -36,7 +37,6 @@ from forebay_server.generation.client import GenerationClient
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer
 from forebay_server.repository import Defaults, ModelRepository
-from forebay_server.repository.loading import trim
 from forebay_server.services.base import Service, handlers
 from forebay_server.services.classification import ClassificationService
 from forebay_server.services.embedding import EmbeddingService

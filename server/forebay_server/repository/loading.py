@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import time
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 from forebay.errors import ForebayError
 
+from forebay_server.core.allocator import trim
 from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
 from forebay_server.core.priority import lowered
@@ -137,12 +136,6 @@ def load(
         engines, observer=observer(name, version), here_s=QUICK_S, nice=nice
     )
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
-
-
-def trim() -> None:
-    """Give memory that loading freed back to the system: 70 MB with the starter models (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Any:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from forebay.errors import ForebayError
 
+from forebay_server.core.allocator import trim
 from forebay_server.repository.catalogue import Catalogue
 from forebay_server.repository.events import Events
-from forebay_server.repository.loading import Defaults, Observer, trim
+from forebay_server.repository.loading import Defaults, Observer
 from forebay_server.repository.pool import ModelPool
 from forebay_server.repository.resolver import Resolver
 from forebay_server.repository.routing_table import RoutingTable
