@@ -21,7 +21,8 @@ from forebay_server.core.generation import (
 )
 from forebay_server.core.interfaces import BACKGROUND_PRIORITY
 from forebay_server.dataplane.models import ModelAccess, ServedModel
-from forebay_server.generation.client import GenerationClient, TemplateRefused
+from forebay_server.generation.client import GenerationClient
+from forebay_server.generation.errors import TemplateRefused
 
 #: Engines know requests by ids that no caller chooses: a request id may be given twice.
 _numbers = itertools.count(1)

@@ -11,10 +11,6 @@ from forebay_server.core.statistics import EngineStatistics
 from forebay_server.generation.gate import Gate
 
 
-class TemplateRefused(ValueError):
-    """The chat template does not take these messages; the message says why."""
-
-
 class GenerationClient:
     """What the repository keeps of a language model; in BatchingEngineClient's place."""
 

@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from forebay_server.generation.client import TemplateRefused
+from forebay_server.generation.errors import TemplateRefused
 
 
 class _Generation(Extension):

@@ -21,8 +21,8 @@ from forebay_server.core.generation import (
 )
 from forebay_server.core.structure import check_enforceable, check_regex, fault_of
 from forebay_server.generation.channel import Channel
-from forebay_server.generation.client import TemplateRefused
 from forebay_server.generation.detokenize import Detokenizer
+from forebay_server.generation.errors import TemplateRefused
 from forebay_server.generation.frames import plain
 from forebay_server.generation.gate import Gate
 from forebay_server.generation.hermes import HermesParser
