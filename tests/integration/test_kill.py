@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +19,10 @@ import grpc
 import numpy as np
 import pytest
 from forebay.v1 import collection_pb2 as pb
-from forebay.v1 import collection_pb2_grpc
+from forebay.v1.collection_pb2_grpc import CollectionServiceStub
 from google.protobuf import json_format
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.integration.server_process import SERVE_WITH_CONSTANT_UPKEEP, StartProcess
 
 KILLS = int(os.environ.get("FOREBAY_KILLS", "5"))
 #: Points of one group. A write replaces or removes a whole group; all its points carry its number.
@@ -33,60 +30,6 @@ GROUP, GROUPS = 7, 60
 #: The kinds of index, one collection each; IVF-PQ is trained, and trained again as it grows.
 KINDS = {"graph": "INDEX_TYPE_HNSW", "trained": "INDEX_TYPE_IVF_PQ"}
 WIDTH = 8
-#: The server's command line, with thresholds that make upkeep run all the time.
-LAUNCH = """
-import forebay_server.dataplane.upkeep as upkeep
-import forebay_server.indexes.dense as dense
-dense.BUILD_AT, dense.MAX_TAIL, dense.IDLE_TAIL = 100, 60, 10
-upkeep.SAVE_CHANGES, upkeep.SAVE_SHARE = 40, 0.1
-upkeep.REBUILD_SLOTS, upkeep.IDLE_S = 200, 0.2
-from forebay_cli.main import app
-app(["serve"])
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Process:
-    """A server of its own process, and its log."""
-
-    def __init__(self, home: Path) -> None:
-        port = free_port()
-        environ = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_")},
-            "FOREBAY_HOME": str(home),
-            "FOREBAY_GRPC_PORT": str(port),
-            "FOREBAY_MODELS__STARTERS": "false",
-            "FOREBAY_OBSERVABILITY__LOG_LEVEL": "INFO",
-            "FOREBAY_OBSERVABILITY__ACCESS_LOG": "false",
-        }
-        self.log = home.parent / "log"
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH], env=environ, stderr=log, stdout=log
-            )
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-        self.stub = collection_pb2_grpc.CollectionServiceStub(self.channel)
-        check = health_pb2_grpc.HealthStub(self.channel).Check
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                if check(health_pb2.HealthCheckRequest(), timeout=5).status == 1:
-                    return
-            except grpc.RpcError:
-                pass
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
-        self.channel.close()
 
 
 @dataclass
@@ -274,27 +217,14 @@ def damage(home: Path, chance: random.Random) -> str | None:
     return path.name
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Callable[[], Process]]:
-    """Starts servers on one home; none outlives the test."""
-    running: list[Process] = []
-
-    def start() -> Process:
-        running.append(Process(tmp_path / "home"))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(180 + 30 * KILLS)
-def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, started: Callable[[], Process]) -> None:
+def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, start_process: StartProcess) -> None:
     seed = os.environ.get("FOREBAY_SEED", "1")
     chance = random.Random(seed)
     home = tmp_path / "home"
-    server = started()
+    server = start_process(*SERVE_WITH_CONSTANT_UPKEEP)
+    stub = CollectionServiceStub(server.channel)
     for name, kind in KINDS.items():
         request = pb.CreateCollectionRequest(collection=name)
         config = {
@@ -303,13 +233,13 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, started: Callable[[]
             "text_fields": [{"path": "text"}],
         }
         json_format.ParseDict(config, request.config)
-        server.stub.CreateCollection(request)
+        stub.CreateCollection(request)
     expected = {name: Expected() for name in KINDS}
     snapshots: dict[str, dict[str, int]] = {name: {} for name in KINDS}
     done: dict[str, int] = {}
     damaged = 0
     for n in range(KILLS):
-        writers = [Writer(server.stub, c, expected[c], f"{seed}/{n}/{c}") for c in KINDS]
+        writers = [Writer(stub, c, expected[c], f"{seed}/{n}/{c}") for c in KINDS]
         time.sleep(chance.uniform(0.05, 2.0))
         server.kill()
         for w in writers:
@@ -320,7 +250,8 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, started: Callable[[]
                 done[kind] = done.get(kind, 0) + count
         hurt = damage(home, chance) if n % 3 == 2 else None
         before = server.log.stat().st_size
-        server = started()
+        server = start_process(*SERVE_WITH_CONSTANT_UPKEEP)
+        stub = CollectionServiceStub(server.channel)
         if hurt is not None:
             damaged += 1
             said = ""
@@ -329,8 +260,8 @@ def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, started: Callable[[]
                 said = server.log.read_bytes()[before:].decode()
             assert "is built anew" in said, f"damage to {hurt} was not noticed: {said}"
         for name in KINDS:
-            check(server.stub, name, expected[name])
-            check_snapshots(server.stub, name, snapshots[name])
+            check(stub, name, expected[name])
+            check_snapshots(stub, name, snapshots[name])
     log = server.log.read_text()
     print(f"{KILLS} kills, {damaged} damaged files, answered writes: {done}")
     print({word: log.count(f": {word} took") for word in ("absorb", "rebuild", "save")})

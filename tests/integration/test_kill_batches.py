@@ -4,98 +4,55 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import grpc
 import pytest
 from forebay.v1 import batch_pb2 as pb
 from forebay.v1 import batch_pb2_grpc as rpc
 from forebay.v1 import usage_pb2, usage_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.conftest import Start
 from tests.integration.language_models import random_openvino, random_vllm, vllm_python
+from tests.integration.server_process import StartProcess
 from tests.integration.test_batches import batch, chat, results, until_ended
-from tests.integration.test_kill import free_port
-
-
-class Process:
-    """`forebay serve` as its users run it."""
-
-    def __init__(self, home: Path, models: Path) -> None:
-        port = free_port()
-        environ = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_")},
-            "FOREBAY_HOME": str(home),
-            "FOREBAY_GRPC_PORT": str(port),
-            "FOREBAY_MODELS__ROOT": str(models),
-            "FOREBAY_MODELS__STARTERS": "false",
-            "FOREBAY_OBSERVABILITY__LOG_LEVEL": "ERROR",
-            "FOREBAY_OBSERVABILITY__ACCESS_LOG": "false",
-        }
-        self.process = subprocess.Popen([sys.executable, "-m", "forebay_cli", "serve"], env=environ)
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-        self.stub = rpc.BatchServiceStub(self.channel)
-        check = health_pb2_grpc.HealthStub(self.channel).Check
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if check(health_pb2.HealthCheckRequest(), timeout=5).status == 1:
-                    return
-            except grpc.RpcError:
-                pass
-            assert self.process.poll() is None, "the server ended by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
-        self.channel.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_kill_9_loses_no_item_and_runs_none_twice(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, start_process: StartProcess
 ) -> None:
-    models = random_openvino(tmp_path_factory.mktemp("models"))
+    root = str(random_openvino(tmp_path_factory.mktemp("models")))
     total = 240
     items = [chat(f"c{i}", f"Hello {i}", max_tokens=100, ignore_eos=True) for i in range(total)]
-    server = Process(tmp_path, models)
-    made = batch(server.stub, items)
+    server = start_process(FOREBAY_MODELS__ROOT=root)
+    stub = rpc.BatchServiceStub(server.channel)
+    made = batch(stub, items)
     kept: dict[int, bytes] = {}
-    try:
-        for target in (30, 90, 150):
-            deadline = time.monotonic() + 60
-            while True:
-                counts = server.stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts
-                if counts.completed >= target:
-                    break
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            kept |= {r.number: r.SerializeToString() for r in results(server.stub, made.id)}
-            server.kill()
-            server = Process(tmp_path, models)
-        done = until_ended(server.stub, made.id, seconds=120)
-        assert done.status == pb.BATCH_STATUS_COMPLETED
-        assert (done.counts.completed, done.counts.failed) == (total, 0)
-        found = {r.number: r for r in results(server.stub, made.id)}
-        assert sorted(found) == list(range(total))
-        # A result that was seen is the result for ever: its item was not run again.
-        for number, data in kept.items():
-            assert found[number].SerializeToString() == data
-        # Charged once each, to the token.
-        usage = usage_pb2_grpc.UsageServiceStub(server.channel)
-        (row,) = usage.ListUsage(usage_pb2.ListUsageRequest(model="tiny")).rows
-        assert (row.counters.calls, row.counters.items) == (total, total)
-        tokens = done.usage.prompt_tokens + done.usage.completion_tokens
-        assert row.counters.tokens == tokens
-    finally:
+    for target in (30, 90, 150):
+        deadline = time.monotonic() + 60
+        while stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts.completed < target:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        kept |= {r.number: r.SerializeToString() for r in results(stub, made.id)}
         server.kill()
+        server = start_process(FOREBAY_MODELS__ROOT=root)
+        stub = rpc.BatchServiceStub(server.channel)
+    done = until_ended(stub, made.id, seconds=120)
+    assert done.status == pb.BATCH_STATUS_COMPLETED
+    assert (done.counts.completed, done.counts.failed) == (total, 0)
+    found = {r.number: r for r in results(stub, made.id)}
+    assert sorted(found) == list(range(total))
+    # A result that was seen is the result for ever: its item was not run again.
+    for number, data in kept.items():
+        assert found[number].SerializeToString() == data
+    # Charged once each, to the token.
+    usage = usage_pb2_grpc.UsageServiceStub(server.channel)
+    (row,) = usage.ListUsage(usage_pb2.ListUsageRequest(model="tiny")).rows
+    assert (row.counters.calls, row.counters.items) == (total, total)
+    tokens = done.usage.prompt_tokens + done.usage.completion_tokens
+    assert row.counters.tokens == tokens
 
 
 @pytest.mark.timeout(600)

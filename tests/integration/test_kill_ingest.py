@@ -19,7 +19,7 @@ from forebay.v1 import knowledge_pb2 as pb
 from forebay.v1 import knowledge_pb2_grpc
 
 from tests.conftest import copy_models
-from tests.integration.test_kill import Process
+from tests.integration.server_process import SERVE_WITH_CONSTANT_UPKEEP, StartProcess
 from tests.integration.test_knowledge import create, wait
 
 KILLS = int(os.environ.get("FOREBAY_KILLS", "4"))
@@ -53,12 +53,15 @@ def upload(stub, name: str, text: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180 + 30 * KILLS)
-def test_kill_9_loses_no_acknowledged_document(starters: Path, tmp_path: Path) -> None:
-    copy_models(starters, tmp_path / "models", "minilm")
+def test_kill_9_loses_no_acknowledged_document(
+    starters: Path, tmp_path: Path, start_process: StartProcess
+) -> None:
+    home = tmp_path / "home"
+    copy_models(starters, home / "models", "minilm")
     chance = random.Random(os.environ.get("FOREBAY_SEED", "1"))
     ledger = Ledger()
     number = 0
-    server = Process(tmp_path)
+    server = start_process(*SERVE_WITH_CONSTANT_UPKEEP)
     stub = knowledge_pb2_grpc.KnowledgeServiceStub(server.channel)
     create(stub, "k", language="en", chunks={"tokens": 40, "overlap": 0})
     for _ in range(KILLS):
@@ -88,11 +91,10 @@ def test_kill_9_loses_no_acknowledged_document(starters: Path, tmp_path: Path) -
         server.kill()
         stopping.set()
         thread.join(30)
-        server = Process(tmp_path)
+        server = start_process(*SERVE_WITH_CONSTANT_UPKEEP)
         stub = knowledge_pb2_grpc.KnowledgeServiceStub(server.channel)
         nothing_is_half_visible(stub, ledger)
-        check(stub, ledger, tmp_path)
-    server.kill()
+        check(stub, ledger, home)
     assert len(ledger.acked) + len(ledger.deleted) >= KILLS
 
 

@@ -1,0 +1,25 @@
+"""What integration tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.server_process import ServerProcess, StartProcess
+
+
+@pytest.fixture
+def start_process(tmp_path: Path) -> Iterator[StartProcess]:
+    """Starts servers on one home, see ServerProcess, and waits until they serve; none outlives the test."""
+    running: list[ServerProcess] = []
+
+    def start(*command: str, **environ: str) -> ServerProcess:
+        running.append(ServerProcess(tmp_path / "home", *command, **environ))
+        running[-1].wait()
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.kill()
