@@ -68,7 +68,7 @@ def main() -> None:
             try:
                 d, text, took = outcome(stub, file)
             except grpc.RpcError as e:
-                said = f"refused: {e.code().name}: {e.details()}"  # type: ignore[attr-defined]
+                said = f"refused: {e.code().name}: {e.details()}"
                 lines.append(f"| {file.relative_to(folder)} | | | | | | {said} |")
                 continue
             shown = text if d.status == pb.DOCUMENT_STATUS_READY else f"**{d.reason}**: {d.message}"

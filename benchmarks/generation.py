@@ -126,7 +126,7 @@ def process(command: list[str], env: dict[str, str], ready: str) -> Iterator[Non
         try:
             running.wait(20)
         except subprocess.TimeoutExpired:
-            pass
+            pass  # killed below
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
         running.wait()

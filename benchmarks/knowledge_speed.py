@@ -13,7 +13,6 @@ caller, one question at a time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import itertools
 import json
@@ -220,10 +219,12 @@ def ratio(stub: Stub, base: str, files: Sequence[tuple[str, str]], model: str) -
 
 def fill(stub: Stub, texts: Sequence[str], chunks: int) -> None:
     """The base that is asked: its first `chunks` chunks, as far as they are missing."""
-    with contextlib.suppress(grpc.RpcError):  # it is there already
-        config = {"language": "en"}
-        create = pb.CreateKnowledgeBaseRequest(knowledge_base=BASE, config=config)
-        stub.CreateKnowledgeBase(create)
+    config = {"language": "en"}
+    try:
+        stub.CreateKnowledgeBase(pb.CreateKnowledgeBaseRequest(knowledge_base=BASE, config=config))
+    except grpc.RpcError as e:
+        if e.code() is not grpc.StatusCode.ALREADY_EXISTS:
+            raise
     # SciFact has 9,362 chunks; the last ones are abstracts once more, in other files.
     for size in (100, 30):
         for at in range(0, len(texts), size):

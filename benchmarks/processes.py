@@ -97,14 +97,14 @@ class Processes:
             try:
                 self.process.wait(patience_s)
             except subprocess.TimeoutExpired:
-                pass
+                pass  # killed below
         for number in (signal.SIGTERM, signal.SIGKILL):
             left = self.pids()
             for pid in left:
                 try:
                     os.kill(pid, number)
                 except ProcessLookupError:
-                    pass
+                    pass  # ended meanwhile
             until = time.monotonic() + 5
             while left and self.pids() and time.monotonic() < until:
                 time.sleep(0.1)

@@ -68,7 +68,7 @@ def running(home: Path, models: str = "minilm") -> Iterator[tuple[grpc.Channel, 
                 if check(health_pb2.HealthCheckRequest(), timeout=5).status == 1:
                     break
             except grpc.RpcError:
-                pass
+                pass  # it does not listen yet
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         yield channel, data_folder()

@@ -33,7 +33,7 @@ def main() -> None:
     settings = load_settings().settings
     o = settings.observability
     listener = configure(o.log_format, o.log_level, o.access_log)
-    out = Path(sys.argv[1]).open("w")  # noqa: SIM115
+    out = Path(sys.argv[1]).open("w")  # noqa: SIM115 - closed below
 
     async def serve() -> None:
         server = Server(settings, http_port(settings))
@@ -55,7 +55,7 @@ def main() -> None:
             try:
                 await asyncio.wait_for(stop.wait(), EVERY_S)
             except TimeoutError:
-                pass
+                pass  # time for the next sample
         await server.stop()
 
     try:

@@ -86,7 +86,7 @@ class Server:
                 if check(health_pb2.HealthCheckRequest(), timeout=5).status == 1:
                     break
             except grpc.RpcError:
-                pass
+                pass  # it does not listen yet
             assert self.process.poll() is None and time.monotonic() - began < 300
             time.sleep(0.05)
         self.started_s = time.monotonic() - began

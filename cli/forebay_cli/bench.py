@@ -33,7 +33,7 @@ def _register(name: str, module: str, text: str) -> None:
     def command(context: typer.Context) -> None:
         os.chdir(checkout())
         # In this process's place, so that a signal reaches the measurement itself.
-        os.execv(sys.executable, [sys.executable, "-m", module, *context.args])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-m", module, *context.args])  # noqa: S606 - no shell
 
 
 for _name, (_module, _text) in MODULES.items():

@@ -26,6 +26,6 @@ def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
         with grpc.insecure_channel(target) as open_channel:
             yield open_channel, metadata
     except grpc.RpcError as e:
-        code, text = e.code(), e.details()  # type: ignore[attr-defined]
+        code, text = e.code(), e.details()
         typer.secho(f"forebay: {target}: {code.name}: {text}", fg="red", err=True)
         raise typer.Exit(1) from None

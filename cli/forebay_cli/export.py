@@ -30,7 +30,7 @@ def sklearn(
     ] = None,
     version: Annotated[int, typer.Option()] = 1,
     models: Root = None,
-    trust: Annotated[list[str], typer.Option(help="Types of the skops file to trust.")] = [],  # noqa: B006
+    trust: Annotated[list[str], typer.Option(help="Types of the skops file to trust.")] = [],  # noqa: B006 - never changed
     joblib: Annotated[
         bool, typer.Option("--joblib", help="Read a joblib file in a sandboxed process.")
     ] = False,

@@ -23,7 +23,7 @@ def ensure() -> None:
     if VARIABLE in os.environ or not optional():
         return
     os.environ[VARIABLE] = VALUE
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - no shell
 
 
 def optional() -> bool:

@@ -114,7 +114,7 @@ def metrics_folder(settings: Settings, port: int) -> Path:
 
 def _become(spec: dict[str, object]) -> NoReturn:
     script = str(Path(__file__).with_name("supervise.py"))
-    os.execv(sys.executable, [sys.executable, "-I", "-S", script, json.dumps(spec)])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-I", "-S", script, json.dumps(spec)])  # noqa: S606 - no shell
 
 
 def make_starters(settings: Settings) -> None:

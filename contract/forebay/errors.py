@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "forebay"
@@ -76,9 +77,9 @@ class ForebayError(Exception):
         self.metadata: dict[str, str] = dict(metadata or {})
         self.retry_after_s = retry_after_s
 
-    def details(self) -> list[object]:
+    def details(self) -> list[Message]:
         """The google.rpc detail messages of this error, ErrorInfo first."""
-        out: list[object] = [
+        out: list[Message] = [
             error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
         ]
         if self.retry_after_s is not None:
@@ -91,7 +92,7 @@ class ForebayError(Exception):
         """The google.rpc.Status that travels in `grpc-status-details-bin`."""
         status = status_pb2.Status(code=code_pb2.Code.Value(self.code), message=self.message)
         for detail in self.details():
-            status.details.add().Pack(detail)  # type: ignore[arg-type]
+            status.details.add().Pack(detail)
         return status
 
 
@@ -120,7 +121,7 @@ class InvalidArgument(ForebayError):
         """One violation at `path`."""
         return cls(FieldViolation(path, description), **kwargs)  # type: ignore[arg-type]
 
-    def details(self) -> list[object]:
+    def details(self) -> list[Message]:
         bad = error_details_pb2.BadRequest()
         for v in self.violations[:100]:
             bad.field_violations.add(field=v.field, description=v.description)
@@ -167,7 +168,7 @@ class NotFound(ForebayError):
         self.kind = kind
         self.name = name
 
-    def details(self) -> list[object]:
+    def details(self) -> list[Message]:
         info = error_details_pb2.ResourceInfo(
             resource_type=self.kind, resource_name=self.name, description=self.message
         )
@@ -215,7 +216,7 @@ class RateLimited(ForebayError):
         super().__init__(message, retry_after_s=retry_after_s)
         self.violations = list(violations)
 
-    def details(self) -> list[object]:
+    def details(self) -> list[Message]:
         quota = error_details_pb2.QuotaFailure()
         for v in self.violations:
             quota.violations.add(subject=v.subject, description=v.description)

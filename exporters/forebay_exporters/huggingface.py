@@ -67,7 +67,7 @@ def export_huggingface(
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
-        import transformers  # pyright: ignore[reportMissingImports]
+        import transformers
     except ImportError as e:
         raise ImportError(f"{e.name} is not installed: pip install 'forebay[export]'") from None
     if precision not in PRECISIONS:
@@ -191,10 +191,8 @@ class _Encoder:
 
 def _pairs(texts: Sequence[str]) -> list[Text]:
     """Calibration texts as pairs: each with the next, or by a tab within the line."""
-    split = [tuple(t.split("\t", 1)) for t in texts if "\t" in t]
-    if split:
-        return split  # type: ignore[return-value]
-    return list(itertools.pairwise(texts))
+    split: list[Text] = [(a, b) for a, tab, b in (t.partition("\t") for t in texts) if tab]
+    return split or list(itertools.pairwise(texts))
 
 
 def _rows(values: Any, mask: Any) -> Any:

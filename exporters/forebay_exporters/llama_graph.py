@@ -178,7 +178,10 @@ class _Builder:
 
     def _rotate(self, x: Any, cos: Any, sin: Any) -> Any:
         half = self._head // 2
-        at = lambda v: ops.constant([v], Type.i64)  # noqa: E731
+
+        def at(place: int) -> Any:
+            return ops.constant([place], Type.i64)
+
         first = ops.slice(x, at(0), at(half), at(1), at(3))
         second = ops.slice(x, at(half), at(self._head), at(1), at(3))
         turned = ops.concat([ops.multiply(second, ops.constant(np.float32(-1))), first], -1)

@@ -31,7 +31,7 @@ def convert(source: Path, out: Path, say: Callable[[str], None] = lambda _: None
     os.environ["OPENVINO_TELEMETRY_DISABLE"] = "1"
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+    from transformers import AutoTokenizer
 
     from forebay_exporters.llama_graph import build
 

@@ -119,7 +119,7 @@ def _from_query(method: Method, request: Request) -> dict[str, Any]:
             wrong = [v for v in values if v not in ("true", "false")]
             if wrong:
                 raise InvalidArgument.at(name, f"is {wrong[0]!r}; allowed are true and false")
-            values = [v == "true" for v in values]  # type: ignore[misc]
+            values = [v == "true" for v in values]
         out[name] = values if field.is_repeated else values[-1]
     return out
 
@@ -216,7 +216,7 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
                 yield first
                 for path, file in files:
                     while data := await file.read(CHUNK):
-                        part = method.request(chunk={"path": path, "data": data})  # type: ignore[call-arg]
+                        part = method.request(chunk={"path": path, "data": data})
                         yield part.SerializeToString()
 
             call = upstream.start(method, request.headers, messages())

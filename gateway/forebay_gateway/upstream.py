@@ -254,7 +254,7 @@ async def with_heartbeats(
     try:
         while True:
             if pending is None:
-                pending = asyncio.ensure_future(anext(source))  # type: ignore[arg-type]
+                pending = asyncio.ensure_future(anext(source))
             done, _ = await asyncio.wait((pending,), timeout=every_s)
             if not done:
                 yield beat()

@@ -26,7 +26,7 @@ PLUGINS = (
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example's program."""
     if shutil.which("go") is None:
-        pytest.skip("no Go toolchain")
+        pytest.skip("no Go toolchain: https://go.dev/dl")
     tree = tmp_path_factory.mktemp("go")
     source = tree / "examples" / "go" / "chat"
     ignored = shutil.ignore_patterns("gen", "go.sum")
@@ -39,7 +39,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
         if done.returncode and "dial tcp" in done.stderr:
-            pytest.skip("the Go modules cannot be fetched")
+            pytest.skip("no network to fetch the Go modules")
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests.conftest import Live, Start, copy_models
 from tests.integration.random_lm import random_model
@@ -17,11 +18,10 @@ from tests.integration.scripted_upstream import ScriptedUpstream
 from tests.integration.test_gateway import Gateway
 from tests.integration.test_upstream import put
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), "")  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium"),
 ]
 #: Where screenshots go, for people to look at.
 PICTURES = os.environ.get("FOREBAY_SCREENSHOTS", "")
@@ -63,7 +63,7 @@ def gateway(live: Live) -> Iterator[Gateway]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         made = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
         made.close()

@@ -30,7 +30,6 @@ VLLM = "{dtype: float32, enforce_eager: true}"
 
 def random_folder() -> Path:
     """A Hugging Face folder with random weights, made once for each state of its maker."""
-    pytest.importorskip("safetensors")
     from forebay_exporters.tiny_lm import folder, random_weights
 
     digest = hashlib.sha256()
@@ -44,8 +43,6 @@ def random_folder() -> Path:
 
 def random_openvino(root: Path, running: int = 32, name: str = "tiny", config: str = "") -> Path:
     """A repository with random weights for the embedded engine; `config` goes into model.yaml."""
-    pytest.importorskip("openvino_genai")
-    pytest.importorskip("transformers")
     from forebay_exporters.openvino_export import convert
 
     source = random_folder()
@@ -63,7 +60,6 @@ def random_vllm(root: Path, running: int = 256, options: str = VLLM) -> Path:
 
 def openvino_models(root: Path, running: int = 32, name: str = "tiny") -> Path:
     """A repository with the trained tiny model for the embedded engine."""
-    pytest.importorskip("openvino_genai")
     if not TINY_OPENVINO.is_dir():
         pytest.skip("the tiny language model was not made: `make tiny-lm`")
     return _put(root, name, TINY_OPENVINO, "openvino", "{kv_cache_gb: 1}", "''", running)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -33,7 +32,6 @@ TEMPLATE = (
 
 def random_model(root: Path, name: str = "random", **options: object) -> Path:
     """Put the model at `<root>/<name>/1`."""
-    pytest.importorskip("openvino_genai")
     import openvino as ov
     from forebay_exporters.llama_graph import build
     from safetensors.numpy import save_file

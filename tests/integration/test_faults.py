@@ -213,7 +213,7 @@ def serve(home: Path, models: Path, port: int) -> subprocess.Popen[bytes]:
                 if all(v.state == 3 for m in models_ for v in m.versions):
                     return process
             except grpc.RpcError:
-                pass
+                pass  # it does not listen yet
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
 

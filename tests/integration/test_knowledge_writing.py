@@ -20,8 +20,6 @@ from tests.integration.scripted_upstream import ScriptedUpstream
 from tests.integration.test_knowledge import create, upload, wait
 from tests.integration.test_upstream import put
 
-pytest.importorskip("openvino_genai")
-
 HANDBOOK = b"""# Handbook
 
 ## Holidays

@@ -218,7 +218,7 @@ def test_streams_pass_through(both: list[Live]) -> None:
         bad = stream(iter([em.EmbedStreamRequest().SerializeToString()]), timeout=30)
         with pytest.raises(grpc.RpcError) as error:
             list(bad)
-        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_caller_cannot_name_its_own_peer(both: list[Live]) -> None:

@@ -262,7 +262,7 @@ def test_anthropic_messages(gateway: Gateway, said: str) -> None:
         final = stream.get_final_message()
     assert final.stop_reason == "tool_use"
     used = next(b for b in final.content if b.type == "tool_use")
-    assert used.name == "get_weather" and set(used.input) == {"city"}  # type: ignore[arg-type]
+    assert used.name == "get_weather" and set(used.input) == {"city"}
     question += [
         {"role": "assistant", "content": [b.model_dump(exclude_none=True) for b in final.content]},
         {

@@ -54,7 +54,7 @@ def test_a_bad_row_among_many_ends_its_own_call_alone(live: Live) -> None:
         try:
             return stub.Predict(predict_request(row), timeout=30)
         except grpc.RpcError as e:
-            return e.code()  # type: ignore[attr-defined]
+            return e.code()
 
     with ThreadPoolExecutor(30) as pool:
         answers = list(pool.map(call, kinds))

@@ -146,7 +146,7 @@ def end_of(call: Any) -> grpc.StatusCode:
     try:
         list(call)
     except grpc.RpcError as e:
-        return e.code()  # type: ignore[attr-defined]
+        return e.code()
     return grpc.StatusCode.OK
 
 

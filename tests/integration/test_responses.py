@@ -321,7 +321,7 @@ def test_logprobs_are_included_when_asked_for(client: openai.OpenAI) -> None:
     answer = client.responses.create(
         model="tiny", input="Hello", include=["message.output_text.logprobs"], **CALM
     )
-    part = answer.output[0].content[0]  # type: ignore[union-attr]
+    part = answer.output[0].content[0]
     assert part.logprobs and "".join(t.token for t in part.logprobs) == answer.output_text
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from forebay_server.generation.templates import render
 from tokenizers import Tokenizer
-from transformers import (  # pyright: ignore[reportMissingImports]
+from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )

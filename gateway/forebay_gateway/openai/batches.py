@@ -201,7 +201,7 @@ def _object(batch: pb.Batch) -> dict[str, Any]:
 
 def _seconds(batch: pb.Batch, name: str) -> int | None:
     at: Timestamp = getattr(batch, name)
-    return at.seconds if batch.HasField(name) else None  # type: ignore[arg-type]
+    return at.seconds if batch.HasField(name) else None
 
 
 def _shown(seconds: int) -> str:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,8 @@ from sqlalchemy.exc import IntegrityError
 
 from forebay_server.storage.database import Database
 from forebay_server.storage.tables import idempotency
+
+log = logging.getLogger("forebay.access")
 
 #: Seconds for which answers are kept, and after which an unfinished call no longer blocks.
 KEEP_S, STALE_S = 24 * 3600.0, 60.0
@@ -99,8 +102,10 @@ class IdempotencyStore:
         """Keep a long call's token from going stale: loading a model may take minutes."""
         while True:
             await asyncio.sleep(STALE_S / 4)
-            with contextlib.suppress(Exception):
+            try:
                 await self.touch(row)
+            except Exception:  # the work goes on, and its answer must not be lost to this
+                log.exception("a running call's token could not be kept fresh; it is tried again")
 
     async def touch(self, row: tuple[str, str, str]) -> None:
         """Say that the work of a token still goes on."""
@@ -123,7 +128,7 @@ class IdempotencyStore:
                 await db.execute(new)
             return None
         except IntegrityError:
-            pass
+            pass  # it is taken: see by whom
         async with self._database.read() as db:
             found = (await db.execute(sa.select(t).where(_is(row)))).first()
         if found is not None and found.request_hash != digest:

@@ -130,7 +130,7 @@ class BatchRunner:
             task.cancel()
         await asyncio.gather(*items, *self._tasks, return_exceptions=True)
         await self._write_waiting()
-        with contextlib.suppress(ForebayError):
+        with contextlib.suppress(ForebayError):  # else others take them after OWNED_S
             await self.store.release(self._owner)
 
     def open(self) -> tuple[int, int]:
@@ -178,7 +178,7 @@ class BatchRunner:
     async def _drop(self, batch: _Open) -> None:
         await self._stop_items(batch)
         self._open.pop(batch.row.id, None)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # dropped meanwhile
             self._turns.remove(batch.row.id)
 
     async def _stop_items(self, batch: _Open) -> None:

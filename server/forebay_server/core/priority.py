@@ -21,7 +21,7 @@ def lower(by: int) -> None:
     if not hasattr(os, "setpriority") or not os.path.isdir("/proc/self/task"):
         return
     thread = threading.get_native_id()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
         now = os.getpriority(os.PRIO_PROCESS, thread)
         os.setpriority(os.PRIO_PROCESS, thread, min(19, now + by))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from re import _constants, _parser  # type: ignore[attr-defined] # pyright: ignore
+from re import _constants, _parser  # pyright: ignore[reportAttributeAccessIssue] - private
 from typing import Any
 
 from forebay.errors import InvalidArgument

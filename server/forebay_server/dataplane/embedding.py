@@ -22,6 +22,9 @@ PIECE = 64
 #: Submissions of one job that are in flight at once, so that the next batch is ready.
 IN_FLIGHT = 2
 
+#: What gets the outcome of a job.
+Done = Callable[[TextOutcome], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
@@ -35,7 +38,7 @@ class Embedded:
 
 
 def embedding_job(
-    call: Call, ref: str, texts: Sequence[str], prompt: str, path: str, done: object
+    call: Call, ref: str, texts: Sequence[str], prompt: str, path: str, done: Done
 ) -> TextJob:
     """The TextJob that gives vectors of texts. `done` gets a TextOutcome.
 
@@ -47,7 +50,7 @@ def embedding_job(
         before = model.manifest.embedding_head.prompts.get(prompt, "")
         return [before + t for t in texts] if before else list(texts)
 
-    return TextJob(call, ref, ("embedding",), inputs, done, path=path)  # type: ignore[arg-type]
+    return TextJob(call, ref, ("embedding",), inputs, done, path=path)
 
 
 def matrix(outcome: TextOutcome) -> NDArray[np.float32]:
@@ -114,8 +117,8 @@ class TextEmbedder:
                 *(prompts.get("document", "") + d for d in documents),
             ]
 
-        def job(child: Call, done: object) -> TextJob:
-            return TextJob(child, ref, ("rerank", "embedding"), inputs, done, path="documents")  # type: ignore[arg-type]
+        def job(child: Call, done: Done) -> TextJob:
+            return TextJob(child, ref, ("rerank", "embedding"), inputs, done, path="documents")
 
         outcome, child = await self._once(call, job)
         call.facts.tokens += child.facts.tokens
@@ -140,7 +143,7 @@ class TextEmbedder:
                 await asyncio.sleep(e.retry_after_s or 0.1)
 
     async def _once(
-        self, call: Call, make: Callable[[Call, object], TextJob]
+        self, call: Call, make: Callable[[Call, Done], TextJob]
     ) -> tuple[TextOutcome, Call]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[TextOutcome] = loop.create_future()
@@ -173,7 +176,7 @@ class TextEmbedder:
             raise
 
 
-def child_of(call: Call, on_end: object) -> Call:
+def child_of(call: Call, on_end: Callable[[Call], None]) -> Call:
     """A call that is part of another: the same key and deadline, facts of its own."""
     child = Call(
         call.method,
@@ -181,7 +184,7 @@ def child_of(call: Call, on_end: object) -> Call:
         started=time.monotonic(),
         deadline=call.deadline,
         peer=call.peer,
-        on_end=on_end,  # type: ignore[arg-type]
+        on_end=on_end,
     )
     child.principal = call.principal
     child.request_id = call.request_id

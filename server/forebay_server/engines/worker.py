@@ -80,9 +80,9 @@ def run(
     results = engine.finish(engine.execute(engine.prepare(batch)), batch)
     if tokens:
         return {"kind": "tokens"}, {"rows": np.stack([np.asarray(r) for r in results])}
-    names = list(results[0])  # type: ignore[arg-type]
+    names = list(results[0])
     joined = {
-        n: results[0][n] if len(results) == 1 else np.concatenate([r[n] for r in results])  # type: ignore[index,call-overload]
+        n: results[0][n] if len(results) == 1 else np.concatenate([r[n] for r in results])
         for n in names
     }
     return {"kind": "tensors"}, joined

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -160,7 +160,7 @@ class FileLibrary:
             raise NotFound("file", file)
         await asyncio.to_thread((self._folder / file).unlink, True)
 
-    async def read(self, row: FileRow) -> AsyncIterator[bytes]:
+    async def read(self, row: FileRow) -> AsyncGenerator[bytes, None]:
         """A file's bytes, in pieces. A file that is deleted meanwhile is read to its end."""
         try:
             source = await asyncio.to_thread((self._folder / row.id).open, "rb")

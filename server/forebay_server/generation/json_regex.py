@@ -47,7 +47,7 @@ MAX_RANGE = 1000
 
 def regex_of(schema: Any) -> str | None:
     """The expression; None when the schema is not covered."""
-    from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports]
+    from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports] - compiled
         build_regex_from_schema,
     )
 

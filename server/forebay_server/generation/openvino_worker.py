@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino_genai  # pyright: ignore[reportMissingImports]
+import openvino_genai
 
 from forebay_server.generation.hermes import CLOSE, OPEN
 from forebay_server.generation.json_regex import regex_of
@@ -248,7 +248,7 @@ def _arguments(function: dict[str, Any]) -> Any:
 
 def build(spec: dict[str, Any]) -> OpenVinoStepper:
     """The engine. Raises Refused with the library's words."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a sandbox may forbid it, and it is a courtesy
         os.nice(NICENESS)  # the pipeline's threads inherit it
     try:
         return OpenVinoStepper(spec)

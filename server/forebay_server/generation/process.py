@@ -136,6 +136,7 @@ class ProcessEngine:
         except subprocess.TimeoutExpired:
             log.warning("%s of %s does not end; it is killed", self._name, self._spec.model)
         # Its own children are in its group: none may outlive it, they hold the memory.
+        # Not there, or not ours: all have ended.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -145,7 +146,7 @@ class ProcessEngine:
         self._closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # the loop is closed, the connection with it
                 connection.loop.call_soon_threadsafe(connection.stop)
         sock, self._sock = self._sock, None
         if sock is not None and connection is None:
@@ -181,7 +182,7 @@ class ProcessEngine:
         if process is None or connection is None:
             return
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended already: the socket says so too
             pidfd = os.pidfd_open(process.pid)
 
             def ended() -> None:
@@ -254,7 +255,7 @@ def _group_memory(pid: int) -> int:
     total, queue = 0, [pid]
     while queue:
         one = queue.pop()
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # ended meanwhile
             status = Path(f"/proc/{one}/statm").read_text().split()
             total += int(status[1]) * os.sysconf("SC_PAGESIZE")
             for task in Path(f"/proc/{one}/task").iterdir():

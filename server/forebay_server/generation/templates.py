@@ -19,7 +19,7 @@ from forebay_server.generation.errors import TemplateRefused
 class _Generation(Extension):
     """`{% generation %}`: marks what the model says, for training; nothing to do here."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

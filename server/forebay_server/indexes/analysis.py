@@ -12,7 +12,7 @@ import threading
 import unicodedata
 from functools import cache
 
-import Stemmer  # type: ignore[import-untyped]
+import Stemmer
 
 #: Snowball's algorithm by ISO 639-1 code.
 ALGORITHMS = {

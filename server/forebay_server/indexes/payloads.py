@@ -126,7 +126,10 @@ class PayloadIndex:
         Args:
             words, ids: answer the conditions that this index does not hold.
         """
-        again = lambda c: self.mask(c, n, words, ids)  # noqa: E731
+
+        def again(part: f.Filter) -> Mask:
+            return self.mask(part, n, words, ids)
+
         if isinstance(condition, f.AllOf):
             return np.logical_and.reduce([again(c) for c in condition.filters])
         if isinstance(condition, f.AnyOf):

@@ -67,9 +67,12 @@ class EvaluationJobs:
         """Read what is kept, go on with what was cut off."""
         for base in self._bases.all():
             for path in sorted(self._folder(base.row.id).glob("*.json")):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                try:
                     job = _from_json(path.read_bytes())
-                    self._jobs[job.id] = job
+                except (ValueError, KeyError, TypeError):
+                    log.exception("evaluation %s cannot be read; it is left out", path)
+                    continue
+                self._jobs[job.id] = job
         for job in sorted(self._jobs.values(), key=lambda j: j.created_at):
             if job.status == "running":
                 self._queue.put_nowait(job.id)

@@ -192,7 +192,7 @@ class Ingest:
         return await self._bases.store.update(row.id, **values)
 
     async def _failed(self, row: DocumentRow, reason: str, message: str) -> None:
-        with contextlib.suppress(ForebayError):
+        with contextlib.suppress(ForebayError):  # not noted, it begins again at the next start
             await self._note(row, status="failed", reason=reason, message=message[:1000])
         self._on_end("failed")
 

@@ -55,6 +55,7 @@ def main() -> int:
 
 
 def _start(order: dict[str, Any], pipe: int, running: dict[int, int], own: tuple[int, ...]) -> None:
+    # What is not there, the child misses too, and says so.
     with contextlib.suppress(KeyError, ImportError):
         importlib.import_module(_LIBRARIES[order["name"].lower().rpartition(".")[2]])
     gc.freeze()  # the child shares these pages
@@ -109,7 +110,7 @@ def _reap(running: dict[int, int]) -> None:
 
 
 def _die_with_parent() -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -15,7 +15,7 @@ from forebay_server.core.call import Call
 from forebay_server.dataplane.collections import HIDDEN, Collections, Written
 from forebay_server.dataplane.embedding import child_of
 from forebay_server.dataplane.models import jobs_of
-from forebay_server.dataplane.searching import SearchPipeline
+from forebay_server.dataplane.searching import SearchJob, SearchPipeline
 from forebay_server.dataplane.snapshots import Snapshots
 from forebay_server.services.base import Service
 from forebay_server.services.collection_messages import (
@@ -140,7 +140,10 @@ class CollectionService(Service):
 
     def search(self, calls: Sequence[Call]) -> None:
         """Search."""
-        make = lambda c: search_job(c, cast(twin.SearchRequest, c.request))  # noqa: E731
+
+        def make(call: Call) -> SearchJob:
+            return search_job(call, cast(twin.SearchRequest, call.request))
+
         self._searches.run(jobs_of(calls, make))
 
     async def search_stream(self, call: Call) -> AsyncIterator[pb.SearchStreamResponse]:

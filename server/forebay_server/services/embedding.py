@@ -33,7 +33,10 @@ class EmbeddingService(Service):
 
     def embed(self, calls: Sequence[Call]) -> None:
         """Embed."""
-        make = lambda c: _job(c, cast(embedding_pb2.EmbedRequest, c.request))  # noqa: E731
+
+        def make(call: Call) -> TextJob:
+            return _job(call, cast(embedding_pb2.EmbedRequest, call.request))
+
         self._texts.run(jobs_of(calls, make))
 
     def embed_stream(

@@ -89,7 +89,7 @@ class FileService(Service):
         """DownloadFile."""
         request = cast(pb.DownloadFileRequest, call.request)
         row = await self._library.get(call.principal.key_id, request.file)
-        async with aclosing(self._library.read(row)) as pieces:  # type: ignore[type-var]
+        async with aclosing(self._library.read(row)) as pieces:
             async for data in pieces:
                 yield pb.DownloadFileResponse(data=data)
 

@@ -74,7 +74,7 @@ class KeyService(Service):
 
 def _limits(m: pb.KeyLimits) -> Limits:
     def given(name: str) -> bool:
-        return m.HasField(name)  # type: ignore[arg-type]
+        return m.HasField(name)
 
     return Limits(
         m.requests_per_second if given("requests_per_second") else None,

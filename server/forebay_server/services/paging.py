@@ -26,7 +26,7 @@ def offset(token: str) -> int:
         if kind == "offset" and number.isdigit() and len(number) < 16:
             return int(number)
     except ValueError:
-        pass
+        pass  # refused below
     raise InvalidArgument.at("page_token", "is not a next_page_token of this method")
 
 

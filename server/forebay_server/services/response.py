@@ -21,6 +21,7 @@ from forebay.errors import (
 from forebay.methods import methods
 from forebay.settings import ResponseSettings
 from forebay.v1 import response_pb2 as pb
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from forebay_server.access.deferred import DeferredWork
 from forebay_server.core.call import Call
@@ -110,7 +111,7 @@ class ResponseService(Service):
         for name in list(self._background):
             await self._stop(name)
         await asyncio.gather(*self._ends, return_exceptions=True)
-        with contextlib.suppress(ForebayError):
+        with contextlib.suppress(ForebayError):  # else others take them after OWNED_S
             await self._store.release(self._owner)
 
     async def _stop(self, name: str) -> None:
@@ -223,10 +224,10 @@ class ResponseService(Service):
     ) -> None:
         """Store the end, and what it used, however long the database is away."""
 
-        async def count(db: object) -> None:
+        async def count(db: AsyncConnection) -> None:
             if call is not None:
                 # The call that left it behind was counted as a call already.
-                await self._deferred.count(db, call, code, calls=0)  # type: ignore[arg-type]
+                await self._deferred.count(db, call, code, calls=0)
 
         while True:
             try:

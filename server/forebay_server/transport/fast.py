@@ -38,7 +38,7 @@ log = logging.getLogger("forebay.transport")
 STREAM = "server_stream"
 #: Seconds between two looks at what the extension has refused by itself.
 COUNT_S = 0.5
-_CODES = {code.name: int(code.value[0]) for code in grpc.StatusCode}  # type: ignore[index]
+_CODES = {code.name: int(code.value[0]) for code in grpc.StatusCode}
 
 
 def available() -> bool:

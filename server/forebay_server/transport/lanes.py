@@ -7,7 +7,6 @@ Without, the ordinary lane has the port.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -153,11 +152,12 @@ class Lanes:
     def _bind(
         self, server: aio.Server, address: str, credentials: grpc.ServerCredentials | None
     ) -> int:
-        with contextlib.suppress(RuntimeError):
+        try:
             if credentials is not None:
                 return server.add_secure_port(address, credentials)
             return server.add_insecure_port(address)
-        raise OSError(f"cannot listen on {address}")
+        except RuntimeError as e:
+            raise OSError(f"cannot listen on {address}") from e
 
     def _credentials(self) -> grpc.ServerCredentials | None:
         s = self._settings

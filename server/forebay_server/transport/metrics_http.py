@@ -6,8 +6,10 @@ Others reach it through the gateway's /metrics, which asks for a key where keys 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Callable
+
+log = logging.getLogger("forebay.transport")
 
 
 class MetricsListener:
@@ -28,16 +30,27 @@ class MetricsListener:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(Exception):
+        try:
             async with asyncio.timeout(5):
                 request = await reader.readuntil(b"\r\n\r\n")
-                good = request.startswith(b"GET /metrics ")
-                body = self._exposition() if good else b"not found\n"
-                status = b"200 OK" if good else b"404 Not Found"
+                status, body = self._answer(request)
                 writer.write(
                     b"HTTP/1.1 %s\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
                     b"Content-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(body))
                 )
                 writer.write(body)
                 await writer.drain()
-        writer.close()
+        except (OSError, EOFError, asyncio.LimitOverrunError):
+            pass  # too slow, gone, or no HTTP: there is nobody to answer
+        finally:
+            writer.close()
+
+    def _answer(self, request: bytes) -> tuple[bytes, bytes]:
+        if not request.startswith(b"GET /metrics "):
+            return b"404 Not Found", b"not found\n"
+        try:
+            return b"200 OK", self._exposition()
+        except Exception:
+            log.exception("the metrics cannot be written")
+            # A comment in this format: the gateway puts what comes behind its own metrics.
+            return b"500 Internal Server Error", b"# cannot be written; see the log\n"

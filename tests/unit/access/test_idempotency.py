@@ -7,7 +7,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from forebay.errors import Aborted, FailedPrecondition, InvalidArgument
+from forebay.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
+from forebay_server.access import idempotency
 from forebay_server.access.idempotency import KEEP_S, STALE_S, IdempotencyStore
 from forebay_server.storage.database import Database
 
@@ -122,3 +123,18 @@ async def test_neither_answer_nor_token_is_stored_readable(
     stored = b"".join(p.read_bytes() for p in tmp_path.iterdir() if p.is_file())
     assert b"secret answer" not in stored
     assert b"my-token" not in stored
+
+
+async def test_a_token_that_cannot_be_kept_fresh_costs_no_answer_and_is_in_the_log(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(idempotency, "STALE_S", 0.04)
+    store, work = IdempotencyStore(database), Work(waits=True)
+
+    async def away(row: tuple[str, str, str]) -> None:
+        work.may_end.set()
+        raise Unavailable("the database is away")
+
+    monkeypatch.setattr(store, "touch", away)
+    assert await store.once("k", "/m", "t", b"r", work) == b"secret answer 1"
+    assert "the database is away" in caplog.text

@@ -18,7 +18,9 @@ from google.protobuf.struct_pb2 import Struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-forebay_native = pytest.importorskip("forebay_native", reason="the extension is not built")
+forebay_native = pytest.importorskip(
+    "forebay_native", reason="the extension forebay_native is not built (cargo is needed)"
+)
 
 HEAD: dict[str, Any] = {
     "features": [

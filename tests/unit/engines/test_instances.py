@@ -34,7 +34,7 @@ def spec_of(folder: Path, engine: str = "onnxruntime", **execution: Any) -> Engi
 @pytest.fixture(params=["onnxruntime", "openvino"])
 def pair(starters: Path, request: pytest.FixtureRequest) -> Iterator[list[Any]]:
     if request.param == "openvino":
-        pytest.importorskip("openvino", reason="the extra `cpu`")
+        pytest.importorskip("openvino", reason="the extra `cpu` is not installed")
     execution = {"instances": 2, "intra_op_threads": 1, "lone_threads": 2}
     engines = factory.open_all(spec_of(starters / "minilm" / "1", request.param, **execution))
     yield engines

@@ -19,7 +19,9 @@ from forebay_server.repository.manifest import ModelConfig
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-openvino = pytest.importorskip("forebay_server.engines.openvino", reason="the extra `cpu`")
+pytest.importorskip("openvino", reason="the extra `cpu` is not installed")
+
+from forebay_server.engines import openvino
 
 TEXTS = (
     "A man is eating food.",
@@ -115,9 +117,11 @@ def test_a_text_is_the_same_alone_and_in_a_padded_batch(make: Make, minilm, item
 @pytest.mark.parametrize(("precision", "share"), [("int8", 0.3), ("bf16", 0.55)])
 def test_weights_take_less_memory(minilm: Path, precision: str, share: float) -> None:
     model = openvino.read(minilm / "model.onnx")
-    bytes_of = lambda: sum(  # noqa: E731
-        op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant"
-    )
+
+    def bytes_of() -> int:
+        constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
+        return sum(op.get_byte_size() for op in constants)
+
     before = bytes_of()
     # Four products in each of six layers, and the table of words.
     assert openvino.compress(model, precision) == 25

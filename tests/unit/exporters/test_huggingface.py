@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the extra `export` is not installed: make test-export")
-transformers = pytest.importorskip("transformers")
+LACKS = "the extra `export` is not installed: make test-export"
+torch = pytest.importorskip("torch", reason=LACKS)
+transformers = pytest.importorskip("transformers", reason=LACKS)
 
-from forebay_exporters.huggingface import export_huggingface  # noqa: E402
+from forebay_exporters.huggingface import export_huggingface  # noqa: E402 - it needs them
 
 WORDS = [
     "[PAD]",

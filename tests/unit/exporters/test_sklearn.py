@@ -147,7 +147,7 @@ def test_joblib_is_read_in_a_sandbox_only(table: pd.DataFrame, tmp_path: Path) -
     try:
         joblib_to_skops_result = joblib_to_skops(tmp_path / "evil.joblib")
     except ExportError:
-        pass
+        pass  # as good: what counts is that the command did not run
     assert not mark.exists(), joblib_to_skops_result
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes_validate import latest_version, validate
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.unit.observability.test_metrics import filled
@@ -86,12 +87,11 @@ def manifests() -> list[dict]:
 
 
 def test_kubernetes_knows_every_field_of_the_manifests() -> None:
-    validator = pytest.importorskip("kubernetes_validate")
     found = manifests()
     kinds = {d["kind"] for d in found}
     assert {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"} <= kinds
     for document in found:
-        validator.validate(document, validator.latest_version(), strict=True)
+        validate(document, latest_version(), strict=True)
 
 
 def test_the_autoscaler_and_the_services_point_at_the_pool() -> None:

@@ -9,6 +9,7 @@ from forebay_server.observability.tracing import (
     new_request_id,
     parse_traceparent,
 )
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -58,8 +59,7 @@ def test_without_an_exporter_nothing_is_traced() -> None:
 
 
 def test_spans_join_the_callers_trace() -> None:
-    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
-    exporter = memory.InMemorySpanExporter()
+    exporter = InMemorySpanExporter()
     tracer = Tracer(exporter=exporter)
     assert tracer.enabled
     tracer.start("call", TraceContext(TRACE, PARENT, True)).end()

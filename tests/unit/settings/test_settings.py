@@ -148,7 +148,7 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     s = load_settings(environ={}).settings
     with pytest.raises(ValueError, match="frozen"):
-        s.grpc.port = 1  # type: ignore[misc]
+        s.grpc.port = 1
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "db.example"])

@@ -27,21 +27,23 @@ def sqlite_url(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server of our own, or a skip that says why there is none."""
-    pytest.importorskip("asyncpg", reason="the asyncpg driver is not installed")
+    pytest.importorskip("asyncpg", reason="no asyncpg: pip install asyncpg")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     which = shutil.which("initdb")
     if not found and not which:
-        pytest.skip("no PostgreSQL binaries on this machine")
+        pytest.skip("no PostgreSQL: apt install postgresql")
     binaries = found[-1] if found else Path(str(which)).parent
     root = tmp_path_factory.mktemp("postgres")
     data = root / "data"
     as_user: list[str] = []
     if getpass.getuser() == "root":  # PostgreSQL refuses to run as root
         if not shutil.which("setpriv"):
-            pytest.skip("PostgreSQL does not run as root, and setpriv is absent")
+            pytest.skip(
+                "PostgreSQL does not run as root, and there is no setpriv: apt install util-linux"
+            )
         as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         for folder in (root, *root.parents[:2]):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # where it matters, initdb fails
                 folder.chmod(0o755)
         shutil.chown(root, "postgres", "postgres")
     made = subprocess.run(

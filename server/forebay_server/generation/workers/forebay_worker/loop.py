@@ -213,7 +213,7 @@ def yield_to_front() -> None:
     queue = [os.getpid()]
     while queue:
         pid = queue.pop()
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # ended meanwhile
             for task in os.listdir(f"/proc/{pid}/task"):
                 own = os.getpriority(os.PRIO_PROCESS, int(task))
                 os.setpriority(os.PRIO_PROCESS, int(task), own + NICENESS)
@@ -227,14 +227,14 @@ def main(descriptor: int, build: Callable[[dict[str, Any]], Stepper]) -> None:
     try:
         run(Link(socket.socket(fileno=descriptor)), build)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
+        pass  # the server has closed, or is gone
     except BaseException:
         import traceback
 
         traceback.print_exc()
         status = 70  # the server starts a new process
     # Nothing is left to do, and interpreters with torch take seconds to say goodbye.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the end comes anyway
         if os.getpgid(0) == os.getpid():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             os.killpg(os.getpid(), signal.SIGTERM)
