@@ -79,7 +79,7 @@ def plan(
         headroom,
         instances,
         call_us / 1e6,
-        routing=routing,  # type: ignore[arg-type]
+        routing=routing,
         price_per_hour=price,
     )
     policies = [policy] if keep_policy else planning.candidates(policy, calls)

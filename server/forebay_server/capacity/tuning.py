@@ -116,7 +116,7 @@ def sweep(
     )
     rng = np.random.default_rng(0)
     items = [item_of(spec, manifest, rng, rows, n) for n in lengths for _ in range(8)]
-    rng.shuffle(items)  # type: ignore[arg-type]
+    rng.shuffle(items)
     out = []
     for (instances, threads, lone), group in _by_engines(candidates(spec, max(lengths))):
         engines = _engines(spec, manifest, instances, threads, lone)
