@@ -88,7 +88,7 @@ def check(models: Path, name: str, seconds: float) -> dict[str, Any]:
             cost = fit_live(
                 channel, [], model, lengths, rows=rows, instances=slots, most=most
             ).model
-        able = peak(cost, policy, calls, slots)
+        able = peak(cost, policy, calls, slots, cost.call_s)
         runs = []
         for share in SHARES:
             rate = share * able
@@ -105,7 +105,7 @@ def check(models: Path, name: str, seconds: float) -> dict[str, Any]:
                 }
             )
             real = out["phases"][1]
-            scenario = Scenario(rate, calls, cost, policy, slots=slots)
+            scenario = Scenario(rate, calls, cost, policy, slots=slots, call_s=cost.call_s)
             simulated = simulate(scenario, max(120.0, 20_000 / rate))
             row: dict[str, Any] = {"share": share, "rate": rate, "calls": real["offered"]}
             for q in ("50", "99"):

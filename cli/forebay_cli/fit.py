@@ -85,7 +85,7 @@ def fit_live(
     table = method.endswith("Predict")
     call = channel.unary_unary(method)
     for length, make in makes.items():
-        beyond = overheads.setdefault(length, [])
+        beside_engine = overheads.setdefault(length, [])
         rng = random.Random(length)
         requests = [make(rng).SerializeToString() for _ in range(REQUESTS)]
         for callers in CALLERS:
@@ -105,27 +105,25 @@ def fit_live(
                     to = alone if callers < max(2, instances) else beside
                     to.add(Sample(timing.batch_rows, tokens, compute))
                     if callers <= FEW:
-                        beyond.append(max(0.0, took - compute - timing.queue_ms / 1e3))
+                        beside_engine.append(max(0.0, took - compute - timing.queue_ms / 1e3))
     contention = _contention(alone, beside, instances)
     share = 1 / (1 + contention * (instances - 1))
     samples = [*alone, *(replace(s, seconds=s.seconds * share) for s in beside)]
     source: dict[str, object] = {"model": name, "kind": "running server"}
     source["items"] = "rows" if table else "texts"
-    beside_engine = (
-        _stretched(overheads, rows) if table else [s for each in overheads.values() for s in each]
-    )
-    return Fitted(replace(fit(samples, beside_engine, source), contention=contention), seen)
+    row_s = _row_s(overheads) if table else 0.0
+    beyond = [max(0.0, s - row_s * n) for n, each in overheads.items() for s in each]
+    model = replace(fit(samples, beyond, source), contention=contention)
+    return Fitted(replace(model, call_s=model.call_s + (row_s * rows if table else 0.0)), seen)
 
 
-def _stretched(overheads: Mapping[int, Sequence[float]], rows: int) -> list[float]:
-    """What calls of `rows` rows take beside the engine, from calls of fewer: a row adds the same."""
-    sizes = sorted(overheads)
-    small, large = sizes[0], sizes[-1]
-    row_s = 0.0
-    if large > small:
-        middle = [statistics.median(overheads[n]) for n in (small, large)]
-        row_s = max(0.0, middle[1] - middle[0]) / (large - small)
-    return [s + row_s * (rows - large) for s in overheads[large]]
+def _row_s(overheads: Mapping[int, Sequence[float]]) -> float:
+    """What a row adds to what a table's call takes beside the engine: the interpreter reads it."""
+    small, large = min(overheads), max(overheads)
+    if large == small:
+        return 0.0
+    middle = [statistics.median(overheads[n]) for n in (small, large)]
+    return max(0.0, middle[1] - middle[0]) / (large - small)
 
 
 def _contention(alone: set[Any], beside: set[Any], instances: int) -> float:

@@ -34,8 +34,9 @@ def plan(
         int, typer.Option(min=1, help="Engines of a replica; with --fit, of the running server.")
     ] = 1,
     call_us: Annotated[
-        float, typer.Option(min=0, help="Server CPU of a call beside its engine, microseconds.")
-    ] = 45.0,
+        float | None,
+        typer.Option(min=0, help="Interpreter time of a call, microseconds; default: as fitted."),
+    ] = None,
     headroom: Annotated[float, typer.Option(min=0, help="Share of the rate on top.")] = 0.2,
     routing: Annotated[str, typer.Option(help=", ".join(ROUTINGS))] = "two_choices",
     price: Annotated[float, typer.Option(min=0, help="Of a replica for an hour.")] = 0.0,
@@ -61,9 +62,10 @@ def plan(
         policy = replace(policy, max_batch_size=BATCH_TEXTS)
     table = Call.of_table(rows, policy.max_batch_size)
     calls = [Call(n) for n in lengths] if text else [table]
+    call_s = model.call_s if call_us is None else call_us / 1e6
     if save is not None:
         save.write_text(model.to_json() + "\n")
-    peak = planning.peak(model, policy, calls, instances, call_us / 1e6)
+    peak = planning.peak(model, policy, calls, instances, call_s)
     typer.echo(
         f"a batch takes {model.base_s * 1e3:.3f} ms + {model.per_row_s * 1e6:.1f} us a row"
         + (f" + {model.per_token_s * 1e6:.2f} us a token" if model.per_token_s else "")
@@ -78,7 +80,7 @@ def plan(
         calls,
         headroom,
         instances,
-        call_us / 1e6,
+        call_s,
         routing=routing,
         price_per_hour=price,
     )

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 #: Quantiles of the ratios that are kept.
 RATIOS = 101
+#: Interpreter time of a call with little in it, among many.
+CALL_S = 45e-6
 #: Scale of rows x length squared, so that all terms have sizes alike.
 _PAIRS = 1e-3
 
@@ -40,6 +42,8 @@ class CostModel:
         ratios: measured / modelled, as quantiles from 0 to 1.
         overhead_s: what a call takes beside queue and engine, as quantiles from 0 to 1: transport,
             tokenizer, answer, as seen by a client on the same machine.
+        call_s: interpreter time of a call at its replica beside queue and engine: one call's after the
+            other's. A table's rows are read there.
         contention: how much longer a batch takes for each other that runs beside it at its replica, as a
             share. 0 where engines have cores of their own.
         error: median of |measured / modelled - 1|.
@@ -51,6 +55,7 @@ class CostModel:
     per_pair_s: float = 0.0
     ratios: tuple[float, ...] = (1.0,)
     overhead_s: tuple[float, ...] = (0.0,)
+    call_s: float = CALL_S
     contention: float = 0.0
     error: float = 0.0
     source: dict[str, object] = field(default_factory=dict)

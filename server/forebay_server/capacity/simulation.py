@@ -125,6 +125,7 @@ class _Replica:
         self.running = 0  # tokens of the batches that run
         self.jobs: list[_Job] = []
         self.since = 0.0  # until then the jobs' work is accounted for
+        self.pace = 1.0  # seconds that one of their seconds has taken since
         self.turn = 0  # of the plan for the next job's end: older ones are void
         self.door = 0.0  # when the interpreter has passed all that came
         self.alarm: float | None = None  # when a batch that waits for more is cut
@@ -220,12 +221,16 @@ class Simulation:
             self._submit(at, call, self._now)
             return
         came = self._now
+        self._work(at)
         replica.door = max(replica.door, came) + s.call_s
+        self._plan(at)
         self._later(replica.door, lambda: self._submit(at, call, came))
 
     def _submit(self, at: int, call: Call, came: float) -> None:
         """The call is parsed and joins the queue. `came`: when it reached the replica."""
         s, replica = self._s, self._replicas[at]
+        self._work(at)
+        self._plan(at)  # the interpreter may have nothing to do from here on
         items = [Item(_NOTHING, call.length, call.rows) for _ in range(call.items)]
         deadline = None if s.deadline_s is None else came + s.deadline_s
         completion = RequestCompletion(
@@ -293,14 +298,15 @@ class Simulation:
             self._plan(at)
 
     def _slower(self, replica: _Replica) -> float:
-        """By what a batch takes longer beside those that run now."""
-        return 1 + self._s.cost.contention * (len(replica.jobs) - 1)
+        """By what a batch takes longer beside those that run now, and beside the interpreter."""
+        beside = len(replica.jobs) - 1 + (replica.door > self._now)
+        return 1 + self._s.cost.contention * beside
 
     def _work(self, at: int) -> None:
         """Account for what the running batches have done until now."""
         replica = self._replicas[at]
         if replica.jobs:
-            done = (self._now - replica.since) / self._slower(replica)
+            done = (self._now - replica.since) / replica.pace
             for job in replica.jobs:
                 job.left -= done
         replica.since = self._now
@@ -312,7 +318,8 @@ class Simulation:
             return
         job = min(replica.jobs, key=lambda j: j.left)
         replica.turn += 1
-        ends = self._now + max(0.0, job.left) * self._slower(replica)
+        replica.pace = self._slower(replica)
+        ends = self._now + max(0.0, job.left) * replica.pace
         self._later(ends, lambda turn=replica.turn: self._done(at, job, turn))
 
     def _done(self, at: int, job: _Job, turn: int) -> None:

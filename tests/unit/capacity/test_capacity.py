@@ -93,6 +93,19 @@ def test_engines_on_one_processor_are_that_of_the_textbook(load: float) -> None:
     assert mean == pytest.approx(service / (1 - load), rel=0.05)
 
 
+def test_an_interpreter_that_reads_calls_holds_up_engines_on_its_processor() -> None:
+    """M/D/1 at 0.3 before the engine; with contention the engine goes at half its pace meanwhile."""
+    cost = CostModel(0.01, 0.0, contention=1.0, call_s=0.01)
+    alone = simulate(Scenario(1, [Call()], cost, ALONE, call_s=cost.call_s, seed=5), 4000)
+    assert alone.quantile(0.5) == pytest.approx(0.02, rel=0.01)
+    busy = simulate(Scenario(30, [Call()], cost, ALONE, call_s=cost.call_s, seed=5), 2000)
+    free = CostModel(0.01, 0.0, contention=0.0, call_s=0.01)
+    apart = simulate(Scenario(30, [Call()], free, ALONE, call_s=cost.call_s, seed=5), 2000)
+    assert apart.quantile(0.5) < 1.2 * alone.quantile(0.5)
+    mean = [sum(o.latencies) / len(o.latencies) for o in (apart, busy)]
+    assert 1.08 * mean[0] < mean[1] < 1.5 * mean[0]
+
+
 def test_every_call_is_answered_once_and_batches_keep_their_bounds() -> None:
     seen: list[int] = []
     scenario = Scenario(800, [Call(20), Call(200)], TRUE, TEXTS, replicas=3, slots=2)
