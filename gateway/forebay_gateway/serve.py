@@ -12,6 +12,7 @@ import uvicorn
 from forebay.settings import Settings
 
 from forebay_gateway.app import create_app
+from forebay_gateway.protocol import Http1
 
 
 def run(settings: Settings, shared: bool = False) -> None:
@@ -30,6 +31,7 @@ def run(settings: Settings, shared: bool = False) -> None:
     app = create_app(http, target, scraper(port) if port > 0 else None)
     config = uvicorn.Config(
         app,
+        http=Http1,
         host=http.host,
         port=http.port,
         uds=http.gateway or None,

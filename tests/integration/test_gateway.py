@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from forebay.settings import HttpSettings
 from forebay_gateway.app import create_app
+from forebay_gateway.protocol import Http1
 from websockets.sync.client import connect
 
 from tests.conftest import Live, Start
@@ -37,7 +38,8 @@ class Gateway:
             self._socket.bind(server.gateway_socket)
             self.port = server.server.lanes.http_port
         app = create_app(HttpSettings(**settings), target, server_metrics)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+        config = uvicorn.Config(app, http=Http1, log_level="error", access_log=False)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
         )
@@ -271,6 +273,37 @@ def test_open_inference_json_and_binary(gateway: Gateway) -> None:
     assert gateway.http.get("/v2/health/ready").status_code == 200
     assert gateway.http.get("/v2/models/nope").status_code == 404
     assert "error" in gateway.http.post("/v2/models/iris/infer", json={"inputs": 3}).json()
+
+
+def test_an_offer_of_http_2_is_ignored_and_nothing_of_the_request_is_lost(
+    gateway: Gateway,
+) -> None:
+    """Java's HttpClient makes it with every request."""
+    body = json.dumps({"model": "minilm", "input": "hello"}).encode()
+    head = (
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n" % len(body)
+    )
+    offer = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    )
+    with (
+        socket.create_connection(("127.0.0.1", gateway.port), 30) as raw,
+        raw.makefile("rb") as got,
+    ):
+        for request in ([head + b"\r\n" + body], [head + offer + b"\r\n" + body]) * 2 + (
+            [head + offer + b"\r\n", body[:9], body[9:]],
+        ):
+            for part in request:
+                raw.sendall(part)
+                time.sleep(0.05)
+            assert got.readline().split()[1] == b"200"
+            length = 0
+            while (line := got.readline()) != b"\r\n":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            assert len(json.loads(got.read(length))["data"][0]["embedding"]) == 384
 
 
 def test_a_client_that_leaves_cancels_the_call(gateway: Gateway, live: Live) -> None:
