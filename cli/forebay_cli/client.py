@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import grpc
 import typer
-from forebay.settings import load_settings
+
+from forebay_cli.settings import settings_of
 
 
 @contextmanager
@@ -17,8 +18,7 @@ def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
 
     The key is taken from FOREBAY_KEY.
     """
-    environ = {k: v for k, v in os.environ.items() if k != "FOREBAY_KEY"}
-    settings = load_settings(environ=environ).settings
+    settings = settings_of().settings
     key = os.environ.get("FOREBAY_KEY", "")
     metadata = [("authorization", f"Bearer {key}")] if key else []
     target = f"{settings.grpc.host}:{settings.grpc.port}"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from forebay.settings import load_settings
+
+from forebay_cli.settings import settings_of
 
 app = typer.Typer(no_args_is_help=True)
 Root = Annotated[
@@ -15,7 +16,7 @@ Root = Annotated[
 
 
 def _root(given: Path | None) -> Path:
-    return given or load_settings().settings.models_root
+    return given or settings_of().settings.models_root
 
 
 @app.command()
@@ -177,7 +178,7 @@ def tensorrt_llm(
     from forebay_exporters.artefact import ExportError
     from forebay_exporters.tensorrt_llm_export import export_tensorrt_llm
 
-    chosen = python or load_settings().settings.generation.trtllm_python
+    chosen = python or settings_of().settings.generation.trtllm_python
     if chosen is None:
         typer.secho("forebay: say --python, or set generation.trtllm_python", fg="red", err=True)
         raise typer.Exit(1)

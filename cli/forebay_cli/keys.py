@@ -9,16 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from forebay_cli.settings import settings_of
+
 app = typer.Typer(no_args_is_help=True)
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
 
 
 def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> Any:
-    from forebay.settings import load_settings
     from forebay_server.access.keys import KeyStore
     from forebay_server.storage.database import Database
 
-    settings = load_settings(config_file=config).settings
+    settings = settings_of(config).settings
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def run() -> Any:

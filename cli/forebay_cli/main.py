@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from forebay.settings import Loaded, SettingsError, load_settings
+
+from forebay_cli.settings import settings_of
 
 # gRPC's fork handlers are for forks that go on in Python; ours start a program at once. gRPC looks
 # at it when it is imported.
@@ -27,23 +28,6 @@ GrpcPort = Annotated[int | None, typer.Option("--grpc-port", help="0 = any free 
 HttpPort = Annotated[int | None, typer.Option("--http-port", help="0 = any free port.")]
 
 
-def fail(message: str) -> NoReturn:
-    """Say why, and exit with status 2."""
-    typer.secho(f"forebay: {message}", fg="red", err=True)
-    raise typer.Exit(2)
-
-
-def settings_of(config: Path | None, **flags: Any) -> Loaded:
-    """Settings from all sources; exits with the line that names a wrong one."""
-    named = {k.replace("__", "."): v for k, v in flags.items()}
-    try:
-        loaded = load_settings(named, config)
-        loaded.settings.check_exposure()
-        return loaded
-    except SettingsError as e:
-        fail(str(e))
-
-
 @app.command()
 def up(
     config: Config = None, home: Home = None, grpc_port: GrpcPort = None, http_port: HttpPort = None
@@ -52,7 +36,7 @@ def up(
     from forebay_cli.up import run
 
     flags = {"home": home, "grpc__port": grpc_port, "http__port": http_port}
-    run(settings_of(config, **flags), config)
+    run(settings_of(config, serves=True, **flags), config)
 
 
 @app.command()
@@ -63,7 +47,7 @@ def serve(config: Config = None, home: Home = None, grpc_port: GrpcPort = None) 
 
     huge_pages.ensure()
 
-    sys.exit(run(settings_of(config, home=home, grpc__port=grpc_port).settings))
+    sys.exit(run(settings_of(config, serves=True, home=home, grpc__port=grpc_port).settings))
 
 
 @app.command()
@@ -74,7 +58,7 @@ def gateway(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Serve HTTP: REST, Open Inference Protocol, OpenAI-compatible routes."""
-    loaded = settings_of(config, http__port=http_port, http__upstream=upstream)
+    loaded = settings_of(config, serves=True, http__port=http_port, http__upstream=upstream)
     settings = loaded.settings
     if settings.http.workers > 1 and not worker:
         from forebay_cli.up import run_gateway
@@ -93,7 +77,7 @@ def gateway(
 @app.command("config")
 def show_config(config: Config = None) -> None:
     """Print the settings in force and where each value came from."""
-    for name, value, source in settings_of(config).explain():
+    for name, value, source in settings_of(config, serves=True).explain():
         typer.echo(f"{name:38} {value:40} {source}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+
+from forebay_cli.settings import fail
 
 ROUTINGS = ("two_choices", "random", "round_robin", "least_loaded")
 #: Of a batch, where model.yaml does not say.
@@ -52,9 +54,9 @@ def plan(
     from forebay_server.core.interfaces import BatchPolicy
 
     if routing not in ROUTINGS:
-        _fail(f"--routing is {routing!r}; allowed are {', '.join(ROUTINGS)}")
+        fail(f"--routing is {routing!r}; allowed are {', '.join(ROUTINGS)}")
     if bool(fit) == (cost is not None):
-        _fail("one of --fit and --cost is needed")
+        fail("one of --fit and --cost is needed")
     lengths = lengths_of(tokens)
     said = BatchPolicy(max_batch_tokens, max_batch_size or BATCH_ROWS, max_padding_tokens)
     model, policy, instances, text = _cost(fit, cost, lengths, rows, said, instances)
@@ -87,7 +89,7 @@ def plan(
     policies = [policy] if keep_policy else planning.candidates(policy, calls)
     plans = planning.best(target, model, policies)
     if not plans:
-        _fail(
+        fail(
             f"no number of replicas keeps a p99 of {p99_ms:g} ms: one call alone takes "
             f"{model.seconds(calls[-1].rows, calls[-1].length) * 1e3:.1f} ms"
         )
@@ -108,7 +110,7 @@ def _cost(
         try:
             model = CostModel.read(cost)
         except (OSError, ValueError, TypeError) as e:
-            _fail(f"{cost}: {e}")
+            fail(f"{cost}: {e}")
         return model, policy, instances, model.source.get("items") != "rows"
     spread = (
         lengths if len(lengths) < 6 else [lengths[i * (len(lengths) - 1) // 4] for i in range(5)]
@@ -128,7 +130,7 @@ def _cost(
                 )
                 model = found.model
     except (ForebayError, ValueError) as e:
-        _fail(str(e))
+        fail(str(e))
     return model, policy, instances, model.source.get("items") != "rows"
 
 
@@ -138,9 +140,9 @@ def lengths_of(text: str) -> list[int]:
     try:
         first, last = int(low), int(high or low)
     except ValueError:
-        _fail(f"--tokens is {text!r}; a number or a range such as 5-256 is needed")
+        fail(f"--tokens is {text!r}; a number or a range such as 5-256 is needed")
     if not 1 <= first <= last:
-        _fail(f"--tokens is {text!r}; a range begins with at least 1 and does not fall")
+        fail(f"--tokens is {text!r}; a range begins with at least 1 and does not fall")
     step = max(1, (last - first) // 63)
     return list(range(first, last + 1, step))
 
@@ -184,8 +186,3 @@ def _show(plans: list[Any], text: bool, price: float) -> None:
         )
         + f"max_queue_delay_ms: {first.policy.max_queue_delay_s * 1e3:g}}}"
     )
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"forebay: {message}", fg="red", err=True)
-    raise typer.Exit(2)

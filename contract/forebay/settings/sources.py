@@ -22,6 +22,7 @@ SHORT = {
     "FOREBAY_GRPC_PORT": "grpc.port",
     "FOREBAY_HTTP_PORT": "http.port",
     "FOREBAY_CONFIG": "",
+    "FOREBAY_KEY": "",  # of commands that call a server; no setting
     "FOREBAY_DATA": "data",
 }
 #: Settings that may hold passwords: never shown, not even in an error.
