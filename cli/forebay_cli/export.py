@@ -37,14 +37,14 @@ def sklearn(
     ] = False,
 ) -> None:
     """Export a fitted scikit-learn estimator or pipeline."""
-    import pandas as pd
     from forebay_exporters.artefact import ExportError
-    from forebay_exporters.sklearn_export import export_sklearn, load_skops
+    from forebay_exporters.sklearn_export import export_sklearn, load_skops, read_table
 
-    table = pd.read_csv(data)
-    truth = table.pop(target) if target else None
-    fitted = pd.read_csv(training)[list(table.columns)] if training else None
     try:
+        table = read_table(data, [target] if target else [])
+        truth = table.pop(target) if target else None
+        columns = list(table.columns)
+        fitted = read_table(training, columns)[columns] if training else None
         if joblib:
             from forebay_exporters.joblib_sandbox import joblib_to_skops
 

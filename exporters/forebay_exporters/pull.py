@@ -58,6 +58,7 @@ def pull(
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.utils import httpx  # the one that it uses itself, whatever its name
 
     served = name or re.sub(r"[^A-Za-z0-9._-]", "-", repo_id.rpartition("/")[2])
     must_be_new(root, served, version)
@@ -104,5 +105,5 @@ def pull(
         raise ExportError(f"{repo_id} is not on the hub, or needs a token (HF_TOKEN)") from None
     except HfHubHTTPError as e:
         raise ExportError(f"the hub refused {repo_id}: {e}") from None
-    except OSError as e:
+    except (OSError, httpx.TransportError) as e:
         raise ExportError(f"the hub cannot be reached: {e}") from None

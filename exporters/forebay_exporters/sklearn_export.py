@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -183,12 +184,32 @@ def to_feeds(features: list[dict[str, Any]], sample: pd.DataFrame) -> dict[str, 
     return feeds
 
 
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV file's rows. Raises ExportError when it cannot be read or lacks one of the columns."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as e:
+        raise ExportError(f"{path} cannot be read as CSV: {e}") from None
+    for column in columns:
+        if column not in table:
+            raise ExportError(f"{path} has no column {column!r}; it has {', '.join(table.columns)}")
+    return table
+
+
 def load_skops(path: Path, trusted: tuple[str, ...] = ()) -> Any:
-    """A model from a skops file. Types beyond skops' own safe list must be named in `trusted`."""
+    """A model from a skops file. Types beyond skops' own safe list must be named in `trusted`.
+
+    Raises:
+        ExportError: it is no skops file, or holds types that are not trusted.
+    """
     import skops.io
 
     accepted = (*HARMLESS, *trusted)
-    unknown = [t for t in skops.io.get_untrusted_types(file=path) if t not in accepted]
+    try:
+        found = skops.io.get_untrusted_types(file=path)
+    except (OSError, BadZipFile, KeyError, ValueError) as e:
+        raise ExportError(f"{path} cannot be read as a skops file: {e}") from None
+    unknown = [t for t in found if t not in accepted]
     if unknown:
         raise ExportError(
             f"{path.name} holds types that are not trusted: {', '.join(unknown)}; "

@@ -138,3 +138,10 @@ def test_a_model_that_is_not_there_is_said(hub, tmp_path: Path) -> None:
     done = pull(hub[0], tmp_path / "home", "org/nothing")
     assert done.returncode == 1
     assert "not on the hub" in done.stderr
+
+
+def test_a_hub_that_is_away_is_said_in_one_line(tmp_path: Path) -> None:
+    done = pull("http://127.0.0.1:9", tmp_path / "home", "org/model")
+    assert done.returncode == 1
+    assert done.stderr.startswith("forebay: the hub cannot be reached"), done.stderr
+    assert "Traceback" not in done.stderr

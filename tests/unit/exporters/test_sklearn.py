@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import skops.io
+from forebay_cli.main import app
 from forebay_exporters.artefact import ExportError
 from forebay_exporters.joblib_sandbox import joblib_to_skops
 from forebay_exporters.parity import Bounds, report
@@ -23,6 +24,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from typer.testing import CliRunner
 
 from tests.conftest import data_folder
 
@@ -124,6 +126,30 @@ def test_skops_types_must_be_trusted(table: pd.DataFrame, tmp_path: Path) -> Non
     skops.io.dump(model, tmp_path / "m.skops")
     loaded = load_skops(tmp_path / "m.skops")
     assert np.allclose(loaded.predict(table), model.predict(table))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        ("junk", "rows", "junk.skops cannot be read as a skops file"),
+        ("missing", "rows", "missing.skops cannot be read as a skops file"),
+        ("good", "missing", "missing.csv cannot be read as CSV"),
+        ("good", "other", "other.csv has no column 'price'; it has rooms, area"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_in_one_line(
+    tmp_path: Path, model: str, data: str, said: str
+) -> None:
+    (tmp_path / "rows.csv").write_text("rooms,price\n1,2\n2,4\n3,6\n")
+    (tmp_path / "other.csv").write_text("rooms,area\n1,2\n")
+    (tmp_path / "junk.skops").write_text("no archive")
+    skops.io.dump(Ridge().fit([[1.0], [2.0]], [1.0, 2.0]), tmp_path / "good.skops")
+    command = ["export", "sklearn", str(tmp_path / f"{model}.skops"), "--name", "m"]
+    command += ["--data", str(tmp_path / f"{data}.csv"), "--target", "price"]
+    run = CliRunner().invoke(app, [*command, "--models", str(tmp_path)])
+    assert run.exit_code == 1, run.output
+    assert said in run.output
+    assert len(run.output.strip().splitlines()) == 1
 
 
 class Evil:
