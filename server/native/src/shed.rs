@@ -15,6 +15,9 @@ use crate::wire::{Field, field};
 
 /// Calls are let through one by one for so many times as long as all were refused.
 const SLOWLY: u32 = 4;
+/// Where size matters, a message counts as no smaller with this share of its bytes less: as many rows
+/// with shorter words in them would be refused as well, one after the other, each by Python.
+const NEARLY: usize = 8;
 /// More are not kept: the next call is refused by Python, as without.
 const MOST_RULES: usize = 64;
 
@@ -95,7 +98,11 @@ impl Shed {
                 gap: holds.gap,
                 next: Mutex::new(now),
                 within: holds.within,
-                least: if holds.by_size { like.message.len() } else { 0 },
+                least: if holds.by_size {
+                    like.message.len() - like.message.len() / NEARLY
+                } else {
+                    0
+                },
                 refusal,
             });
         }
@@ -270,6 +277,19 @@ mod tests {
         );
         assert!(shed.refusal(0, BA, None).is_some(), "as large");
         assert!(shed.refusal(0, b"\x0a\x02ab", None).is_none());
+        let table = |bytes: usize| {
+            let mut message = vec![0x0a, 0x01, b't', 0x12, bytes as u8];
+            message.resize(5 + bytes, b'x');
+            Bytes::from(message)
+        };
+        let (call, _) = Call::new(0, table(95), Arc::default(), None, Vec::new());
+        let full = Refusal::new(Code::ResourceExhausted, "full");
+        shed.refuse(&call, by_size, full);
+        assert!(
+            shed.refusal(0, &table(83), None).is_some(),
+            "nearly as large"
+        );
+        assert!(shed.refusal(0, &table(82), None).is_none());
     }
 
     #[test]
