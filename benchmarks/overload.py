@@ -161,7 +161,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Overload",
         "",
-        f"{result['machine']}; server and generator on the same cores; "
+        f"{result['machine']}; server and generator on the same cores, the generator first where it may; "
         f"{result['times']:g} times the peak for {result['seconds']:g} s, deadline {DEADLINE_MS} ms, "
         "fast lane. `python -m benchmarks.overload --keep`",
         "",

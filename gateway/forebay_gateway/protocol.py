@@ -18,6 +18,11 @@ from uvicorn.server import ServerState
 _OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c", re.IGNORECASE)
 
 
+class _Patient(H11Protocol):
+    def _unsupported_upgrade_warning(self) -> None:
+        """An offer that is not taken is worth no line in the log, with every request."""
+
+
 class Http1(HttpToolsProtocol):
     """A connection by httptools, and by h11 from the first request with an offer on."""
 
@@ -29,7 +34,7 @@ class Http1(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._slower = lambda: H11Protocol(config, server_state, app_state, _loop)
+        self._slower = lambda: _Patient(config, server_state, app_state, _loop)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests, as they come."""

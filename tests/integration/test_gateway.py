@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import socket
 import threading
 import time
@@ -276,9 +277,12 @@ def test_open_inference_json_and_binary(gateway: Gateway) -> None:
 
 
 def test_an_offer_of_http_2_is_ignored_and_nothing_of_the_request_is_lost(
-    gateway: Gateway,
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Java's HttpClient makes it with every request."""
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)  # uvicorn's loggers hand nothing upwards
+    caplog.set_level(logging.WARNING, log.name)
     body = json.dumps({"model": "minilm", "input": "hello"}).encode()
     head = (
         b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -304,6 +308,8 @@ def test_an_offer_of_http_2_is_ignored_and_nothing_of_the_request_is_lost(
                 if line.lower().startswith(b"content-length:"):
                     length = int(line.split(b":")[1])
             assert len(json.loads(got.read(length))["data"][0]["embedding"]) == 384
+    log.removeHandler(caplog.handler)
+    assert "upgrade" not in caplog.text, "no line in the log for every request of Java"
 
 
 def test_a_client_that_leaves_cancels_the_call(gateway: Gateway, live: Live) -> None:

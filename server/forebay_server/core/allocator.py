@@ -11,13 +11,16 @@ _M_ARENA_MAX = -8
 
 
 def bound_arenas() -> None:
-    """One arena a core, unless MALLOC_ARENA_MAX says otherwise. Before the process has threads.
+    """One arena a core, unless the operator says otherwise. Before the process has threads.
+
+    Who says so: MALLOC_ARENA_MAX, or arena_max in GLIBC_TUNABLES.
 
     glibc takes eight a core, and a thread that loads a model gets the one that few others use: after 90
     loads and unloads of MiniLM the server held 100 MB more than after the first, spread over sixteen
     arenas with something small at the end of each. With two it held what it did at first.
     """
-    if "MALLOC_ARENA_MAX" in os.environ:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in tunables:
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, max(2, os.cpu_count() or 1))
