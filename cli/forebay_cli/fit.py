@@ -94,8 +94,8 @@ def fit_live(
                 timing, usage = reply.timing, reply.usage
                 if table and timing.batch_rows < length:
                     raise ValueError(
-                        f"a batch of {name} takes {timing.batch_rows} of the {length} rows of a call: "
-                        "say with --max-batch-size how many it takes"
+                        f"{length} rows of {name} are more than one batch takes there: say with "
+                        "--max-batch-size how many it takes"
                     )
                 tokens = round(usage.tokens / max(1, usage.items)) if usage.tokens else 1
                 seen[length] = tokens
