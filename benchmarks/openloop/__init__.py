@@ -38,14 +38,10 @@ def build() -> Path:
     return BINARY
 
 
-def run(
-    spec: Mapping[str, Any], threads: int = 1, cpus: str = "", first: bool = False
-) -> dict[str, Any]:
+def run(spec: Mapping[str, Any], first: bool = False) -> dict[str, Any]:
     """The figures of a run (README.md has both sides).
 
     Args:
-        threads: threads of the generator that run Go code at once.
-        cpus: processors that it may use, as taskset takes them; empty = all.
         first: it goes before all others on the cores that it shares with a server in overload, where
             the system lets it: its own waiting for a core is none of the server's.
     """
@@ -53,9 +49,7 @@ def run(
         json.dump(spec, file)
         file.flush()
         command = [str(build()), "-spec", file.name]
-        if cpus:
-            command = ["taskset", "-c", cpus, *command]
-        env = {**os.environ, "GOMAXPROCS": str(threads), "GOGC": "400"}
+        env = {**os.environ, "GOMAXPROCS": "1", "GOGC": "400"}  # all is one loop; see loop.go
         if first and _may_be_first():
             command = ["chrt", "--rr", "1", *command]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)

@@ -1,15 +1,13 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/binary"
 	"fmt"
 	"math"
-	"math/rand/v2"
 	"net"
 	"strconv"
-	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -19,101 +17,109 @@ import (
 const (
 	greeting     = 10 * time.Second
 	mostFrame    = 16384
+	frameHeader  = 9
 	defaultSends = 65535
+	readSize     = 64 << 10
 )
 
-// connection is one HTTP/2 connection. Frames are gathered and written together: a call costs two
-// to three microseconds of CPU here, so that a generator beside the server on the same cores measures
-// the server and not itself.
+// connection is one HTTP/2 connection. Frames are gathered and written together: a call costs a few
+// microseconds of CPU here, so that a generator beside the server on the same cores measures the
+// server and not itself.
 type connection struct {
-	kind   *kind
-	socket net.Conn
+	kind    *kind
+	slot    int
+	fd      int
+	watched uint32 // events that the loop waits for
 
-	mu         sync.Mutex
-	out        []byte // frames that wait to be written
+	connected  bool
+	known      bool // the server's settings have come
+	closed     bool
+	leaving    bool // the server said GOAWAY
+	replaced   bool // its kind has heard that it takes no more
+	dirty      bool
+	paused     bool // a slow reader waits
+	out        []byte
 	headers    bytes.Buffer
 	encoder    *hpack.Encoder
 	nextID     uint32
 	flight     map[uint32]*call
 	maxStreams int
 	room       int64 // of the connection's window, for sending
-	streamRoom int64 // what a new stream's window has
 	blocked    []*call
-	closed     bool
-	leaving    bool          // the server said GOAWAY
-	told       chan struct{} // closed when it has
-	wake       chan struct{}
 
-	unacked int // bytes received and not given back to the connection's window
+	in      []byte // what has been read, from the first frame that is not whole
+	source  bytes.Reader
+	framer  *http2.Framer
+	decoder *hpack.Decoder
+	current *call // whose headers are read
+	ending  bool  // with them it ends
+	unacked int   // bytes received and not given back to the connection's window
 }
 
-func dial(k *kind, target string) (*connection, error) {
-	socket, err := net.DialTimeout("tcp", target, greeting)
+func dial(k *kind, slot int, to *net.TCPAddr) (*connection, error) {
+	family, address := sockaddr(to)
+	fd, err := syscall.Socket(family, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
+	if err = syscall.Connect(fd, address); err != nil && err != syscall.EINPROGRESS {
+		syscall.Close(fd)
+		return nil, err
+	}
+	_ = syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1)
 	c := &connection{
-		kind: k, socket: socket, nextID: 1, flight: map[uint32]*call{}, maxStreams: math.MaxInt32,
-		room: defaultSends, streamRoom: defaultSends, wake: make(chan struct{}, 1), told: make(chan struct{}),
+		kind: k, slot: slot, fd: fd, nextID: 1, flight: map[uint32]*call{},
+		maxStreams: math.MaxInt32, room: defaultSends,
 	}
 	c.encoder = hpack.NewEncoder(&c.headers)
+	c.decoder = hpack.NewDecoder(4096, c.field)
 	var hello bytes.Buffer
 	hello.WriteString(http2.ClientPreface)
-	framer := http2.NewFramer(&hello, nil)
-	_ = framer.WriteSettings(
+	c.framer = http2.NewFramer(&hello, &c.source)
+	c.framer.SetReuseFrames()
+	c.framer.SetMaxReadFrameSize(1<<24 - 1)
+	_ = c.framer.WriteSettings(
 		http2.Setting{ID: http2.SettingInitialWindowSize, Val: k.spec.StreamWindow},
 		http2.Setting{ID: http2.SettingEnablePush, Val: 0},
 	)
 	if k.spec.Window > defaultSends {
-		_ = framer.WriteWindowUpdate(0, k.spec.Window-defaultSends)
+		_ = c.framer.WriteWindowUpdate(0, k.spec.Window-defaultSends)
 	}
-	if _, err := socket.Write(hello.Bytes()); err != nil {
-		socket.Close()
-		return nil, err
-	}
+	c.out = hello.Bytes()
+	k.load.loop.watch(c, syscall.EPOLLIN|syscall.EPOLLOUT)
 	return c, nil
 }
 
-// serve reads until the connection ends. `ready` is called when the server's settings are known.
-func (c *connection) serve(ready func()) {
-	go c.write()
-	why := c.read(ready)
-	c.end(why)
+func sockaddr(to *net.TCPAddr) (int, syscall.Sockaddr) {
+	if four := to.IP.To4(); four != nil {
+		return syscall.AF_INET, &syscall.SockaddrInet4{Port: to.Port, Addr: [4]byte(four)}
+	}
+	return syscall.AF_INET6, &syscall.SockaddrInet6{Port: to.Port, Addr: [16]byte(to.IP.To16())}
 }
 
+// end closes the connection; what is on its way ends with `why`. The kind opens another.
 func (c *connection) end(why string) {
-	c.mu.Lock()
 	if c.closed {
-		c.mu.Unlock()
 		return
 	}
 	c.closed = true
+	c.kind.load.loop.forget(c)
+	syscall.Close(c.fd)
 	flight, blocked := c.flight, c.blocked
 	c.flight, c.blocked = nil, nil
+	c.kind.gone(c)
 	for _, one := range flight {
 		one.ended = true
-	}
-	for _, one := range blocked {
-		one.ended = true
-	}
-	c.mu.Unlock()
-	c.socket.Close()
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
-	for _, one := range flight {
 		c.kind.load.finish(one, why)
 	}
 	for _, one := range blocked {
+		one.ended = true
 		c.kind.load.finish(one, why)
 	}
 }
 
-// offer sends the call if there is room for one more. Safe for concurrent use.
+// offer sends the call if there is room for one more.
 func (c *connection) offer(one *call) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.closed || c.leaving || len(c.flight)+len(c.blocked) >= c.maxStreams || c.nextID > 1<<30 {
 		return false
 	}
@@ -136,12 +142,12 @@ func (c *connection) send(one *call) {
 		_ = c.encoder.WriteField(field)
 	}
 	if !one.expires.IsZero() { // what is left, as gRPC clients say it: the call may have waited
-		left := max(1, time.Until(one.expires).Milliseconds())
+		left := max(1, one.expires.Sub(one.sent).Milliseconds())
 		_ = c.encoder.WriteField(hpack.HeaderField{
 			Name: "grpc-timeout", Value: strconv.FormatInt(left, 10) + "m",
 		})
 	}
-	c.out = appendFrame(c.out, http2.FrameHeaders, http2.FlagHeadersEndHeaders, one.id, c.headers.Bytes())
+	c.queue(http2.FrameHeaders, http2.FlagHeadersEndHeaders, one.id, c.headers.Bytes())
 	message := one.request.Message
 	c.room -= int64(len(message) + 5)
 	piece := make([]byte, 5, min(len(message)+5, mostFrame))
@@ -154,30 +160,29 @@ func (c *connection) send(one *call) {
 		if len(message) == 0 {
 			flags = http2.FlagDataEndStream
 		}
-		c.out = appendFrame(c.out, http2.FrameData, flags, one.id, piece)
+		c.queue(http2.FrameData, flags, one.id, piece)
 		if len(message) == 0 {
 			break
 		}
 		fits = min(len(message), mostFrame)
 		piece, message = message[:fits], message[fits:]
 	}
-	c.nudge()
 }
 
-func (c *connection) nudge() {
-	select {
-	case c.wake <- struct{}{}:
-	default:
+// queue a frame; it is written before the loop waits again.
+func (c *connection) queue(kind http2.FrameType, flags http2.Flags, id uint32, payload []byte) {
+	n := len(payload)
+	c.out = append(c.out, byte(n>>16), byte(n>>8), byte(n), byte(kind), byte(flags))
+	c.out = binary.BigEndian.AppendUint32(c.out, id)
+	c.out = append(c.out, payload...)
+	if !c.dirty {
+		c.dirty = true
+		c.kind.load.loop.dirty = append(c.kind.load.loop.dirty, c)
 	}
 }
 
-// leave takes a call back. False when it has ended.
-func (c *connection) leave(one *call) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if one.ended {
-		return false
-	}
+// leave takes a call back, which has not ended.
+func (c *connection) leave(one *call) {
 	one.ended = true
 	if one.id == 0 {
 		for at, other := range c.blocked {
@@ -186,194 +191,216 @@ func (c *connection) leave(one *call) bool {
 				break
 			}
 		}
-		return true
+		return
 	}
 	delete(c.flight, one.id)
-	code := binary.BigEndian.AppendUint32(nil, uint32(http2.ErrCodeCancel))
-	c.out = appendFrame(c.out, http2.FrameRSTStream, 0, one.id, code)
-	c.nudge()
-	return true
+	c.queue(http2.FrameRSTStream, 0, one.id, binary.BigEndian.AppendUint32(nil, uint32(http2.ErrCodeCancel)))
 }
 
 func (c *connection) write() {
-	var spare []byte
-	for range c.wake {
-		c.mu.Lock()
-		data := c.out
-		c.out = spare[:0]
-		closed := c.closed
-		c.mu.Unlock()
-		if closed {
+	if c.closed {
+		return
+	}
+	if !c.connected {
+		if failed, err := syscall.GetsockoptInt(c.fd, syscall.SOL_SOCKET, syscall.SO_ERROR); err != nil || failed != 0 {
+			c.end(lost)
 			return
 		}
-		if len(data) > 0 {
-			if _, err := c.socket.Write(data); err != nil {
-				c.end(lost)
-				return
-			}
+		if _, err := syscall.Getpeername(c.fd); err != nil {
+			return // not yet
 		}
-		spare = data
+		c.connected = true
 	}
+	if len(c.out) > 0 {
+		n, errno := write(c.fd, c.out)
+		switch errno {
+		case 0:
+			c.out = append(c.out[:0], c.out[n:]...)
+		case syscall.EAGAIN, syscall.EINTR:
+		default:
+			c.end(lost)
+			return
+		}
+	}
+	c.watch()
 }
 
-func (c *connection) read(ready func()) string {
-	var source = bufio.NewReaderSize(c.socket, 64<<10)
-	framer := http2.NewFramer(nil, source)
-	framer.SetReuseFrames()
-	framer.SetMaxReadFrameSize(1 << 24)
-	var current *call
-	decoder := hpack.NewDecoder(4096, func(f hpack.HeaderField) {
-		if current == nil {
-			return
-		}
-		switch f.Name {
-		case "grpc-status":
-			current.status = f.Value
-		case "grpc-message":
-			current.message = f.Value
-		case "grpc-status-details-bin":
-			current.details = f.Value
-		case ":status":
-			if f.Value != "200" {
-				current.status = "HTTP_" + f.Value
-			}
-		}
-	})
-	random := rand.New(rand.NewPCG(1, uint64(c.socket.LocalAddr().(*net.TCPAddr).Port)))
-	if every := c.kind.spec.DropEveryS; every > 0 {
-		after := time.Duration(random.ExpFloat64() * every * 1e9)
-		timer := time.AfterFunc(after, func() { c.end(dropped) })
-		defer timer.Stop()
+func (c *connection) watch() {
+	events := uint32(0)
+	if !c.paused {
+		events = syscall.EPOLLIN
 	}
-	ending := false
-	for {
-		frame, err := framer.ReadFrame()
+	if len(c.out) > 0 {
+		events |= syscall.EPOLLOUT
+	}
+	c.kind.load.loop.watch(c, events)
+}
+
+func (c *connection) read() {
+	if c.closed || c.paused {
+		return
+	}
+	have := len(c.in)
+	if cap(c.in)-have < readSize {
+		c.in = append(make([]byte, 0, 2*have+readSize), c.in...)
+	}
+	n, errno := read(c.fd, c.in[have:have+readSize])
+	if errno == syscall.EAGAIN || errno == syscall.EINTR {
+		return
+	}
+	if errno != 0 || n == 0 {
+		c.end(lost)
+		return
+	}
+	c.in = c.in[:have+n]
+	c.frames()
+}
+
+// frames handles the whole frames that have been read, up to where a slow reader pauses.
+func (c *connection) frames() {
+	data := c.in
+	for !c.closed && !c.paused && len(data) >= frameHeader {
+		size := frameHeader + int(data[0])<<16 + int(data[1])<<8 + int(data[2])
+		if len(data) < size {
+			break
+		}
+		c.source.Reset(data[:size])
+		data = data[size:]
+		frame, err := c.framer.ReadFrame()
+		if err == nil {
+			err = c.take(frame)
+		}
 		if err != nil {
-			return lost
+			c.end(lost)
+			return
 		}
 		if rate := c.kind.spec.ReadBytesPerS; rate > 0 {
-			time.Sleep(time.Duration(float64(frame.Header().Length) / float64(rate) * 1e9))
+			c.pause(time.Duration(float64(size-frameHeader) / float64(rate) * 1e9))
 		}
-		id := frame.Header().StreamID
-		switch f := frame.(type) {
-		case *http2.SettingsFrame:
-			if f.IsAck() {
-				continue
-			}
-			c.settings(f)
-			ready()
-		case *http2.HeadersFrame:
-			current = c.find(id)
-			ending = f.StreamEnded()
-			if _, err := decoder.Write(f.HeaderBlockFragment()); err != nil {
-				return lost
-			}
-			if f.HeadersEnded() {
-				_ = decoder.Close()
-				c.headersEnded(current, ending)
-			}
-		case *http2.ContinuationFrame:
-			if _, err := decoder.Write(f.HeaderBlockFragment()); err != nil {
-				return lost
-			}
-			if f.HeadersEnded() {
-				_ = decoder.Close()
-				c.headersEnded(current, ending)
-			}
-		case *http2.DataFrame:
-			if one := c.find(id); one != nil {
-				one.body = append(one.body, f.Data()...)
-				if f.StreamEnded() {
-					c.complete(one)
-				}
-			}
-			c.give(id, int(f.Length), f.StreamEnded())
-		case *http2.RSTStreamFrame:
-			if one := c.find(id); one != nil {
-				one.status = "RESET_" + f.ErrCode.String()
+	}
+	c.in = c.in[:copy(c.in, data)]
+}
+
+func (c *connection) pause(d time.Duration) {
+	if c.closed || d <= 0 {
+		return
+	}
+	c.paused = true
+	c.watch()
+	c.kind.load.loop.at(time.Now().Add(d), func() {
+		if !c.closed {
+			c.paused = false
+			c.watch()
+			c.frames()
+		}
+	})
+}
+
+func (c *connection) field(f hpack.HeaderField) {
+	if c.current == nil {
+		return
+	}
+	switch f.Name {
+	case "grpc-status":
+		c.current.status = f.Value
+	case "grpc-message":
+		c.current.message = f.Value
+	case "grpc-status-details-bin":
+		c.current.details = f.Value
+	case ":status":
+		if f.Value != "200" {
+			c.current.status = "HTTP_" + f.Value
+		}
+	}
+}
+
+func (c *connection) take(frame http2.Frame) error {
+	id := frame.Header().StreamID
+	switch f := frame.(type) {
+	case *http2.SettingsFrame:
+		if f.IsAck() {
+			return nil
+		}
+		if v, ok := f.Value(http2.SettingMaxConcurrentStreams); ok {
+			c.maxStreams = int(v)
+		}
+		c.queue(http2.FrameSettings, http2.FlagSettingsAck, 0, nil)
+		c.known = true
+		c.kind.ready(c)
+	case *http2.HeadersFrame:
+		c.current, c.ending = c.flight[id], f.StreamEnded()
+		return c.fields(f.HeaderBlockFragment(), f.HeadersEnded())
+	case *http2.ContinuationFrame:
+		return c.fields(f.HeaderBlockFragment(), f.HeadersEnded())
+	case *http2.DataFrame:
+		if one := c.flight[id]; one != nil {
+			one.body = append(one.body, f.Data()...)
+			if f.StreamEnded() {
 				c.complete(one)
 			}
-		case *http2.PingFrame:
-			if !f.IsAck() {
-				c.mu.Lock()
-				c.out = appendFrame(c.out, http2.FramePing, http2.FlagPingAck, 0, f.Data[:])
-				c.nudge()
-				c.mu.Unlock()
-			}
-		case *http2.WindowUpdateFrame:
-			if id == 0 {
-				c.mu.Lock()
-				c.room += int64(f.Increment)
-				c.unblock()
-				c.mu.Unlock()
-			}
-		case *http2.GoAwayFrame:
-			c.goAway(f.LastStreamID)
 		}
+		c.give(id, int(f.Length))
+	case *http2.RSTStreamFrame:
+		if one := c.flight[id]; one != nil {
+			one.status = "RESET_" + f.ErrCode.String()
+			c.complete(one)
+		}
+	case *http2.PingFrame:
+		if !f.IsAck() {
+			c.queue(http2.FramePing, http2.FlagPingAck, 0, f.Data[:])
+		}
+	case *http2.WindowUpdateFrame:
+		if id == 0 {
+			c.room += int64(f.Increment)
+			for len(c.blocked) > 0 && c.room >= int64(len(c.blocked[0].request.Message)+5) {
+				one := c.blocked[0]
+				c.blocked = c.blocked[1:]
+				c.send(one)
+			}
+		}
+	case *http2.GoAwayFrame:
+		c.goAway(f.LastStreamID)
 	}
+	return nil
 }
 
-func (c *connection) settings(f *http2.SettingsFrame) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if v, ok := f.Value(http2.SettingMaxConcurrentStreams); ok {
-		c.maxStreams = int(v)
+func (c *connection) fields(block []byte, last bool) error {
+	if _, err := c.decoder.Write(block); err != nil {
+		return err
 	}
-	if v, ok := f.Value(http2.SettingInitialWindowSize); ok {
-		c.streamRoom = int64(v)
+	if !last {
+		return nil
 	}
-	c.out = appendFrame(c.out, http2.FrameSettings, http2.FlagSettingsAck, 0, nil)
-	c.nudge()
-}
-
-func (c *connection) unblock() {
-	for len(c.blocked) > 0 && c.room >= int64(len(c.blocked[0].request.Message)+5) {
-		c.send(c.blocked[0])
-		c.blocked = c.blocked[1:]
+	err := c.decoder.Close()
+	if c.current != nil && c.ending {
+		c.complete(c.current)
 	}
-}
-
-func (c *connection) find(id uint32) *call {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.flight[id]
+	return err
 }
 
 // give hands received bytes back to the windows.
-func (c *connection) give(id uint32, size int, ended bool) {
+func (c *connection) give(id uint32, size int) {
+	if c.closed {
+		return
+	}
 	c.unacked += size
-	back := 0
 	if c.unacked*4 >= int(c.kind.spec.Window) || (c.unacked > 0 && c.kind.spec.Window <= defaultSends) {
-		back, c.unacked = c.unacked, 0
+		c.queue(http2.FrameWindowUpdate, 0, 0, binary.BigEndian.AppendUint32(nil, uint32(c.unacked)))
+		c.unacked = 0
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if back > 0 {
-		c.out = appendFrame(c.out, http2.FrameWindowUpdate, 0, 0, binary.BigEndian.AppendUint32(nil, uint32(back)))
-		c.nudge()
-	}
-	if one := c.flight[id]; one != nil && !ended && size > 0 {
+	if one := c.flight[id]; one != nil && size > 0 {
 		one.received += size
 		if one.received*4 >= int(c.kind.spec.StreamWindow) {
-			c.out = appendFrame(c.out, http2.FrameWindowUpdate, 0, id, binary.BigEndian.AppendUint32(nil, uint32(one.received)))
+			c.queue(http2.FrameWindowUpdate, 0, id, binary.BigEndian.AppendUint32(nil, uint32(one.received)))
 			one.received = 0
-			c.nudge()
 		}
 	}
 }
 
-func (c *connection) headersEnded(one *call, ended bool) {
-	if one != nil && ended {
-		c.complete(one)
-	}
-}
-
+// goAway: the last calls end here beside a new connection.
 func (c *connection) goAway(last uint32) {
-	c.mu.Lock()
-	if !c.leaving {
-		close(c.told)
-	}
 	c.leaving = true
+	c.kind.gone(c)
 	var back []*call
 	for id, one := range c.flight {
 		if id > last {
@@ -382,28 +409,18 @@ func (c *connection) goAway(last uint32) {
 			delete(c.flight, id)
 		}
 	}
-	empty := len(c.flight) == 0
-	c.mu.Unlock()
-	c.kind.replace(c)
 	for _, one := range back {
 		c.kind.load.finish(one, "GOAWAY")
 	}
-	if empty {
-		c.socket.Close()
+	if len(c.flight) == 0 {
+		c.end(lost)
 	}
 }
 
 // complete ends a call by what the server said.
 func (c *connection) complete(one *call) {
-	c.mu.Lock()
-	if one.ended {
-		c.mu.Unlock()
-		return
-	}
 	one.ended = true
 	delete(c.flight, one.id)
-	last := c.leaving && len(c.flight) == 0
-	c.mu.Unlock()
 	code := one.status
 	if n, err := strconv.Atoi(code); err == nil && n >= 0 && n < len(codeNames) {
 		code = codeNames[n]
@@ -411,8 +428,8 @@ func (c *connection) complete(one *call) {
 		code = "NO_STATUS"
 	}
 	c.kind.load.finish(one, code)
-	if last {
-		c.socket.Close()
+	if c.leaving && len(c.flight) == 0 {
+		c.end(lost)
 	}
 }
 
@@ -428,11 +445,4 @@ func verify(one *call) string {
 		}
 	}
 	return ""
-}
-
-func appendFrame(out []byte, kind http2.FrameType, flags http2.Flags, id uint32, payload []byte) []byte {
-	n := len(payload)
-	out = append(out, byte(n>>16), byte(n>>8), byte(n), byte(kind), byte(flags))
-	out = binary.BigEndian.AppendUint32(out, id)
-	return append(out, payload...)
 }

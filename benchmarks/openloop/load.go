@@ -3,9 +3,8 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"sort"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http2/hpack"
@@ -15,7 +14,6 @@ import (
 type kind struct {
 	load    *load
 	spec    *ConnectionKind
-	mu      sync.Mutex
 	next    uint32
 	slots   []*connection
 	pending []*call // no connection had a free stream
@@ -23,46 +21,54 @@ type kind struct {
 	opened  int
 }
 
-// load is a run.
+// load is a run. All of it happens on one thread; see loop.
 type load struct {
 	cpu      []time.Duration // that the generator used, by phase
 	spec     *Spec
+	target   *net.TCPAddr
+	loop     *loop
 	kinds    map[string]*kind
 	fields   map[*Workload][]hpack.HeaderField
 	recorder *recorder
-	random   *rand.Rand // the scheduler's
+	random   *rand.Rand // of the arrivals
+	again    *rand.Rand // of closed loops
 	total    float64    // of the weights
-	flight   atomic.Int64
-	over     atomic.Bool // no new connections, no new calls
-	phase    atomic.Int32
-	alarm    *alarm
-
-	expiring struct {
-		sync.Mutex
-		by map[*Workload][]*call // in the order of their deadlines
-	}
-	closed struct {
-		sync.Mutex
-		random *rand.Rand
-		until  time.Time
-		phase  int
-	}
+	flight   int
+	over     bool // no new connections, no new calls
+	expiring map[*Workload]*deadlines
+	phase    int       // whose closed loop goes on; -1: none
+	until    time.Time // its end
 }
 
+// deadlines of calls of one workload, in their order.
+type deadlines struct {
+	calls []*call
+	armed bool // a timer is on for the first of them
+}
+
+// retry is how long after a connection that could not be made the next is tried.
+const retry = 50 * time.Millisecond
+
 func newLoad(spec *Spec) (*load, error) {
-	alarm, err := newAlarm()
+	target, err := net.ResolveTCPAddr("tcp", spec.Target)
+	if err != nil {
+		return nil, err
+	}
+	loop, err := newLoop()
 	if err != nil {
 		return nil, err
 	}
 	l := &load{
-		spec: spec, alarm: alarm, kinds: map[string]*kind{}, fields: map[*Workload][]hpack.HeaderField{},
-		random: rand.New(rand.NewPCG(spec.Seed, 1)),
+		spec: spec, target: target, loop: loop, phase: -1,
+		kinds: map[string]*kind{}, fields: map[*Workload][]hpack.HeaderField{},
+		random:   rand.New(rand.NewPCG(spec.Seed, 1)),
+		again:    rand.New(rand.NewPCG(spec.Seed, 2)),
+		expiring: map[*Workload]*deadlines{},
 	}
-	l.closed.random = rand.New(rand.NewPCG(spec.Seed, 2))
-	l.expiring.by = map[*Workload][]*call{}
 	for _, w := range spec.Workloads {
 		l.total += w.Weight
 		l.fields[w] = fields(spec, w)
+		l.expiring[w] = &deadlines{}
 	}
 	for name, s := range spec.Connections {
 		l.kinds[name] = &kind{load: l, spec: s, slots: make([]*connection, s.Count)}
@@ -90,69 +96,69 @@ func fields(spec *Spec, w *Workload) []hpack.HeaderField {
 	return out
 }
 
-// connect opens all connections; keeps them open until the run is over.
+// connect opens all connections; they are kept open until the run is over.
 func (l *load) connect() error {
-	var ready sync.WaitGroup
 	for _, k := range l.kinds {
 		for slot := range k.slots {
-			ready.Add(1)
-			go k.keep(slot, ready.Done)
+			k.open(slot)
 		}
 	}
-	done := make(chan struct{})
-	go func() { ready.Wait(); close(done) }()
-	select {
-	case <-done:
-		return nil
-	case <-time.After(greeting):
+	greeted := func() bool {
+		for _, k := range l.kinds {
+			for _, c := range k.slots {
+				if c == nil {
+					return false
+				}
+			}
+		}
+		return true
+	}
+	if l.loop.run(time.Now().Add(greeting), greeted); !greeted() {
 		return fmt.Errorf("%s does not answer as an HTTP/2 server", l.spec.Target)
 	}
+	return nil
 }
 
-func (k *kind) keep(slot int, ready func()) {
-	var once sync.Once
-	for !k.load.over.Load() {
-		c, err := dial(k, k.load.spec.Target)
-		if err != nil {
-			time.Sleep(50 * time.Millisecond)
-			continue
-		}
-		k.mu.Lock()
-		k.opened++
-		k.mu.Unlock()
-		left := make(chan struct{})
-		go func() {
-			c.serve(func() {
-				k.mu.Lock()
-				if !c.leaving {
-					k.slots[slot] = c
-				}
-				k.mu.Unlock()
-				once.Do(ready)
-				k.flush()
-			})
-			close(left)
-		}()
-		select {
-		case <-left:
-		case <-c.told: // its last calls end beside the new connection
-		}
-		k.replace(c)
+func (k *kind) open(slot int) {
+	if k.load.over {
+		return
+	}
+	c, err := dial(k, slot, k.load.target)
+	if err != nil {
+		k.load.loop.at(time.Now().Add(retry), func() { k.open(slot) })
+		return
+	}
+	k.opened++
+	if every := k.spec.DropEveryS; every > 0 {
+		after := time.Duration(k.load.random.ExpFloat64() * every * 1e9)
+		k.load.loop.at(time.Now().Add(after), func() { c.end(dropped) })
 	}
 }
 
-// replace forgets a connection that takes no new calls.
-func (k *kind) replace(c *connection) {
-	k.mu.Lock()
-	for slot, have := range k.slots {
-		if have == c {
-			k.slots[slot] = nil
-		}
+// ready: the server has said its settings.
+func (k *kind) ready(c *connection) {
+	if !c.leaving {
+		k.slots[c.slot] = c
+		k.flush()
 	}
-	k.mu.Unlock()
 }
 
-// try needs the lock, so that a call is either in pending or on a connection.
+// gone: a connection takes no new calls. Another comes in its place.
+func (k *kind) gone(c *connection) {
+	if c.replaced {
+		return
+	}
+	c.replaced = true
+	if k.slots[c.slot] == c {
+		k.slots[c.slot] = nil
+	}
+	if c.known {
+		k.open(c.slot)
+	} else {
+		k.load.loop.at(time.Now().Add(retry), func() { k.open(c.slot) })
+	}
+}
+
 func (k *kind) try(one *call) bool {
 	first := int(k.next)
 	k.next++
@@ -166,8 +172,6 @@ func (k *kind) try(one *call) bool {
 }
 
 func (k *kind) send(one *call) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
 	if len(k.pending) > 0 || !k.try(one) {
 		k.pending = append(k.pending, one)
 		k.most = max(k.most, len(k.pending))
@@ -176,8 +180,6 @@ func (k *kind) send(one *call) {
 
 // flush sends what waited for a free stream.
 func (k *kind) flush() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
 	for len(k.pending) > 0 {
 		one := k.pending[0]
 		if !one.ended && !k.try(one) {
@@ -205,45 +207,36 @@ func (l *load) start(phase int, intended time.Time, random *rand.Rand) {
 		phase: phase, workload: w, intended: intended,
 		request: &w.Requests[random.IntN(len(w.Requests))],
 	}
-	l.flight.Add(1)
+	l.flight++
 	l.recorder.offered(one)
 	if w.DeadlineMS > 0 {
 		one.expires = intended.Add(time.Duration(w.DeadlineMS) * time.Millisecond)
-		l.expiring.Lock()
-		l.expiring.by[w] = append(l.expiring.by[w], one)
-		l.expiring.Unlock()
+		due := l.expiring[w]
+		due.calls = append(due.calls, one)
+		l.arm(w, due)
 	}
-	take := w.CancelShare > 0 && random.Float64() < w.CancelShare
+	one.taken = w.CancelShare > 0 && random.Float64() < w.CancelShare
 	after := time.Duration(random.Float64() * w.CancelAfterMS * 1e6)
-	one.taken = take
 	l.kinds[w.Connection].send(one)
-	if take {
-		time.AfterFunc(after, func() { l.giveUp(one, takenBack) })
+	if one.taken {
+		l.loop.at(time.Now().Add(after), func() { l.giveUp(one, takenBack) })
 	}
 }
 
-// giveUp ends a call on the client's side.
+// giveUp ends a call on the client's side, if it has not ended.
 func (l *load) giveUp(one *call, code string) {
-	k := l.kinds[one.workload.Connection]
-	k.mu.Lock()
-	c := one.connection
-	if c == nil {
-		if one.ended {
-			k.mu.Unlock()
-			return
-		}
-		one.ended = true // it waits in pending, and is passed over there
-		k.mu.Unlock()
-		l.finish(one, code)
+	if one.ended {
 		return
 	}
-	k.mu.Unlock()
-	if c.leave(one) {
-		l.finish(one, code)
+	if one.connection == nil {
+		one.ended = true // it waits in pending, and is passed over there
+	} else {
+		one.connection.leave(one)
 	}
+	l.finish(one, code)
 }
 
-// finish records a call's end, once; no lock is held.
+// finish records a call's end, once.
 func (l *load) finish(one *call, code string) {
 	now := time.Now()
 	wrong := ""
@@ -252,91 +245,73 @@ func (l *load) finish(one *call, code string) {
 	}
 	one.body = nil
 	l.recorder.ended(one, code, wrong, now)
-	l.flight.Add(-1)
+	l.flight--
 	l.kinds[one.workload.Connection].flush()
-	if int(l.phase.Load()) == one.phase && l.spec.Phases[one.phase].Callers > 0 {
-		l.closed.Lock()
-		again := l.closed.phase == one.phase && now.Before(l.closed.until) && !l.over.Load()
-		if again {
-			l.start(one.phase, now, l.closed.random)
-		}
-		l.closed.Unlock()
+	if l.phase == one.phase && now.Before(l.until) && !l.over {
+		l.start(one.phase, now, l.again)
 	}
 }
 
+// arm has `sweep` come when the first deadline passes, late by a hundredth at most.
+func (l *load) arm(w *Workload, due *deadlines) {
+	if due.armed || len(due.calls) == 0 {
+		return
+	}
+	due.armed = true
+	next := time.Now().Add(max(2*time.Millisecond, time.Duration(w.DeadlineMS)*10*time.Microsecond))
+	if first := due.calls[0].expires; first.After(next) {
+		next = first
+	}
+	l.loop.at(next, func() { l.sweep(w, due) })
+}
+
 // sweep ends calls whose deadline has passed, as a gRPC client does.
-func (l *load) sweep() {
-	every := time.Second
-	for _, w := range l.spec.Workloads {
-		if w.DeadlineMS > 0 { // late by a hundredth at most
-			every = min(every, max(2*time.Millisecond, time.Duration(w.DeadlineMS)*10*time.Microsecond))
-		}
+func (l *load) sweep(w *Workload, due *deadlines) {
+	now := time.Now()
+	for len(due.calls) > 0 && (due.calls[0].ended || !now.Before(due.calls[0].expires)) {
+		one := due.calls[0]
+		due.calls[0] = nil
+		due.calls = due.calls[1:]
+		l.giveUp(one, lateHere)
 	}
-	for !l.over.Load() || l.flight.Load() > 0 {
-		time.Sleep(every)
-		now := time.Now()
-		var late []*call
-		l.expiring.Lock()
-		for w, calls := range l.expiring.by {
-			n := 0
-			for n < len(calls) && !now.Before(calls[n].expires) {
-				late = append(late, calls[n])
-				calls[n] = nil
-				n++
-			}
-			l.expiring.by[w] = calls[n:]
-		}
-		l.expiring.Unlock()
-		for _, one := range late {
-			l.giveUp(one, lateHere)
-		}
-	}
+	due.armed = false
+	l.arm(w, due)
 }
 
 // run goes through the phases and waits for the last answers.
 func (l *load) run() {
 	begin := time.Now()
 	l.recorder = newRecorder(l.spec, begin)
-	for _, w := range l.spec.Workloads {
-		if w.DeadlineMS > 0 {
-			go l.sweep() // it wakes up five hundred times a second: not for nothing
-			break
-		}
-	}
+	never := func() bool { return false }
 	for i, p := range l.spec.Phases {
-		l.phase.Store(int32(i))
 		used := cpuTime()
 		until := begin.Add(time.Duration(p.Seconds * 1e9))
 		if p.Callers > 0 {
-			l.closed.Lock()
-			l.closed.until, l.closed.phase = until, i
+			l.phase, l.until = i, until
 			for range p.Callers {
-				l.start(i, time.Now(), l.closed.random)
+				l.start(i, time.Now(), l.again)
 			}
-			l.closed.Unlock()
-			time.Sleep(time.Until(until))
 		} else {
-			l.open(i, p, begin, until)
+			l.phase = -1
+			l.arrive(i, newArrivals(p, l.random), begin, until)
 		}
+		l.loop.run(until, never)
 		l.cpu = append(l.cpu, cpuTime()-used)
 		begin = until
 	}
-	l.phase.Store(-1)
-	for i := 0; l.flight.Load() > 0 && i < 1000; i++ {
-		time.Sleep(10 * time.Millisecond)
-	}
-	l.over.Store(true)
+	l.phase = -1
+	l.loop.run(time.Now().Add(10*time.Second), func() bool { return l.flight == 0 })
+	l.over = true
 }
 
-func (l *load) open(i int, p *Phase, begin, until time.Time) {
-	times := newArrivals(p, l.random)
-	for {
-		at := begin.Add(times.next())
-		if at.After(until) {
-			l.alarm.sleep(time.Until(until))
-			return
-		}
-		l.alarm.sleep(time.Until(at))
-		l.start(i, at, l.random)
+// arrive starts the next call of an open loop at its time, and has the one after it follow.
+func (l *load) arrive(phase int, times *arrivals, begin, until time.Time) {
+	at := begin.Add(times.next())
+	if at.After(until) {
+		return
 	}
+	l.loop.at(at, func() {
+		l.start(phase, at, l.random)
+		l.arrive(phase, times, begin, until)
+	})
 }

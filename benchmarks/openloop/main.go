@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -56,7 +57,7 @@ type Client struct {
 	Lag        *Summary `json:"lag"` // from the intended time to the sending
 	MostQueued int      `json:"most_queued"`
 	Opened     int      `json:"connections_opened"`
-	Unended    int64    `json:"unended"`
+	Unended    int      `json:"unended"`
 }
 
 // Output is the result.
@@ -81,8 +82,6 @@ func figures(t *tally, seconds float64, buckets bool) *Figures {
 
 func (l *load) output() *Output {
 	r := l.recorder
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	out := &Output{Samples: r.samples}
 	begin := r.start
 	for i, p := range l.spec.Phases {
@@ -110,7 +109,7 @@ func (l *load) output() *Output {
 	}
 	out.Client = Client{
 		CPUSeconds: cpuTime().Seconds(),
-		Lag:        r.lag.summary(false), Unended: l.flight.Load(),
+		Lag:        r.lag.summary(false), Unended: l.flight,
 	}
 	for _, k := range l.kinds {
 		out.Client.MostQueued = max(out.Client.MostQueued, k.most)
@@ -133,6 +132,7 @@ func main() {
 	if err != nil {
 		fail(err)
 	}
+	runtime.LockOSThread()
 	l, err := newLoad(spec)
 	if err != nil {
 		fail(err)

@@ -3,11 +3,10 @@ package main
 import (
 	"encoding/base64"
 	"strings"
-	"sync"
 	"time"
 )
 
-// call is one call on its way. Its fields are the sender's until it is in flight.
+// call is one call on its way.
 type call struct {
 	phase    int
 	workload *Workload
@@ -24,7 +23,7 @@ type call struct {
 	status     string
 	message    string
 	details    string
-	ended      bool // under the connection's lock
+	ended      bool
 }
 
 // tally is what happened to the calls of one phase, one workload, or both.
@@ -60,7 +59,6 @@ type bin struct {
 }
 
 type recorder struct {
-	mu        sync.Mutex
 	start     time.Time
 	interval  time.Duration
 	phases    []*tally
@@ -98,18 +96,14 @@ func (r *recorder) bin(at time.Time) *bin {
 }
 
 func (r *recorder) offered(c *call) {
-	r.mu.Lock()
 	r.phases[c.phase].offered++
 	r.workloads[c.phase][c.workload.Name].offered++
 	r.bin(c.intended).offered++
-	r.mu.Unlock()
 }
 
 // ended records a call's end. `wrong` is "" for an answer that is right, or that nobody checks.
 func (r *recorder) ended(c *call, code, wrong string, now time.Time) {
 	took := now.Sub(c.intended)
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	retry := c.details != "" && r.hasRetryInfo(c.details)
 	for _, t := range []*tally{r.phases[c.phase], r.workloads[c.phase][c.workload.Name]} {
 		t.add(code, took, retry)
