@@ -1,5 +1,7 @@
 # `make help` lists the targets. PYTHON: any Python 3.11 or newer.
 PYTHON ?= python3
+# Tests that run at once, file by file. They wait for servers and deadlines half of their time.
+JOBS   ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -59,7 +61,7 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 
 test: $(VENV)/.dev $(VENV)/.native ## All tests that this machine can run
 	@if command -v cargo >/dev/null; then cd server/native && cargo test --quiet --no-default-features; fi
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
 	$(BIN)/uv venv --quiet --python $(BIN)/python .venv-vllm

@@ -108,9 +108,13 @@ class BatchingEngineClient:
             add_engine_time(time.perf_counter() - began)
         return completions  # type: ignore[return-value]
 
-    def refusal(self, deadline: float | None, rows: int = 1, calls: int = 1) -> ForebayError | None:
+    def refusal(
+        self, deadline: float | None, rows: int = 1, calls: int = 1, ahead: int = 0
+    ) -> ForebayError | None:
         """See interfaces.EngineClient."""
-        return self._intake.refusal(deadline, rows, calls) if self._intake.waiting_rows else None
+        if not ahead and not self._intake.waiting_rows:
+            return None
+        return self._intake.refusal(deadline, rows, calls, ahead)
 
     def _borrow(self) -> Slot | None:
         """A quick slot that nobody uses, with its turn taken, for a thread that has time for it."""

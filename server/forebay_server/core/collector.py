@@ -43,6 +43,14 @@ class Collector(Generic[T]):
             pending.setdefault(self, []).append(value)
 
 
+def pass_on() -> None:
+    """Pass on what has been collected on this thread so far, where others will take a while yet."""
+    if _local.pending:
+        pending, _local.pending = _local.pending, {}
+        for collector, values in pending.items():
+            collector._flush(values)
+
+
 def engine_time() -> float | None:
     """Seconds that engines took on this thread within the present `together()`; None outside of it:
     the thread does not work through a batch of calls."""

@@ -104,12 +104,14 @@ class Intake:
             completion.fail(error, item)
         return out
 
-    def refusal(self, deadline: float | None, rows: int = 1, calls: int = 1) -> ForebayError | None:
-        """Why a request of so many rows would be refused now. `calls`: so many are, if it is."""
+    def refusal(
+        self, deadline: float | None, rows: int = 1, calls: int = 1, ahead: int = 0
+    ) -> ForebayError | None:
+        """See interfaces.EngineClient."""
         rate = self.statistics.tokens_per_second * self.slots
         running = self.running_tokens()
         with self._work:
-            full = self._queue.refusal(rows, deadline, rate, self.clock(), running)
+            full = self._queue.refusal(rows, deadline, rate, self.clock(), running, ahead=ahead)
             shut = self._shut()
         if shut is None and full is not None:
             self.statistics.ended("rejected", 0.0, 0.0, time.time(), calls)

@@ -263,9 +263,12 @@ class EngineClient(Protocol):
         """Queue all. A request that does not fit comes back already failed with QueueFull."""
         ...
 
-    def refusal(self, deadline: float | None, rows: int = 1, calls: int = 1) -> ForebayError | None:
+    def refusal(
+        self, deadline: float | None, rows: int = 1, calls: int = 1, ahead: int = 0
+    ) -> ForebayError | None:
         """Why a request of so many rows would be refused now, so that nothing is spent on preparing
-        it; None when it would be queued. `calls`: how many end with it, for the statistics."""
+        it; None when it would be queued. `calls`: how many end with it, for the statistics. `ahead`:
+        rows of requests that are not queued yet, and will be before it."""
         ...
 
     def stats(self) -> Mapping[str, Any]:

@@ -133,9 +133,11 @@ class RequestQueue:
         now: float,
         running_tokens: int = 0,
         priority: int = 0,
+        ahead: int = 0,
     ) -> QueueFull | None:
         """Why a request of so many rows would be refused now; see `push`. Its `holds_s` is the time
-        for which every request that comes as late would be refused too."""
+        for which every request that comes as late would be refused too. `ahead`: so many rows will
+        have come before it."""
         policy = self.policy
         waiting = sum(n for p, n in self._ahead.items() if p >= priority)  # the others go behind it
         batch = min(
@@ -162,17 +164,21 @@ class RequestQueue:
                 full.holds_s = _hold(wait) if waiting > batch else min(LEAST_HOLD_S, late)
                 full.within_s = took / MOST_OF_DEADLINE
                 return full
-        if self.waiting_rows and self.waiting_rows + rows > policy.max_queue_size:
+        before = self.waiting_rows
+        if (
+            2 * before > policy.max_queue_size
+        ):  # emptier, the engine keeps up: it may take those first
+            before += ahead
+        if before and before + rows > policy.max_queue_size:
             full = QueueFull(
-                f"the queue holds {self.waiting_rows} of {policy.max_queue_size} rows; "
-                f"{rows} more do not fit",
+                f"the queue holds {before} of {policy.max_queue_size} rows; {rows} more do not fit",
                 retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait or 1.0)),
                 metadata={
-                    "waiting": str(self.waiting_rows),
+                    "waiting": str(before),
                     "limit": str(policy.max_queue_size),
                 },
             )
-            room = wait * rows / self.waiting_rows  # until as many have left; fewer may fit before
+            room = wait * rows / before  # until as many have left; fewer may fit before
             full.gap_s = GAP_SHARE * room
             full.holds_s = _hold(wait) if waiting > batch else min(LEAST_HOLD_S, room)
             full.by_size = True

@@ -154,16 +154,18 @@ class ModelAccess:
         loaded = await self._resolver.resolve(ref, tasks, _sticky(call, sticky_key))
         return self._serve(call, loaded)
 
-    def refused(self, model: ServedModel, ref: str, calls: Sequence[Call], rows: int = 1) -> bool:
+    def refused(
+        self, model: ServedModel, ref: str, calls: Sequence[Call], rows: int = 1, ahead: int = 0
+    ) -> bool:
         """Whether the queue would take none of these calls, of so many rows at least; they are ended
-        with its word, then.
+        with its word, then. `ahead`: rows of other calls that go before them.
 
         To be asked before their inputs are made: under overload most of what comes is refused.
         """
         deadlines = [c.deadline for c in calls]
         known = [d for d in deadlines if d is not None]
         latest = max(known) if len(known) == len(deadlines) else None
-        full = model.client.refusal(latest, rows, len(calls))
+        full = model.client.refusal(latest, rows, len(calls), ahead)
         if full is None:
             return False
         if isinstance(full, QueueFull) and self._resolver.splits(ref):

@@ -180,7 +180,8 @@ async fn fast(
             ));
         }
     };
-    if let Some(full) = shared.shed.refusal(method, &message, deadline) {
+    let behind = || shared.inbox.behind();
+    if let Some(full) = shared.shed.refusal(method, &message, deadline, behind) {
         return Err(full);
     }
     let caller = callers.of(&head.headers);

@@ -163,6 +163,13 @@ impl Inbox {
         self.ready.notify_all();
     }
 
+    /// How long the first of the calls that wait has done so.
+    pub fn behind(&self) -> Duration {
+        let state = self.state.lock();
+        let first = state.waiting.front();
+        first.map_or(Duration::ZERO, |call| call.received.elapsed())
+    }
+
     /// Calls that wait.
     pub fn waiting(&self) -> usize {
         self.state.lock().waiting.len()

@@ -13,8 +13,12 @@ use crate::call::Call;
 use crate::status::Refusal;
 use crate::wire::{Field, field};
 
-/// Calls are let through one by one for so many times as long as all were refused.
+/// Calls are let through one by one for so many times as long as all were refused, and then for as
+/// long again as they come, while Python is not behind.
 const SLOWLY: u32 = 4;
+/// Python is behind when a call has waited for it this long: those that come after would wait, too, and
+/// mostly to be refused. A call that is read alone keeps it for a millisecond or two.
+const BEHIND: Duration = Duration::from_millis(3);
 /// Where size matters, a message counts as no smaller with this share of its bytes less: as many rows
 /// with shorter words in them would be refused as well, one after the other, each by Python.
 const NEARLY: usize = 8;
@@ -26,6 +30,7 @@ struct Rule {
     key: Vec<u8>,
     until: Instant,
     /// From `until` to here, a call is let through at `next`, and then after each `gap`.
+    slowly: Instant,
     ends: Instant,
     gap: Duration,
     next: Mutex<Instant>,
@@ -37,9 +42,12 @@ struct Rule {
 
 impl Rule {
     /// Whether a call that it is about may pass nevertheless.
-    fn lets_through(&self, now: Instant) -> bool {
-        if now < self.until {
+    fn lets_through(&self, now: Instant, behind: impl Fn() -> Duration) -> bool {
+        if now < self.until || behind() >= BEHIND {
             return false;
+        }
+        if now >= self.slowly {
+            return true;
         }
         let mut next = self.next.lock();
         if now < *next {
@@ -55,7 +63,8 @@ impl Rule {
 pub struct Holds {
     pub time: Duration,
     /// Then, for `SLOWLY` times as long, one call is let through in each such time: all at once would
-    /// come in faster than Python reads them, and those behind would wait to be refused.
+    /// come in faster than Python reads them, and those behind would wait to be refused. None are
+    /// kept back after `time` where it is zero.
     pub gap: Duration,
     /// Calls that have more time than this are let through. None: nobody is.
     pub within: Option<Duration>,
@@ -87,6 +96,7 @@ impl Shed {
             return;
         };
         let now = Instant::now();
+        let slowly = holds.time * if holds.gap.is_zero() { 0 } else { SLOWLY };
         let mut rules = self.rules.write();
         rules.retain(|r| r.ends > now && !(r.method == like.method && r.key == key));
         if rules.len() < MOST_RULES {
@@ -94,7 +104,8 @@ impl Shed {
                 method: like.method,
                 key,
                 until: now + holds.time,
-                ends: now + holds.time * if holds.gap.is_zero() { 1 } else { 1 + SLOWLY },
+                slowly: now + holds.time + slowly,
+                ends: now + holds.time + slowly * 2,
                 gap: holds.gap,
                 next: Mutex::new(now),
                 within: holds.within,
@@ -109,12 +120,13 @@ impl Shed {
         self.live.store(rules.len(), Ordering::Relaxed);
     }
 
-    /// What a call is refused with, if it is.
+    /// What a call is refused with, if it is. `behind`: how long a call has waited for Python.
     pub fn refusal(
         &self,
         method: u32,
         message: &[u8],
         deadline: Option<Instant>,
+        behind: impl Fn() -> Duration,
     ) -> Option<Refusal> {
         if self.live.load(Ordering::Relaxed) == 0 {
             return None;
@@ -139,7 +151,7 @@ impl Shed {
                 (Some(_), None) => false,
                 (Some(within), Some(deadline)) => deadline.saturating_duration_since(now) <= within,
             };
-            if late && key.as_ref() == Some(&rule.key) && !rule.lets_through(now) {
+            if late && key.as_ref() == Some(&rule.key) && !rule.lets_through(now, &behind) {
                 return Some(rule.refusal.clone());
             }
         }
@@ -207,6 +219,16 @@ mod tests {
         Shed::new(vec![vec![1], vec![], vec![1, 3]])
     }
 
+    /// What a call is told while Python keeps up.
+    fn told(
+        shed: &Shed,
+        method: u32,
+        message: &[u8],
+        deadline: Option<Instant>,
+    ) -> Option<Refusal> {
+        shed.refusal(method, message, deadline, || Duration::ZERO)
+    }
+
     fn refuse(shed: &Shed, method: u32, message: &'static [u8], within: Option<Duration>) {
         let (call, _) = crate::call::Call::new(
             method,
@@ -225,18 +247,18 @@ mod tests {
     #[test]
     fn calls_that_ask_the_same_are_refused_and_no_others() {
         let shed = shed();
-        assert!(shed.refusal(0, AB, None).is_none());
+        assert!(told(&shed, 0, AB, None).is_none());
         refuse(&shed, 0, AB, None);
-        assert!(shed.refusal(0, AB, None).is_some());
-        assert!(shed.refusal(0, BA, None).is_some());
-        assert!(shed.refusal(0, C, None).is_none(), "another model");
+        assert!(told(&shed, 0, AB, None).is_some());
+        assert!(told(&shed, 0, BA, None).is_some());
+        assert!(told(&shed, 0, C, None).is_none(), "another model");
         assert!(
-            shed.refusal(0, b"\x12\x01x", None).is_none(),
+            told(&shed, 0, b"\x12\x01x", None).is_none(),
             "the default model"
         );
-        assert!(shed.refusal(2, AB, None).is_none(), "another method");
+        assert!(told(&shed, 2, AB, None).is_none(), "another method");
         assert!(
-            shed.refusal(0, b"\x0a\x7f", None).is_none(),
+            told(&shed, 0, b"\x0a\x7f", None).is_none(),
             "malformed: Python says so"
         );
     }
@@ -245,11 +267,11 @@ mod tests {
     fn every_telling_field_counts_and_a_method_without_any_is_left_alone() {
         let shed = shed();
         refuse(&shed, 1, AB, None);
-        assert!(shed.refusal(1, AB, None).is_none());
+        assert!(told(&shed, 1, AB, None).is_none());
         refuse(&shed, 2, b"\x0a\x02ab\x1a\x011", None);
-        assert!(shed.refusal(2, b"\x0a\x02ab\x1a\x011", None).is_some());
-        assert!(shed.refusal(2, b"\x0a\x02ab\x1a\x012", None).is_none());
-        assert!(shed.refusal(2, AB, None).is_none());
+        assert!(told(&shed, 2, b"\x0a\x02ab\x1a\x011", None).is_some());
+        assert!(told(&shed, 2, b"\x0a\x02ab\x1a\x012", None).is_none());
+        assert!(told(&shed, 2, AB, None).is_none());
     }
 
     #[test]
@@ -257,9 +279,9 @@ mod tests {
         let shed = shed();
         refuse(&shed, 0, AB, Some(Duration::from_secs(10)));
         let at = |s| Some(Instant::now() + Duration::from_secs(s));
-        assert!(shed.refusal(0, AB, at(9)).is_some());
-        assert!(shed.refusal(0, AB, at(11)).is_none());
-        assert!(shed.refusal(0, AB, None).is_none());
+        assert!(told(&shed, 0, AB, at(9)).is_some());
+        assert!(told(&shed, 0, AB, at(11)).is_none());
+        assert!(told(&shed, 0, AB, None).is_none());
     }
 
     #[test]
@@ -275,8 +297,8 @@ mod tests {
             by_size,
             Refusal::new(Code::ResourceExhausted, "full"),
         );
-        assert!(shed.refusal(0, BA, None).is_some(), "as large");
-        assert!(shed.refusal(0, b"\x0a\x02ab", None).is_none());
+        assert!(told(&shed, 0, BA, None).is_some(), "as large");
+        assert!(told(&shed, 0, b"\x0a\x02ab", None).is_none());
         let table = |bytes: usize| {
             let mut message = vec![0x0a, 0x01, b't', 0x12, bytes as u8];
             message.resize(5 + bytes, b'x');
@@ -286,10 +308,10 @@ mod tests {
         let full = Refusal::new(Code::ResourceExhausted, "full");
         shed.refuse(&call, by_size, full);
         assert!(
-            shed.refusal(0, &table(83), None).is_some(),
+            told(&shed, 0, &table(83), None).is_some(),
             "nearly as large"
         );
-        assert!(shed.refusal(0, &table(82), None).is_none());
+        assert!(told(&shed, 0, &table(82), None).is_none());
     }
 
     #[test]
@@ -302,13 +324,17 @@ mod tests {
             ..holds(time, None)
         };
         shed.refuse(&call, slowly, Refusal::new(Code::ResourceExhausted, "full"));
-        assert!(shed.refusal(0, AB, None).is_some());
+        assert!(told(&shed, 0, AB, None).is_some());
         std::thread::sleep(time + Duration::from_millis(10));
-        assert!(shed.refusal(0, AB, None).is_none(), "one");
-        assert!(shed.refusal(0, AB, None).is_some(), "and no more");
+        assert!(told(&shed, 0, AB, None).is_none(), "one");
+        assert!(told(&shed, 0, AB, None).is_some(), "and no more");
         std::thread::sleep(time * SLOWLY);
-        assert!(shed.refusal(0, AB, None).is_none());
-        assert!(shed.refusal(0, AB, None).is_none());
+        assert!(told(&shed, 0, AB, None).is_none());
+        assert!(told(&shed, 0, AB, None).is_none(), "as they come");
+        let behind = shed.refusal(0, AB, None, || BEHIND);
+        assert!(behind.is_some(), "but not behind others");
+        std::thread::sleep(time * SLOWLY);
+        assert!(shed.refusal(0, AB, None, || BEHIND).is_none());
     }
 
     #[test]
@@ -318,7 +344,7 @@ mod tests {
         let full = || Refusal::new(Code::ResourceExhausted, "full");
         shed.refuse(&call, holds(Duration::from_millis(1), None), full());
         std::thread::sleep(Duration::from_millis(5));
-        assert!(shed.refusal(0, AB, None).is_none());
+        assert!(told(&shed, 0, AB, None).is_none());
         assert_eq!(shed.live.load(Ordering::Relaxed), 0);
         for i in 0..=255 {
             let message = Bytes::from(vec![0x0a, 0x01, i]);

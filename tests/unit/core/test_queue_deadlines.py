@@ -103,6 +103,18 @@ def test_a_refusal_says_for_whom_else_it_holds(queue: RequestQueue) -> None:
     assert small.refusal(1, None, RATE, 0.0) is None
 
 
+def test_rows_that_are_about_to_come_count_in_a_queue_that_is_rather_full() -> None:
+    small = RequestQueue(BatchPolicy(max_queue_size=4))
+    assert small.refusal(1, None, RATE, 0.0, ahead=100) is None
+    for _ in range(2):
+        small.push(completion(1))
+    assert small.refusal(1, None, RATE, 0.0, ahead=100) is None, "they may leave as others come"
+    small.push(completion(1))
+    full = small.refusal(1, None, RATE, 0.0, ahead=1)
+    assert full is not None and "holds 4 of 4" in full.message
+    assert small.refusal(1, None, RATE, 0.0) is None
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.sampled_from(["push", "cut", "discard", "expire"])))
 )
