@@ -150,31 +150,34 @@ func (c *connection) send(one *call) {
 	c.queue(http2.FrameHeaders, http2.FlagHeadersEndHeaders, one.id, c.headers.Bytes())
 	message := one.request.Message
 	c.room -= int64(len(message) + 5)
-	piece := make([]byte, 5, min(len(message)+5, mostFrame))
-	binary.BigEndian.PutUint32(piece[1:], uint32(len(message)))
-	fits := min(len(message), mostFrame-5)
-	piece = append(piece, message[:fits]...)
-	message = message[fits:]
+	prefix := [5]byte{}
+	binary.BigEndian.PutUint32(prefix[1:], uint32(len(message)))
+	first := prefix[:]
 	for {
+		fits := min(len(message), mostFrame-len(first))
 		flags := http2.Flags(0)
-		if len(message) == 0 {
+		if fits == len(message) {
 			flags = http2.FlagDataEndStream
 		}
-		c.queue(http2.FrameData, flags, one.id, piece)
+		c.queue(http2.FrameData, flags, one.id, first, message[:fits])
+		first, message = nil, message[fits:]
 		if len(message) == 0 {
-			break
+			return
 		}
-		fits = min(len(message), mostFrame)
-		piece, message = message[:fits], message[fits:]
 	}
 }
 
 // queue a frame; it is written before the loop waits again.
-func (c *connection) queue(kind http2.FrameType, flags http2.Flags, id uint32, payload []byte) {
-	n := len(payload)
+func (c *connection) queue(kind http2.FrameType, flags http2.Flags, id uint32, pieces ...[]byte) {
+	n := 0
+	for _, piece := range pieces {
+		n += len(piece)
+	}
 	c.out = append(c.out, byte(n>>16), byte(n>>8), byte(n), byte(kind), byte(flags))
 	c.out = binary.BigEndian.AppendUint32(c.out, id)
-	c.out = append(c.out, payload...)
+	for _, piece := range pieces {
+		c.out = append(c.out, piece...)
+	}
 	if !c.dirty {
 		c.dirty = true
 		c.kind.load.loop.dirty = append(c.kind.load.loop.dirty, c)
@@ -334,6 +337,9 @@ func (c *connection) take(frame http2.Frame) error {
 		return c.fields(f.HeaderBlockFragment(), f.HeadersEnded())
 	case *http2.DataFrame:
 		if one := c.flight[id]; one != nil {
+			if one.body == nil {
+				one.body = c.kind.load.body()
+			}
 			one.body = append(one.body, f.Data()...)
 			if f.StreamEnded() {
 				c.complete(one)

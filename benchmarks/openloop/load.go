@@ -34,6 +34,7 @@ type load struct {
 	again    *rand.Rand // of closed loops
 	total    float64    // of the weights
 	flight   int
+	bodies   [][]byte
 	over     bool // no new connections, no new calls
 	expiring map[*Workload]*deadlines
 	phase    int       // whose closed loop goes on; -1: none
@@ -44,6 +45,17 @@ type load struct {
 type deadlines struct {
 	calls []*call
 	armed bool // a timer is on for the first of them
+}
+
+// body is room for an answer. It comes back in `finish`, so that there is no garbage to collect.
+func (l *load) body() []byte {
+	last := len(l.bodies) - 1
+	if last < 0 {
+		return make([]byte, 0, 1024)
+	}
+	out := l.bodies[last]
+	l.bodies = l.bodies[:last]
+	return out
 }
 
 // retry is how long after a connection that could not be made the next is tried.
@@ -243,7 +255,9 @@ func (l *load) finish(one *call, code string) {
 	if code == "OK" {
 		wrong = verify(one)
 	}
-	one.body = nil
+	if one.body != nil {
+		l.bodies, one.body = append(l.bodies, one.body[:0]), nil
+	}
 	l.recorder.ended(one, code, wrong, now)
 	l.flight--
 	l.kinds[one.workload.Connection].flush()
