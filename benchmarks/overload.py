@@ -132,16 +132,18 @@ def measure(server: Served, workload: Workload, seconds: float, times: float) ->
 
 
 def recovery(timeline: list[dict[str, Any]], begin: float, end: float) -> float | None:
-    """Seconds after the overload from which calls are answered, and as quickly as later on."""
+    """Seconds after the overload from which calls are answered, and as quickly as later on, for two
+    seconds at least: what holds up the machine once in ten seconds is no part of it."""
     bins = [b for b in timeline if begin <= b["at_s"] < end - 0.15 and b["offered"]]
     later = sorted(b["p99_ms"] for b in bins[len(bins) // 2 :])
     usual = later[len(later) // 2]
-    recovered = None
-    for b in reversed(bins):
+    recovered = begin
+    for b in bins:
+        if b["at_s"] - recovered >= 2:
+            return round(recovered - begin, 2)
         if b["ok"] < b["offered"] or b["p50_ms"] > 3 * usual:
-            break
-        recovered = b["at_s"] - begin
-    return None if recovered is None else round(max(0.0, recovered), 2)
+            recovered = b["at_s"] + INTERVAL_MS / 1000
+    return None
 
 
 def verdict(m: dict[str, Any]) -> dict[str, bool]:

@@ -16,9 +16,9 @@ use crate::wire::{Field, field};
 /// Calls are let through one by one for so many times as long as all were refused, and then for as
 /// long again as they come, while Python is not behind.
 const SLOWLY: u32 = 4;
-/// Python is behind when a call has waited for it this long: those that come after would wait, too, and
-/// mostly to be refused. A call that is read alone keeps it for a millisecond or two.
-const BEHIND: Duration = Duration::from_millis(3);
+/// Python is behind when a call has waited for it this long, about what it takes to read a table of 500
+/// rows: those that come after would wait, too, and mostly to be refused.
+const BEHIND: Duration = Duration::from_micros(1500);
 /// Where size matters, a message counts as no smaller with this share of its bytes less: as many rows
 /// with shorter words in them would be refused as well, one after the other, each by Python.
 const NEARLY: usize = 8;
