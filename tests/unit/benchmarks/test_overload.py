@@ -29,10 +29,14 @@ def timeline(slow: Collection[int], refused: Collection[int] = ()) -> list[dict[
         ((), (), 0.0),
         ((0, 1), (2,), 0.3),
         ((0, 15), (), 1.6),
-        ((0,), (79,), 8.0),
+        ((0,), (79,), 0.1),
     ],
 )
-def test_recovered_is_who_answers_quickly_from_then_on(
+def test_recovered_is_who_answers_quickly_for_two_seconds(
     slow: Collection[int], refused: Collection[int], expected: float
 ) -> None:
     assert recovery(timeline(slow, refused), 65, 75) == pytest.approx(expected)
+
+
+def test_who_refuses_every_other_second_has_not_recovered() -> None:
+    assert recovery(timeline((), range(0, 100, 15)), 65, 75) is None
