@@ -425,6 +425,9 @@ func (c *connection) goAway(last uint32) {
 
 // complete ends a call by what the server said.
 func (c *connection) complete(one *call) {
+	if one.ended { // taken back between the pieces of its headers
+		return
+	}
 	one.ended = true
 	delete(c.flight, one.id)
 	code := one.status

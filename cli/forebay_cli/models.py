@@ -50,8 +50,8 @@ def unload(model: str, version: Version = None) -> None:
     from forebay.v1 import model_pb2 as pb
 
     answer = _call("UnloadModel", pb.UnloadModelRequest(model=model, version=version))
-    freed = (answer.memory_before_bytes - answer.memory_after_bytes) / 1e6
-    typer.echo(f"{model} is unloaded; resident memory fell by {freed:.0f} MB")
+    before, after = answer.memory_before_bytes / 1e6, answer.memory_after_bytes / 1e6
+    typer.echo(f"{model} is unloaded; resident memory was {before:.0f} MB and is {after:.0f} MB")
 
 
 @app.command()

@@ -391,6 +391,28 @@ def test_an_evaluation_that_was_cut_off_begins_again(
     live.stop()
 
 
+def test_an_evaluation_whose_file_is_broken_is_left_out_and_named_in_the_log(
+    models: Path, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    create(stub, "office")
+    upload(stub, "office", ("handbook.md", HANDBOOK))
+    wait(stub, "office")
+    request = pb.StartEvaluationRequest(knowledge_base="office")
+    request.items.add(query="hotels", relevant_documents=["handbook.md"])
+    job = stub.StartEvaluation(request).evaluation
+    live.stop()
+    (kept,) = tmp_path.rglob(f"{job.id}.json")
+    kept.with_name("broken.json").write_bytes(b"{")
+    live = start(models, home=tmp_path)
+    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
+    asked = pb.GetEvaluationRequest(knowledge_base="office", evaluation=job.id)
+    assert stub.GetEvaluation(asked).evaluation.id == job.id
+    assert "broken.json" in caplog.text
+    live.stop()
+
+
 def test_chunks_stay_out_of_the_list_of_collections(stub, live: Live, office: str) -> None:
     collections = collection_pb2_grpc.CollectionServiceStub(live.channel)
     found = collections.ListCollections(collection_pb2.ListCollectionsRequest()).collections
