@@ -75,7 +75,8 @@ class TabularPipeline:
         """Start all jobs. Errors end their own calls.
 
         Those that the queue will not take are told so before the tables of the others are made,
-        which takes a millisecond for each few thousand values.
+        which takes a millisecond for each few thousand values. (Where the queue is nearly full, one
+        whose table then turns out bad has kept room; the refused ones have RetryInfo.)
         """
         starting: list[tuple[TabularJob, ServedModel]] = []
         ahead: dict[ServedModel, int] = {}
