@@ -4,8 +4,9 @@
 
 For each workload: the peak by a closed loop of 32 and of 64 callers; then Poisson arrivals at three
 times that rate; then half of it; then the peak again. Every call has a deadline, and every answer is
-checked. Shown are the goodput against the mean of both peaks (the machine's speed may drift meanwhile), how quickly calls are refused and whether refusals say when to come again,
-the server's memory, and the time until calls that start are answered as quickly as before.
+checked. Shown are the goodput against the mean of both peaks (the machine's speed may drift meanwhile),
+how quickly calls are refused and whether refusals say when to come again, the server's memory, and the
+time until calls that start are answered as quickly as before.
 With --keep it writes benchmarks/results/overload.{json,md,png}.
 
 Where it may, the generator has real-time priority in the open loop: one that waits for the cores that the

@@ -240,7 +240,7 @@ func (c *connection) watch() {
 }
 
 func (c *connection) read() {
-	if c.closed || c.paused {
+	if c.closed || c.paused || !c.connected { // not: an event of a socket that had this number before
 		return
 	}
 	have := len(c.in)

@@ -368,18 +368,23 @@ def test_an_evaluation_is_a_job_whose_results_are_kept(
     live.stop()
 
 
-def test_an_evaluation_that_was_cut_off_begins_again(
-    models: Path, start: Start, tmp_path: Path
-) -> None:
-    live = start(models, home=tmp_path)
+def evaluate(live: Live, queries: int) -> pb.Evaluation:
+    """Start an evaluation of so many queries over a new base of one document."""
     stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
     create(stub, "office")
     upload(stub, "office", ("handbook.md", HANDBOOK))
     wait(stub, "office")
     request = pb.StartEvaluationRequest(knowledge_base="office")
-    for i in range(300):
+    for i in range(queries):
         request.items.add(query=f"question {i} on hotels", relevant_documents=["handbook.md"])
-    job = stub.StartEvaluation(request).evaluation
+    return stub.StartEvaluation(request).evaluation
+
+
+def test_an_evaluation_that_was_cut_off_begins_again(
+    models: Path, start: Start, tmp_path: Path
+) -> None:
+    live = start(models, home=tmp_path)
+    job = evaluate(live, 300)
     live.stop()
     live = start(models, home=tmp_path)
     stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
@@ -395,13 +400,7 @@ def test_an_evaluation_whose_file_is_broken_is_left_out_and_named_in_the_log(
     models: Path, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     live = start(models, home=tmp_path)
-    stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
-    create(stub, "office")
-    upload(stub, "office", ("handbook.md", HANDBOOK))
-    wait(stub, "office")
-    request = pb.StartEvaluationRequest(knowledge_base="office")
-    request.items.add(query="hotels", relevant_documents=["handbook.md"])
-    job = stub.StartEvaluation(request).evaluation
+    job = evaluate(live, 1)
     live.stop()
     (kept,) = tmp_path.rglob(f"{job.id}.json")
     kept.with_name("broken.json").write_bytes(b"{")
@@ -409,6 +408,10 @@ def test_an_evaluation_whose_file_is_broken_is_left_out_and_named_in_the_log(
     stub = knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
     asked = pb.GetEvaluationRequest(knowledge_base="office", evaluation=job.id)
     assert stub.GetEvaluation(asked).evaluation.id == job.id
+    asked.evaluation = "broken"
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.GetEvaluation(asked)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
     assert "broken.json" in caplog.text
     live.stop()
 

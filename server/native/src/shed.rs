@@ -29,8 +29,9 @@ struct Rule {
     method: u32,
     key: Vec<u8>,
     until: Instant,
-    /// From `until` to here, a call is let through at `next`, and then after each `gap`.
+    /// From `until` to `slowly`, a call is let through at `next`, and then after each `gap`.
     slowly: Instant,
+    /// From `slowly` to here, as they come while Python is not behind.
     ends: Instant,
     gap: Duration,
     next: Mutex<Instant>,
