@@ -36,7 +36,7 @@ from benchmarks.openloop.live import serve
 SHARES = (0.3, 0.5, 0.7)
 WITHIN = 0.2
 TEXTS = BatchPolicy(BATCH_TOKENS[False], 32, PADDING_TOKENS[False])
-ROWS = BatchPolicy(max_batch_size=256)
+ROWS = BatchPolicy(max_batch_size=512)
 
 
 def mixed(models: Path) -> Workload:

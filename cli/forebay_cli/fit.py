@@ -57,7 +57,7 @@ def fit_live(
     seconds: float = 1.5,
     rows: int = 1,
     instances: int = 1,
-    most: int = 256,
+    most: int = 512,
 ) -> Fitted:
     """Fit `name` on a running server.
 

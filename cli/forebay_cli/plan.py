@@ -13,7 +13,7 @@ from forebay_cli.settings import fail
 
 ROUTINGS = ("two_choices", "random", "round_robin", "least_loaded")
 #: Of a batch, where model.yaml does not say.
-BATCH_TEXTS, BATCH_ROWS = 32, 256
+BATCH_TEXTS, BATCH_ROWS = 32, 512
 
 
 def plan(
@@ -29,7 +29,7 @@ def plan(
     max_batch_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     max_batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of a batch; by default 32 texts, 256 table rows."),
+        typer.Option(min=1, help="Rows of a batch; by default 32 texts, 512 table rows."),
     ] = None,
     max_padding_tokens: Annotated[int, typer.Option(min=0, help="Padding of a batch.")] = 12,
     instances: Annotated[

@@ -36,12 +36,12 @@ def test_a_call_of_several_batches_is_fitted_by_its_parts(live: Live) -> None:
     def cost(rows: int) -> CostModel:
         return fit_live(live.channel, [], "iris", [], seconds=0.2, rows=rows).model
 
-    whole, split = zip(*((cost(256), cost(512)) for _ in range(2)), strict=True)
-    # The answer to 512 rows tells of two batches together; fitted by it a row would cost twice as much.
-    assert min(c.seconds(256, 1) for c in split) < 1.6 * max(c.seconds(256, 1) for c in whole)
+    whole, split = zip(*((cost(512), cost(1024)) for _ in range(2)), strict=True)
+    # The answer to 1,024 rows tells of two batches together; fitted by it a row would cost twice as much.
+    assert min(c.seconds(512, 1) for c in split) < 1.6 * max(c.seconds(512, 1) for c in whole)
     assert all(min(c.overhead_s) >= 0 for c in split)
     with pytest.raises(ValueError, match="--max-batch-size"):
-        fit_live(live.channel, [], "iris", [], seconds=0.1, rows=300, most=300)
+        fit_live(live.channel, [], "iris", [], seconds=0.1, rows=600, most=600)
 
 
 def test_a_folder_is_fitted_and_planned_for(starters: Path, tmp_path: Path) -> None:

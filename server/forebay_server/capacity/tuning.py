@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from forebay_server.capacity.fitting import item_of, newest
-from forebay_server.core.batcher import QUICK_S, BatchingEngineClient
+from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, hop_s
 from forebay_server.core.interfaces import BatchPolicy, Engine, EngineRequest, EngineSpec, Item
 from forebay_server.engines.factory import open_all
 from forebay_server.repository import loading
@@ -182,7 +182,7 @@ def _measure(
 ) -> Point:
     """A closed loop: each completion makes its caller's next request."""
     lent = [_Lent(e, candidate.policy) for e in engines]
-    client = BatchingEngineClient(lent, here_s=QUICK_S)
+    client = BatchingEngineClient(lent, hop_s=hop_s(len(lent)), here_s=QUICK_S)
     done: queue.SimpleQueue[float] = queue.SimpleQueue()
     latencies: list[float] = []
     sent = 0

@@ -25,6 +25,8 @@ TASKS = ("tabular-regression", "tabular-classification")
 #: One value of a row: None is missing.
 Value = float | str | bool | None
 Column = Sequence[Value] | NDArray[np.float64]
+#: What was odd, by row; most rows are not in it.
+Warnings = Mapping[int, Sequence[str]]
 MAX_VIOLATIONS = 20
 
 
@@ -43,11 +45,12 @@ class Table:
 
 @dataclass(slots=True)
 class TabularOutcome:
-    """What the model said: raw outputs [rows, ...], and per row what was odd."""
+    """What the model said: raw outputs [rows, ...], and what was odd about which row."""
 
     model: ServedModel
+    rows: int
     outputs: Mapping[str, NDArray[Any]]
-    warnings: list[list[str]]
+    warnings: Warnings
 
 
 @dataclass(slots=True)
@@ -144,14 +147,14 @@ class TabularPipeline:
         tensors, warnings = to_tensors(model.manifest.tabular_head, table)
 
         def answer(call: Call, n: int, outputs: Mapping[str, NDArray[Any]]) -> None:
-            job.done(TabularOutcome(model, outputs, warnings))
+            job.done(TabularOutcome(model, n, outputs, warnings))
 
         blocks = Blocks(self._access, model, "rows", answer_each(answer))
         blocks.submit(tensors, [job.call], [table.rows])
 
 
-def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]], list[list[str]]]:
-    """The model's inputs from a table, and what is odd about each row.
+def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]], Warnings]:
+    """The model's inputs from a table, and what is odd about its rows.
 
     Raises:
         InvalidArgument: unknown features, missing values that may not be missing, wrong types;
@@ -167,19 +170,25 @@ def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]]
                     f"is no feature of this model; its features are {', '.join(known)}",
                 )
             )
-    warnings: list[list[str]] = [[] for _ in range(table.rows)]
+    warnings: dict[int, list[str]] = {}
     columns: dict[str, NDArray[Any]] = {}
-    missing: Column = np.full(table.rows, np.nan)
+    plain = _plain(head, table)
     for feature in head.features:
-        values = table.columns.get(feature.name, missing)
+        name = feature.name
+        if name in plain:
+            columns[name] = plain[name]
+            continue
+        values = table.columns.get(name)
+        if values is None:
+            values = np.full(table.rows, np.nan)
         if feature.type == "string":
             if isinstance(values, np.ndarray):
                 values = [None if math.isnan(v) else v for v in values.tolist()]
-            columns[feature.name] = _strings(feature, values, table, bad, warnings)
+            columns[name] = _strings(feature, values, table, bad, warnings)
         elif isinstance(values, np.ndarray):
-            columns[feature.name] = _array(feature, values, table, bad, warnings)
+            columns[name] = _array(feature, values, table, bad, warnings)
         else:
-            columns[feature.name] = _numbers(feature, values, table, bad, warnings)
+            columns[name] = _numbers(feature, values, table, bad, warnings)
         if len(bad) >= MAX_VIOLATIONS:
             break
     if bad:
@@ -190,12 +199,32 @@ def to_tensors(head: TabularHead, table: Table) -> tuple[dict[str, NDArray[Any]]
     return {name: column.reshape(-1, 1) for name, column in columns.items()}, warnings
 
 
+def _plain(head: TabularHead, table: Table) -> dict[str, NDArray[np.float32]]:
+    """The columns of numbers about which nothing is odd. Looked at together: eight columns one by one
+    take numpy three times as long."""
+    numbers, given = [], []
+    for feature in head.features:
+        values = table.columns.get(feature.name)
+        if feature.type != "string" and isinstance(values, np.ndarray):
+            numbers.append(feature)
+            given.append(values)
+    if not numbers:
+        return {}
+    matrix = np.concatenate(given).reshape(len(numbers), table.rows)
+    low = np.array([[-math.inf if f.min is None else f.min] for f in numbers])
+    high = np.array([[math.inf if f.max is None else f.max] for f in numbers])
+    fine = ((matrix >= low) & (matrix <= high) & np.isfinite(matrix)).all(axis=1)
+    with np.errstate(over="ignore"):  # infinite, as it is for a model of float32
+        columns = matrix.astype(np.float32)
+    return {f.name: columns[i] for i, f in enumerate(numbers) if fine[i]}
+
+
 def _array(
     feature: Feature,
     values: NDArray[np.float64],
     table: Table,
     bad: list[FieldViolation],
-    warnings: list[list[str]],
+    warnings: dict[int, list[str]],
 ) -> NDArray[np.float32]:
     """As `_numbers`, for numbers that are an array already: what is odd is looked at one by one."""
     low = -math.inf if feature.min is None else feature.min
@@ -213,7 +242,7 @@ def _number(
     i: int,
     table: Table,
     bad: list[FieldViolation],
-    warnings: list[list[str]],
+    warnings: dict[int, list[str]],
 ) -> None:
     """What is odd about a number of row i; NaN is missing."""
     low, high = feature.min, feature.max
@@ -225,9 +254,15 @@ def _number(
                 FieldViolation(table.path(feature.name, i), "is missing; a number is needed")
             )
     elif (low is not None and number < low) or (high is not None and number > high):
-        warnings[i].append(
-            f"{feature.name} is {number:g}, outside the range seen in training, {low:g} to {high:g}"
+        warnings.setdefault(i, []).append(
+            f"{feature.name} is {number:g}, outside the range seen in training, {_range(low, high)}"
         )
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"{high:g} and less"
+    return f"{low:g} and more" if high is None else f"{low:g} to {high:g}"
 
 
 def _numbers(
@@ -235,7 +270,7 @@ def _numbers(
     values: Sequence[Value],
     table: Table,
     bad: list[FieldViolation],
-    warnings: list[list[str]],
+    warnings: dict[int, list[str]],
 ) -> NDArray[np.float32]:
     out = np.full(len(values), np.nan)
     for i, value in enumerate(values):
@@ -255,15 +290,14 @@ def _strings(
     values: Sequence[Value],
     table: Table,
     bad: list[FieldViolation],
-    warnings: list[list[str]],
+    warnings: dict[int, list[str]],
 ) -> NDArray[np.object_]:
-    values = list(values)  # of a message's field, each look at a value makes a new string
-    out = np.empty(len(values), object)
+    values = values[:]  # of a message's field, each look at a value makes a new string
     categories = frozenset(feature.categories or ())
     found = set(values)
     if all(type(v) is str and v for v in found) and (not categories or found <= categories):
-        out[:] = values
-        return out
+        return np.fromiter(values, object, len(values))
+    out = np.empty(len(values), object)
     for i, value in enumerate(values):
         if value is None or value == "":
             out[i] = ""
@@ -274,7 +308,7 @@ def _strings(
         elif isinstance(value, str):
             out[i] = value
             if categories and value not in categories:
-                warnings[i].append(
+                warnings.setdefault(i, []).append(
                     f"{feature.name} is {value!r:.60}, which was not seen in training; "
                     f"known are {', '.join(sorted(categories))}"
                 )

@@ -14,7 +14,7 @@ import numpy as np
 from forebay.errors import ForebayError
 
 from forebay_server.core.allocator import trim
-from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport
+from forebay_server.core.batcher import QUICK_S, BatchingEngineClient, BatchReport, hop_s
 from forebay_server.core.interfaces import Batch, BatchPolicy, Engine, EngineSpec, Item, TensorSpec
 from forebay_server.core.priority import lowered
 from forebay_server.engines.factory import open_all, runtime
@@ -60,7 +60,7 @@ class Defaults:
     intra_op_threads: int = 0
     max_batch_tokens: int = 0
     max_batch_size: int = 32
-    max_batch_rows: int = 256
+    max_batch_rows: int = 512
     max_queue_size: int = 0
     tensorrt_cache: str = ""
     vllm_python: str = ""
@@ -133,7 +133,11 @@ def load(
         raise rejected(f"the model fails on a first run: {e}") from e
     trim()
     client = BatchingEngineClient(
-        engines, observer=observer(name, version), here_s=QUICK_S, nice=nice
+        engines,
+        observer=observer(name, version),
+        hop_s=hop_s(len(engines)),
+        here_s=QUICK_S,
+        nice=nice,
     )
     return LoadedModel(name, version, manifest, config, client, tokenizer, time.time())
 

@@ -262,17 +262,18 @@ def _reply(call: Call, outcome: TabularOutcome) -> None:
     head = outcome.model.manifest.tabular_head
     response = pb.PredictResponse()
     add = response.predictions.add
-    given = outcome.outputs[head.output].reshape(len(outcome.warnings))
+    given = outcome.outputs[head.output].reshape(outcome.rows)
+    odd = outcome.warnings
     if head.classes is None:
-        if not any(outcome.warnings):
+        if not odd:
             reply_all([call], [_written(given) + _facts(call.facts)])
             return
-        for value, warnings in zip(given.tolist(), outcome.warnings, strict=True):
-            add(value=value, warnings=warnings)
+        for i, value in enumerate(given.tolist()):
+            add(value=value, warnings=odd.get(i, ()))
     else:
         scores = outcome.outputs.get(head.probabilities_output or "")
-        for i, (label, warnings) in enumerate(zip(given.tolist(), outcome.warnings, strict=True)):
-            one = add(label=str(label), warnings=warnings)
+        for i, label in enumerate(given.tolist()):
+            one = add(label=str(label), warnings=odd.get(i, ()))
             if scores is not None:
                 for j in np.argsort(-scores[i], kind="stable").tolist():
                     one.probabilities.add(label=head.classes[j], score=float(scores[i, j]))
@@ -309,7 +310,7 @@ def _reply_all(
     if head.classes is not None:
 
         def answer(call: Call, n: int, own: Tensors) -> None:
-            _reply(call, TabularOutcome(model, own, [[] for _ in range(n)]))
+            _reply(call, TabularOutcome(model, n, own, {}))
 
         answer_each(answer)(calls, rows, outputs)
         return

@@ -53,7 +53,7 @@ def plain(head: TabularHead, row: Struct) -> dict[str, Any] | None:
         tensors, warnings = to_tensors(head, _from_rows([row]))
     except InvalidArgument:
         return None
-    return tensors if not warnings[0] else None
+    return None if warnings else tensors
 
 
 def records(messages: list[bytes]) -> Records:
