@@ -213,7 +213,7 @@ def _plain(head: TabularHead, table: Table) -> dict[str, NDArray[np.float32]]:
     matrix = np.concatenate(given).reshape(len(numbers), table.rows)
     low = np.array([[-math.inf if f.min is None else f.min] for f in numbers])
     high = np.array([[math.inf if f.max is None else f.max] for f in numbers])
-    fine = ((matrix >= low) & (matrix <= high) & np.isfinite(matrix)).all(axis=1)
+    fine = np.all((matrix >= low) & (matrix <= high) & np.isfinite(matrix), axis=1).tolist()
     with np.errstate(over="ignore"):  # infinite, as it is for a model of float32
         columns = matrix.astype(np.float32)
     return {f.name: columns[i] for i, f in enumerate(numbers) if fine[i]}
