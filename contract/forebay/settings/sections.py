@@ -126,7 +126,9 @@ class ModelSettings(Section):
     max_batch_tokens: int = Field(default=0, ge=0, description="0 = by the device")
     max_batch_size: int = Field(default=32, ge=1)
     max_batch_rows: int = Field(default=512, ge=1, description="for models on rows and tensors")
-    max_queue_size: int = Field(default=0, ge=0, description="rows; 0 = 128 full batches")
+    max_queue_size: int = Field(
+        default=0, ge=0, description="rows; 0 = 128 full batches of texts, 64 of rows"
+    )
     engine_nice: int = Field(
         default=6,
         ge=0,

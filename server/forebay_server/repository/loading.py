@@ -48,8 +48,9 @@ SHARING = ("onnxruntime", "openvino")
 
 #: From a model and a version to what hears of its batches.
 Observer = Callable[[str, int], Callable[[BatchReport], None] | None]
-#: Full batches that may wait, where neither model.yaml nor the settings say how many rows.
-QUEUE_BATCHES = 128
+#: Full batches that may wait, where neither model.yaml nor the settings say how many rows: of texts,
+#: and of others. More than some tenths of a second's work only makes answers late.
+QUEUE_BATCHES = {True: 128, False: 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +246,9 @@ def _policy(
         max_batch_tokens=max(tokens, longest),
         max_batch_size=size,
         max_padding_tokens=PADDING_TOKENS[gpu] if padding is None else padding,
-        max_queue_size=batching.max_queue_size or defaults.max_queue_size or QUEUE_BATCHES * size,
+        max_queue_size=batching.max_queue_size
+        or defaults.max_queue_size
+        or QUEUE_BATCHES[text] * size,
         max_queue_delay_s=batching.max_queue_delay_ms / 1e3,
         length_buckets=tuple(sorted(batching.length_buckets or ())),
     )
