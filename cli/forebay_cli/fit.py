@@ -36,9 +36,21 @@ CALLERS = (1, 2, 4, 8, 16, 32, 64)
 FEW = 4
 #: Requests of a loop, written before it begins: callers that write them take the server's cores.
 REQUESTS = 32
+#: Callers that take more of a core than this are what bounds the rate, and not the server.
+MOST_CLIENT = 0.4
 #: Tables are fitted by calls of so many rows, and of a share of them: what a row adds shows between.
 FEWER_ROWS = 8
 Make = Callable[[random.Random], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """Latencies with their answers, the seconds that they came in, and how much of a core their
+    callers took."""
+
+    answers: list[tuple[float, bytes]]
+    seconds: float
+    client_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,42 +91,54 @@ def fit_live(
     alone: set[Sample] = set()
     beside: set[Sample] = set()  # with as many others as there are instances
     overheads: dict[int, list[float]] = {}
+    between: list[float] = []  # two batches of an engine that always has work
     seen: dict[int, int] = {}
     part = Call.of_table(rows, most)
     method, makes, answer = _calls(channel, metadata, name, lengths, part.rows)
     table = method.endswith("Predict")
     call = channel.unary_unary(method)
-    for length, make in makes.items():
-        beside_engine = overheads.setdefault(length, [])
-        rng = random.Random(length)
-        requests = [make(rng).SerializeToString() for _ in range(REQUESTS)]
-        for callers in CALLERS:
-            for took, data in _loop(call, metadata, requests, callers, seconds):
-                reply = answer.FromString(data)
-                timing, usage = reply.timing, reply.usage
-                if table and timing.batch_rows < length:
-                    raise ValueError(
-                        f"{length} rows of {name} are more than one batch takes there: say with "
-                        "--max-batch-size how many it takes"
-                    )
-                tokens = round(usage.tokens / max(1, usage.items)) if usage.tokens else 1
-                seen[length] = tokens
-                compute = timing.compute_ms / 1e3
-                if compute > 0:
-                    # Every call of a batch tells of it: sets count the batch once.
-                    to = alone if callers < max(2, instances) else beside
-                    to.add(Sample(timing.batch_rows, tokens, compute))
-                    if callers <= FEW:
-                        beside_engine.append(max(0.0, took - compute - timing.queue_ms / 1e3))
+    requests = {n: _written(make, n) for n, make in makes.items()}
+    # Lengths in turn: a slow spell of the machine must not pass for one of them.
+    for callers, length in itertools.product(CALLERS, makes):
+        loop = _loop(call, metadata, requests[length], callers, seconds)
+        batches: set[Sample] = set()
+        for took, data in loop.answers:
+            reply = answer.FromString(data)
+            timing, usage = reply.timing, reply.usage
+            if table and timing.batch_rows < length:
+                raise ValueError(
+                    f"{length} rows of {name} are more than one batch takes there: say with "
+                    "--max-batch-size how many it takes"
+                )
+            tokens = round(usage.tokens / max(1, usage.items)) if usage.tokens else 1
+            seen[length] = tokens
+            compute = timing.compute_ms / 1e3
+            if compute > 0:
+                # Every call of a batch tells of it: a set counts the batch once.
+                batches.add(Sample(timing.batch_rows, tokens, compute))
+                if callers <= FEW:
+                    beyond = took - compute - timing.queue_ms / 1e3
+                    overheads.setdefault(length, []).append(max(0.0, beyond))
+        (alone if callers < max(2, instances) else beside).update(batches)
+        busy = callers == CALLERS[-1] and batches and loop.client_share < MOST_CLIENT
+        if busy and not (table and length < part.rows):
+            cycle = loop.seconds * instances / len(batches)
+            between.append(max(0.0, cycle - statistics.mean(b.seconds for b in batches)))
     contention = _contention(alone, beside, instances)
     share = 1 / (1 + contention * (instances - 1))
     samples = [*alone, *(replace(s, seconds=s.seconds * share) for s in beside)]
     source: dict[str, object] = {"model": name, "kind": "running server"}
     source["items"] = "rows" if table else "texts"
     row_s = _row_s(overheads) if table else 0.0
-    beyond = [max(0.0, s - row_s * n) for n, each in overheads.items() for s in each]
-    model = replace(fit(samples, beyond, source), contention=contention)
+    rest = [max(0.0, s - row_s * n) for n, each in overheads.items() for s in each]
+    answer_s = statistics.median(between) if between else 0.0
+    model = replace(fit(samples, rest, source), contention=contention, answer_s=answer_s)
     return Fitted(replace(model, call_s=model.call_s + (row_s * rows if table else 0.0)), seen)
+
+
+def _written(make: Make, seed: int) -> list[bytes]:
+    rng = random.Random(seed)
+    return [make(rng).SerializeToString() for _ in range(REQUESTS)]
 
 
 def _row_s(overheads: Mapping[int, Sequence[float]]) -> float:
@@ -144,9 +168,9 @@ def _loop(
     requests: Sequence[bytes],
     callers: int,
     seconds: float,
-) -> list[tuple[float, bytes]]:
-    """(latency, answer) of calls of so many callers, one after the other each. Threads: gRPC's own
-    machinery waits without Python, so they disturb the server little."""
+) -> _Loop:
+    """Calls of so many callers, one after the other each. Threads: gRPC's own machinery waits without
+    Python, so they disturb the server little."""
     out: list[tuple[float, bytes]] = []
     faults: list[BaseException] = []
     begin = time.perf_counter()
@@ -163,6 +187,7 @@ def _loop(
         except BaseException as e:
             faults.append(e)
 
+    cpu = time.process_time()
     threads = [threading.Thread(target=run, args=(i,)) for i in range(callers)]
     for thread in threads:
         thread.start()
@@ -170,7 +195,8 @@ def _loop(
         thread.join()
     if faults:
         raise faults[0]
-    return out
+    share = (time.process_time() - cpu) / (time.perf_counter() - begin)
+    return _Loop(out, until - warm, share)
 
 
 def _calls(

@@ -46,6 +46,8 @@ class CostModel:
             other's. A table's rows are read there.
         contention: how much longer a batch takes for each other that runs beside it at its replica, as a
             share. 0 where engines have cores of their own.
+        answer_s: for which an engine's thread answers a batch before it takes the next. The overhead of
+            the batch's calls has it already.
         error: median of |measured / modelled - 1|.
     """
 
@@ -57,6 +59,7 @@ class CostModel:
     overhead_s: tuple[float, ...] = (0.0,)
     call_s: float = CALL_S
     contention: float = 0.0
+    answer_s: float = 0.0
     error: float = 0.0
     source: dict[str, object] = field(default_factory=dict)
 

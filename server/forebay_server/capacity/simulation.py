@@ -328,7 +328,6 @@ class Simulation:
             return
         self._work(at)
         replica.jobs.remove(job)
-        replica.free += 1
         rows = job.cut.batch.rows
         replica.running -= rows * job.cut.batch.length
         if job.began >= self._warm:
@@ -339,6 +338,14 @@ class Simulation:
         for entry in job.cut.entries:
             entry.owner.set_result(entry.index, result)
         self._plan(at)
+        if self._s.cost.answer_s > 0:
+            self._later(self._now + self._s.cost.answer_s, lambda: self._free(at))
+        else:
+            self._free(at)
+
+    def _free(self, at: int) -> None:
+        """A slot has answered its batch."""
+        self._replicas[at].free += 1
         self._cut(at)
 
 

@@ -83,6 +83,17 @@ def test_waiting_is_that_of_the_textbook_when_nothing_is_batched(load: float) ->
     assert out.utilisation == pytest.approx(load, rel=0.03)
 
 
+def test_an_engine_that_answers_takes_no_batch_meanwhile() -> None:
+    """M/D/1 of both times for those that wait; an answer's own time is in the overhead."""
+    cost = CostModel(0.006, 0.0, answer_s=0.004)
+    assert peak(cost, ALONE, [Call()]) == pytest.approx(100)
+    out = simulate(Scenario(60, [Call()], cost, ALONE, seed=5), 4000)
+    mean = sum(out.waits) / len(out.waits)
+    assert mean == pytest.approx(0.6 / (2 * 0.4) * 0.01, rel=0.08)
+    took = [t - w for t, w in zip(out.latencies, out.waits, strict=True)]
+    assert max(took) == pytest.approx(0.006)
+
+
 @pytest.mark.parametrize("load", [0.3, 0.6])
 def test_engines_on_one_processor_are_that_of_the_textbook(load: float) -> None:
     """M/G/1 with processor sharing: the mean latency is one service time / (1 - load)."""
