@@ -76,7 +76,7 @@ class TextEncoder:
         for i, value in enumerate(inputs):
             if isinstance(value, np.ndarray):
                 out[i] = self._given(value, truncate[i], paths[i])
-        return cast(list[Encoded | InvalidArgument], out)
+        return cast("list[Encoded | InvalidArgument]", out)
 
     def _tokens(self, batch: Sequence[Any]) -> Sequence[Any]:
         size = sum(len(t) if isinstance(t, str) else len(t[0]) + len(t[1]) for t in batch)

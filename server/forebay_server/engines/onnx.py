@@ -178,7 +178,7 @@ class OnnxEngine:
         else:
             values = self._run_bound(sessions.narrow, inputs.feeds)
         return Executed(
-            cast(dict[str, NDArray[Any]], dict(zip(self._outputs, values, strict=True))),
+            cast("dict[str, NDArray[Any]]", dict(zip(self._outputs, values, strict=True))),
             inputs.mask,
         )
 
@@ -192,7 +192,7 @@ class OnnxEngine:
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        return cast(list[NDArray[Any]], binding.copy_outputs_to_cpu())
+        return cast("list[NDArray[Any]]", binding.copy_outputs_to_cpu())
 
     def finish(self, outputs: Executed, batch: Batch) -> Sequence[Result]:
         """One vector (or logits) per text; or each item's rows of every output."""

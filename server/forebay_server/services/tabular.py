@@ -162,7 +162,7 @@ def _from_rows(rows: Sequence[Struct]) -> Table:
                 )
             column = columns.get(name)
             if column is None:
-                column = cast(list[Value], [None] * i)
+                column = cast("list[Value]", [None] * i)
                 columns[name] = column
             elif len(column) < i:
                 column.extend([None] * (i - len(column)))
