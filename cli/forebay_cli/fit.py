@@ -131,8 +131,8 @@ def fit_live(
     source["items"] = "rows" if table else "texts"
     row_s = _row_s(overheads) if table else 0.0
     rest = [max(0.0, s - row_s * n) for n, each in overheads.items() for s in each]
-    answer_s = statistics.median(between) if between else 0.0
-    model = replace(fit(samples, rest, source), contention=contention, answer_s=answer_s)
+    between_s = statistics.median(between) if between else 0.0
+    model = replace(fit(samples, rest, source), contention=contention, between_s=between_s)
     return Fitted(replace(model, call_s=model.call_s + (row_s * rows if table else 0.0)), seen)
 
 

@@ -46,8 +46,8 @@ class CostModel:
             other's. A table's rows are read there.
         contention: how much longer a batch takes for each other that runs beside it at its replica, as a
             share. 0 where engines have cores of their own.
-        answer_s: for which an engine's thread answers a batch before it takes the next. The overhead of
-            the batch's calls has it already.
+        between_s: from the end of a batch to the engine's next one while calls wait: its thread answers,
+            and waits for the interpreter. The overhead of the batch's calls has it already.
         error: median of |measured / modelled - 1|.
     """
 
@@ -59,7 +59,7 @@ class CostModel:
     overhead_s: tuple[float, ...] = (0.0,)
     call_s: float = CALL_S
     contention: float = 0.0
-    answer_s: float = 0.0
+    between_s: float = 0.0
     error: float = 0.0
     source: dict[str, object] = field(default_factory=dict)
 

@@ -64,7 +64,7 @@ def peak(
     for call in calls:
         rows = max(1, min(policy.max_batch_size, policy.max_batch_tokens // max(1, call.length)))
         batch = cost.seconds(rows, call.length) * (1 + cost.contention * (slots - 1))
-        rates.append((batch + cost.answer_s) / rows * call.rows * call.items)
+        rates.append((batch + cost.between_s) / rows * call.rows * call.items)
     each = sum(rates) / len(rates)
     return 1 / max(each / slots, call_s)
 

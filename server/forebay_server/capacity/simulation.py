@@ -338,13 +338,13 @@ class Simulation:
         for entry in job.cut.entries:
             entry.owner.set_result(entry.index, result)
         self._plan(at)
-        if self._s.cost.answer_s > 0:
-            self._later(self._now + self._s.cost.answer_s, lambda: self._free(at))
+        if self._s.cost.between_s > 0:
+            self._later(self._now + self._s.cost.between_s, lambda: self._free(at))
         else:
             self._free(at)
 
     def _free(self, at: int) -> None:
-        """A slot has answered its batch."""
+        """A slot is ready for its next batch."""
         self._replicas[at].free += 1
         self._cut(at)
 

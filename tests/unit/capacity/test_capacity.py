@@ -83,9 +83,9 @@ def test_waiting_is_that_of_the_textbook_when_nothing_is_batched(load: float) ->
     assert out.utilisation == pytest.approx(load, rel=0.03)
 
 
-def test_an_engine_that_answers_takes_no_batch_meanwhile() -> None:
+def test_an_engine_takes_no_batch_while_it_answers() -> None:
     """M/D/1 of both times for those that wait; an answer's own time is in the overhead."""
-    cost = CostModel(0.006, 0.0, answer_s=0.004)
+    cost = CostModel(0.006, 0.0, between_s=0.004)
     assert peak(cost, ALONE, [Call()]) == pytest.approx(100)
     out = simulate(Scenario(60, [Call()], cost, ALONE, seed=5), 4000)
     mean = sum(out.waits) / len(out.waits)
