@@ -52,6 +52,8 @@ def plan(
     from forebay_server.capacity import planning
     from forebay_server.capacity.simulation import Call
     from forebay_server.core.interfaces import BatchPolicy
+    from rich.console import Console
+    from rich.progress import Progress
 
     if routing not in ROUTINGS:
         fail(f"--routing is {routing!r}; allowed are {', '.join(ROUTINGS)}")
@@ -87,7 +89,9 @@ def plan(
         price_per_hour=price,
     )
     policies = [policy] if keep_policy else planning.candidates(policy, calls)
-    plans = planning.best(target, model, policies)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{len(policies)} policies", total=len(policies))
+        plans = planning.best(target, model, policies, lambda: progress.advance(task))
     if not plans:
         fail(
             f"no number of replicas keeps a p99 of {p99_ms:g} ms: one call alone takes "

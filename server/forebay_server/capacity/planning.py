@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from forebay_server.capacity.cost import CostModel
-from forebay_server.capacity.simulation import Call, Outcome, Routing, Scenario, simulate
+from forebay_server.capacity.simulation import Call, Routing, Scenario, Simulation
 from forebay_server.core.interfaces import BatchPolicy
 
-#: Calls that one simulation goes through, at least: its p99 rests on a hundredth of them.
+#: Calls that a plan's simulation goes through: its p99 rests on a hundredth of them. A step of the search
+#: for a plan takes half of them.
 CALLS = 20_000
+#: It is as long as this many times the target's latency, so that an overload shows; not if that would
+#: take more than twice the calls.
+LATENCIES = 40
+#: Steps in which the rate that one replica keeps is found: to a sixtieth of its peak.
+HALVINGS = 6
 #: Replicas that are simulated together; more behave as these, each with its share of the calls.
 TOGETHER = 16
 
@@ -73,10 +83,10 @@ def capacity(target: Target, cost: CostModel, policy: BatchPolicy) -> float:
     """Calls a second at which one replica alone just keeps the target; 0 when it never does."""
     if max(cost.seconds(c.rows, c.length) for c in target.calls) > target.p99_s:
         return 0.0  # not even alone
-    low, high = 0.0, 1.05 * peak(cost, policy, target.calls, target.slots, target.call_s)
-    for _ in range(9):
+    low, high = 0.0, peak(cost, policy, target.calls, target.slots, target.call_s)
+    for _ in range(HALVINGS):
         rate = (low + high) / 2
-        if _keeps(_run(target, cost, policy, rate, 1), target):
+        if _keeps(target, cost, policy, rate, 1):
             low = rate
         else:
             high = rate
@@ -89,14 +99,20 @@ def plan(target: Target, cost: CostModel, policy: BatchPolicy) -> Plan | None:
     if able <= 0:
         return None
     rate = target.rate * (1 + target.headroom)
-    replicas = max(1, int(-(-rate // able)))
+    replicas = max(1, math.ceil(rate / able))
     # A balancer that looks at queues makes several replicas better than each alone: try fewer.
-    while replicas > 1:
-        fewer = replicas - max(1, replicas // 20)
-        if not _keeps(_share(target, cost, policy, rate, fewer), target):
+    least = math.ceil(rate / peak(cost, policy, target.calls, target.slots, target.call_s))
+    while replicas > max(1, least):
+        fewer = max(least, replicas - max(1, replicas // 20))
+        if not _keeps(target, cost, policy, rate, fewer):
             break
         replicas = fewer
-    out = _share(target, cost, policy, target.rate, replicas)
+    while True:
+        simulation, seconds = _simulation(target, cost, policy, target.rate, replicas, CALLS)
+        out = simulation.run(seconds)
+        if out.refused == 0 and out.quantile(0.99) <= target.p99_s:
+            break
+        replicas += max(1, replicas // 50)  # a step of the search saw less than this run
     hourly = replicas * target.price_per_hour
     return Plan(
         policy,
@@ -119,7 +135,7 @@ def candidates(policy: BatchPolicy, calls: Sequence[Call]) -> list[BatchPolicy]:
         if longest > 1:
             out += [
                 replace(policy, max_batch_tokens=t, max_queue_delay_s=delay)
-                for t in (256, 512, 1024, 2048, 4096, 8192)
+                for t in (256, 1024, 4096)
                 if t >= longest
             ]
         else:
@@ -130,35 +146,58 @@ def candidates(policy: BatchPolicy, calls: Sequence[Call]) -> list[BatchPolicy]:
     return [policy, *(p for p in out if p != policy)]
 
 
-def best(target: Target, cost: CostModel, policies: Sequence[BatchPolicy]) -> list[Plan]:
-    """Plans with these policies, the cheapest first; among equals the one with the lower p99."""
-    found = [p for p in (plan(target, cost, one) for one in policies) if p is not None]
-    return sorted(found, key=lambda p: (p.replicas, p.p99_s))
+def best(
+    target: Target,
+    cost: CostModel,
+    policies: Sequence[BatchPolicy],
+    done: Callable[[], None] = lambda: None,
+) -> list[Plan]:
+    """Plans with these policies, the cheapest first; among equals the one with the lower p99.
+
+    A process for each core, as a simulation is Python alone. `done` is called as each is
+    found.
+    """
+    found: list[Plan | None] = []
+    if len(policies) == 1:
+        found.append(plan(target, cost, policies[0]))
+    else:
+        workers = min(len(policies), os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            running = [pool.submit(plan, target, cost, p) for p in policies]
+            for _ in as_completed(running):
+                done()
+            found += [one.result() for one in running]
+    return sorted((p for p in found if p is not None), key=lambda p: (p.replicas, p.p99_s))
 
 
-def _share(
-    target: Target, cost: CostModel, policy: BatchPolicy, rate: float, replicas: int
-) -> Outcome:
+def _simulation(
+    target: Target,
+    cost: CostModel,
+    policy: BatchPolicy,
+    rate: float,
+    replicas: int,
+    calls: int,
+) -> tuple[Simulation, float]:
+    """Replicas with their share of the rate, and the seconds that are worth simulating."""
     together = min(replicas, TOGETHER)
-    return _run(target, cost, policy, rate * together / replicas, together)
-
-
-def _run(
-    target: Target, cost: CostModel, policy: BatchPolicy, rate: float, replicas: int
-) -> Outcome:
-    seconds = max(CALLS / rate, 40 * target.p99_s)
+    rate = rate * together / replicas
     scenario = Scenario(
         rate,
         target.calls,
         cost,
         policy,
-        replicas,
+        together,
         target.slots,
         call_s=target.call_s,
         routing=target.routing,
     )
-    return simulate(scenario, seconds)
+    seconds = max(calls, min(2 * calls, rate * LATENCIES * target.p99_s)) / rate
+    return Simulation(scenario), seconds
 
 
-def _keeps(out: Outcome, target: Target) -> bool:
-    return out.refused == 0 and out.quantile(0.99) <= target.p99_s
+def _keeps(
+    target: Target, cost: CostModel, policy: BatchPolicy, rate: float, replicas: int
+) -> bool:
+    simulation, seconds = _simulation(target, cost, policy, rate, replicas, CALLS // 2)
+    out = simulation.run(seconds, p99_s=target.p99_s)
+    return not out.gave_up and out.refused == 0 and out.quantile(0.99) <= target.p99_s

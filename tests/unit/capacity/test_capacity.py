@@ -154,6 +154,21 @@ def test_the_interpreter_bounds_models_that_are_quicker_than_it() -> None:
     assert over.quantile(0.5) > 0.05
 
 
+def test_a_run_gives_up_when_its_p99_is_lost_and_is_the_same_until_then() -> None:
+    able = peak(TRUE, TEXTS, [Call(20)])
+    over = Scenario(1.5 * able, [Call(20)], TRUE, TEXTS)
+    whole, part = Simulation(over).run(20), Simulation(over).run(20, p99_s=0.1)
+    assert part.gave_up
+    assert not whole.gave_up
+    assert len(part.latencies) < len(whole.latencies) / 2
+    assert part.latencies == whole.latencies[: len(part.latencies)]
+    kept = Scenario(0.5 * able, [Call(20)], TRUE, TEXTS)
+    assert Simulation(kept).run(20, p99_s=0.1) == Simulation(kept).run(20)
+    # Of a p99 that is just kept nothing is given up, whatever number of calls came.
+    exact = Simulation(kept).run(20)
+    assert not Simulation(kept).run(20, p99_s=exact.quantile(0.99)).gave_up
+
+
 def test_a_plan_keeps_its_target_and_one_replica_less_does_not() -> None:
     target = Target(3000, 0.05, [Call(20)], headroom=0.0, routing="random", price_per_hour=0.5)
     found = plan(target, TRUE, TEXTS)
@@ -167,6 +182,17 @@ def test_a_plan_keeps_its_target_and_one_replica_less_does_not() -> None:
     assert simulate(fewer, 10).quantile(0.99) > 0.05
 
 
+@pytest.mark.parametrize("p99", [0.005, 0.5])
+def test_what_a_plan_says_it_has_kept_in_its_own_run(p99: float) -> None:
+    """Also where a short run of the search does not see that queues grow."""
+    quick = CostModel(4e-5, 3.5e-6, call_s=4e-5)
+    target = Target(200_000, p99, [Call()], headroom=0.0, call_s=quick.call_s)
+    found = plan(target, quick, replace(TEXTS, max_batch_size=256))
+    assert found is not None
+    assert found.replicas >= 8, "fewer than the interpreters of so many calls"
+    assert found.p99_s <= p99
+
+
 def test_no_replicas_keep_a_target_below_one_batch() -> None:
     assert plan(Target(10, 0.001, [Call(200)]), TRUE, TEXTS) is None
     assert capacity(Target(10, 0.001, [Call(200)]), TRUE, TEXTS) == 0
@@ -177,7 +203,9 @@ def test_better_policies_come_first() -> None:
     target = Target(2000, 0.1, [Call(n) for n in range(5, 257, 8)])
     tiny = replace(TEXTS, max_batch_tokens=256)
     assert len(candidates(TEXTS, target.calls)) > 5
-    found = best(target, CostModel(0.01, 0.0, 5e-5), [tiny, TEXTS])
+    seen: list[int] = []
+    found = best(target, CostModel(0.01, 0.0, 5e-5), [tiny, TEXTS], lambda: seen.append(1))
+    assert len(found) == len(seen) == 2
     assert found[0].replicas <= found[-1].replicas
     assert found[0].policy.max_batch_tokens > 256
 
