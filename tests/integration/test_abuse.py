@@ -164,6 +164,26 @@ def test_a_length_that_lies_reserves_nothing(hardened: Live) -> None:
     client.socket.close()
 
 
+def test_lengths_that_are_said_keep_nobody_out(hardened: Live) -> None:
+    """Together they say more than may be held (1 MB), and send five bytes each."""
+    client = Client(hardened)
+    sizes = [(1 << 20) >> n for n in range(1, 20)] * 2
+    for stream, size in zip(range(1, 80, 2), sizes, strict=False):
+        client.h2.send_headers(stream, client.headers())
+        client.h2.send_data(stream, framed(b"", length=size))
+    client.flush()
+    until = time.monotonic() + 5
+    while not hardened.server.lanes.stats()["held_bytes"]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with grpc.insecure_channel(hardened.target) as channel:
+        assert channel.unary_unary(EMBED)(GOOD, timeout=5)
+    client.socket.close()
+    while hardened.server.lanes.stats()["held_bytes"]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_rapid_resets_end_the_connection(hardened: Live) -> None:
     client = Client(hardened)
     try:

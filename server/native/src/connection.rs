@@ -24,13 +24,13 @@ use tokio::time::{sleep, timeout, timeout_at};
 use crate::call::{Call, Caller, Outcome};
 use crate::cork::Cork;
 use crate::frame::Receiver;
-use crate::inbox::{Gone, Inbox};
+use crate::inbox::{Gone, Inbox, Room};
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal, streamed};
 use crate::server::{self, Phase, Shared};
 use crate::status::{Code, Refusal};
-use crate::stream::{Held, LATE_GRACE, Stream};
+use crate::stream::{LATE_GRACE, Stream};
 
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
@@ -227,11 +227,11 @@ async fn receive(
     mut body: Incoming,
     headers: &HeaderMap,
     shared: &Arc<Shared>,
-) -> Result<(Bytes, Held), Refusal> {
+) -> Result<(Bytes, Room), Refusal> {
     let limit = shared.config.max_message_bytes;
     let gzip = metadata::is_gzip(headers);
     let mut receiver = Receiver::new(limit, gzip);
-    let mut held = None;
+    let mut room = shared.inbox.room();
     let overload = || shared.config.overload.clone();
     loop {
         let next = poll_fn(|c| Pin::new(&mut body).poll_frame(c)).await;
@@ -240,19 +240,18 @@ async fn receive(
         let Ok(piece) = frame.map_err(broken)?.into_data() else {
             continue;
         };
+        let size = piece.len();
         receiver.push(piece)?;
-        if let (None, Some(size)) = (&held, receiver.expected()) {
-            held = Some(shared.inbox.reserve(size).ok_or_else(overload)?);
+        if !room.grow(size, receiver.expected()) {
+            return Err(overload());
         }
     }
     let message = receiver.finish()?;
     // What compression hid counts too.
-    let unpacked = if gzip {
-        Some(shared.inbox.reserve(message.len()).ok_or_else(overload)?)
-    } else {
-        None
-    };
-    Ok((message, [held, unpacked]))
+    if gzip && !room.grow(message.len(), 0) {
+        return Err(overload());
+    }
+    Ok((message, room))
 }
 
 /// Dropped with the call's future: when the client resets the stream, or the connection ends.

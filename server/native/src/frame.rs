@@ -46,10 +46,13 @@ impl Receiver {
         self.check(self.whole.as_deref().unwrap_or(&self.head))
     }
 
-    /// Bytes of the whole body, once its prefix has come.
-    pub fn expected(&self) -> Option<usize> {
+    /// Bytes of the whole body; 0 before its prefix has come.
+    pub fn expected(&self) -> usize {
         let body = self.whole.as_deref().unwrap_or(&self.head);
-        (body.len() >= PREFIX).then(|| PREFIX + length_of(body))
+        if body.len() < PREFIX {
+            return 0;
+        }
+        PREFIX + length_of(body)
     }
 
     fn check(&self, body: &[u8]) -> Result<(), Refusal> {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -25,7 +24,7 @@ use tokio::time::timeout;
 use crate::call::{Call, Caller, Outcome};
 use crate::connection::{Leaving, wait};
 use crate::gateway::Gateway;
-use crate::inbox::Reservation;
+use crate::inbox::Room;
 use crate::metadata;
 use crate::reply::{Reply, whole};
 use crate::server::{Phase, Shared, Stream};
@@ -293,8 +292,8 @@ impl Direct {
         config: &Config,
     ) -> Result<Outcome, u8> {
         let deadline = self.within.and_then(|t| Instant::now().checked_add(t));
-        let (head, body) = request.into_parts();
-        let receiving = receive(&head, body, shared, config.max_body_bytes);
+        let body = request.into_body();
+        let receiving = receive(body, shared, config.max_body_bytes);
         let received = timeout(shared.config.receive_timeout, receiving).await;
         let (message, _room) = received.map_err(|_| Code::DeadlineExceeded as u8)??;
         let method = u32::try_from(method).unwrap_or(u32::MAX);
@@ -314,18 +313,12 @@ fn code_of(trailers: &HeaderMap) -> u8 {
         .unwrap_or(Code::Unavailable as u8)
 }
 
-async fn receive(
-    head: &Parts,
-    mut body: Incoming,
-    shared: &Shared,
-    limit: usize,
-) -> Result<(Bytes, Vec<Reservation>), u8> {
-    let full = Code::ResourceExhausted as u8;
-    let mut rooms = Vec::new();
-    let announced = head.headers.contains_key(CONTENT_LENGTH);
-    if announced && let Some(size) = body.size_hint().exact() {
-        let size = usize::try_from(size).map_err(|_| TOO_LARGE)?;
-        rooms.push(shared.inbox.reserve(size).ok_or(full)?);
+async fn receive(mut body: Incoming, shared: &Shared, limit: usize) -> Result<(Bytes, Room), u8> {
+    let mut room = shared.inbox.room();
+    // Of a body in pieces nothing is known.
+    let expected = usize::try_from(body.size_hint().lower()).map_err(|_| TOO_LARGE)?;
+    if !room.grow(0, expected) {
+        return Err(Code::ResourceExhausted as u8);
     }
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
@@ -338,8 +331,8 @@ async fn receive(
         if first.len() + rest.len() + piece.len() > limit {
             return Err(TOO_LARGE);
         }
-        if !announced {
-            rooms.push(shared.inbox.reserve(piece.len()).ok_or(full)?);
+        if !room.grow(piece.len(), expected) {
+            return Err(Code::ResourceExhausted as u8);
         }
         if first.is_empty() && rest.is_empty() {
             first = piece; // most bodies come in one piece, and are not copied
@@ -353,7 +346,7 @@ async fn receive(
     } else {
         rest.freeze()
     };
-    Ok((message, rooms))
+    Ok((message, room))
 }
 
 /// Headers of an answer; JSON, if they do not say else.

@@ -66,18 +66,12 @@ impl Inbox {
         }
     }
 
-    /// Room for `more` bytes of messages, given back when the value is dropped. None when full.
-    pub fn reserve(self: &Arc<Self>, more: usize) -> Option<Reservation> {
-        let before = self.bytes.fetch_add(more, Ordering::Relaxed);
-        let reservation = Reservation {
+    /// Room for the bytes of a message, none yet.
+    pub fn room(self: &Arc<Self>) -> Room {
+        Room {
             inbox: self.clone(),
-            bytes: more,
-        };
-        if before + more > self.bounds.bytes {
-            self.refused.fetch_add(1, Ordering::Relaxed);
-            return None;
+            bytes: 0,
         }
-        Some(reservation)
     }
 
     /// Hands a call over. False when too many wait.
@@ -181,13 +175,28 @@ impl Inbox {
     }
 }
 
-/// See `Inbox::reserve`.
-pub struct Reservation {
+/// What a message takes of the bytes that may be held, given back when the value is dropped.
+pub struct Room {
     inbox: Arc<Inbox>,
     bytes: usize,
 }
 
-impl Drop for Reservation {
+impl Room {
+    /// Takes room for what has come, if what is `expected` in all would fit too. What is only said
+    /// takes none: whoever said much and sent nothing would keep all others out. False when full.
+    pub fn grow(&mut self, more: usize, expected: usize) -> bool {
+        let before = self.inbox.bytes.fetch_add(more, Ordering::Relaxed);
+        let whole = before + more.max(expected.saturating_sub(self.bytes));
+        self.bytes += more;
+        let fits = whole <= self.inbox.bounds.bytes;
+        if !fits {
+            self.inbox.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        fits
+    }
+}
+
+impl Drop for Room {
     fn drop(&mut self) {
         self.inbox.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
     }
@@ -284,11 +293,27 @@ mod tests {
     #[test]
     fn bytes_are_bounded_and_given_back() {
         let inbox = inbox(1);
-        let held = inbox.reserve(60).unwrap();
-        assert!(inbox.reserve(60).is_none());
+        let mut held = inbox.room();
+        assert!(held.grow(30, 0) && held.grow(30, 0));
+        assert!(!inbox.room().grow(60, 0));
         assert_eq!(inbox.held(), 60);
         drop(held);
-        assert!(inbox.reserve(100).is_some());
+        assert!(inbox.room().grow(100, 0));
+    }
+
+    #[test]
+    fn what_is_said_takes_no_room_and_what_cannot_fit_is_refused_at_once() {
+        let inbox = inbox(1);
+        let (mut said, mut other) = (inbox.room(), inbox.room());
+        assert!(said.grow(5, 100));
+        assert_eq!(inbox.held(), 5);
+        assert!(other.grow(95, 95));
+        assert!(!said.grow(1, 100), "there is no room any more");
+        drop(other);
+        assert!(
+            !inbox.room().grow(5, 95),
+            "it would not fit beside the 6 that came"
+        );
     }
 
     #[test]

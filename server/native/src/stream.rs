@@ -13,13 +13,11 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::call::{Call, Event, Outcome};
 use crate::frame::frame;
-use crate::inbox::{Gone, Inbox, Reservation};
+use crate::inbox::{Gone, Inbox, Room};
 use crate::status::{Code, Refusal};
 
 /// After the deadline, the time for Python to say where the call was when it passed.
 pub const LATE_GRACE: Duration = Duration::from_secs(1);
-/// Room that a request's message takes, compressed and not.
-pub type Held = [Option<Reservation>; 2];
 
 /// See the module. Dropped before its end (the client reset it, or its connection ended), it tells
 /// Python.
@@ -34,7 +32,7 @@ pub struct Stream {
     until: Option<Pin<Box<Sleep>>>,
     late: bool,
     ended: bool,
-    _held: Held,
+    _room: Room,
 }
 
 impl Stream {
@@ -43,7 +41,7 @@ impl Stream {
         inbox: Arc<Inbox>,
         call: Arc<Call>,
         events: UnboundedReceiver<Event>,
-        held: Held,
+        room: Room,
     ) -> Result<Self, Outcome> {
         let until = call.deadline.map(|d| Box::pin(sleep_until(d.into())));
         let mut stream = Self {
@@ -55,7 +53,7 @@ impl Stream {
             until,
             late: false,
             ended: false,
-            _held: held,
+            _room: room,
         };
         match poll_fn(|context| stream.poll_event(context)).await {
             Event::End(outcome) => {
