@@ -247,6 +247,25 @@ def test_what_is_no_grpc_is_told_so(hardened: Live) -> None:
         assert dict(first.headers)[b":status"] == b"415"
 
 
+@pytest.mark.parametrize("path", [EMBED, "/forebay.v1.ServerService/GetServerInfo"])
+@pytest.mark.parametrize("without", [":authority", "te"])
+def test_headers_that_matter_to_proxies_may_be_missing(
+    hardened: Live, path: str, without: str
+) -> None:
+    """On both ways: calls that are answered here, and those that are passed on."""
+    client = Client(hardened)
+    client.h2.send_headers(1, [h for h in client.headers(path=path) if h[0] != without])
+    client.h2.send_data(1, framed(GOOD if path == EMBED else b""), end_stream=True)
+    client.flush()
+    told = (
+        dict(e.headers).get(b"grpc-status")
+        for e in client.events()
+        if isinstance(e, h2.events.ResponseReceived | h2.events.TrailersReceived)
+    )
+    assert next(filter(None, told)) == b"0"
+    client.socket.close()
+
+
 def test_connections_beyond_the_bound_are_refused(hardened: Live) -> None:
     held = [Client(hardened) for _ in range(20)]
     time.sleep(0.1)

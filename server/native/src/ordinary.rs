@@ -1,8 +1,11 @@
 //! The way to the ordinary lane: every call that the fast lane does not know goes through unchanged.
 
+use std::mem;
 use std::path::PathBuf;
 
-use http::{HeaderName, HeaderValue, Request, Response};
+use http::header::TE;
+use http::uri::{Authority, Scheme};
+use http::{HeaderName, HeaderValue, Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -41,6 +44,7 @@ impl Ordinary {
     /// Sends the call on, and gives the answer as it comes.
     pub async fn pass(&self, mut request: Request<Incoming>) -> Response<Reply> {
         request.headers_mut().insert(PEER, self.peer.clone());
+        complete(&mut request);
         let answer = match self.sender().await {
             Ok(mut sender) => sender
                 .send_request(request)
@@ -70,5 +74,18 @@ impl Ordinary {
         tokio::spawn(connection); // it ends when the last sender is dropped
         *slot = Some(sender.clone());
         Ok(sender)
+    }
+}
+
+/// Adds what a caller may leave out and the way over HTTP/2 needs: whom the call is for, which only
+/// proxies care for, and that trailers are understood.
+fn complete(request: &mut Request<Incoming>) {
+    let trailers = HeaderValue::from_static("trailers");
+    request.headers_mut().insert(TE, trailers);
+    if request.uri().authority().is_none() {
+        let mut parts = mem::take(request.uri_mut()).into_parts();
+        parts.scheme = Some(Scheme::HTTP);
+        parts.authority = Some(Authority::from_static("localhost"));
+        *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
     }
 }
