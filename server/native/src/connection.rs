@@ -77,6 +77,7 @@ pub async fn serve(
     let mut greeting = std::pin::pin!(sleep(config.receive_timeout));
     let mut unsure = true;
     let mut ending = false;
+    let mut aged = false;
     loop {
         let turn = poll_fn(|context| {
             let ended = connection.as_mut().poll(context);
@@ -94,10 +95,10 @@ pub async fn serve(
                 unsure = false;
             }
             () = &mut end_of_age, if age.is_some() => {
-                if ending {
+                if aged {
                     return; // the grace is over too
                 }
-                ending = true;
+                (aged, ending) = (true, true);
                 connection.as_mut().graceful_shutdown();
                 end_of_age.as_mut().reset(tokio::time::Instant::now() + config.age_grace);
             }
