@@ -194,7 +194,7 @@ impl PyServer {
             .transpose()?;
         let server = py
             .detach(|| Server::start(address, config, tls))
-            .map_err(|e| PyOSError::new_err(format!("cannot listen on {address}: {e}")))?;
+            .map_err(|e| PyOSError::new_err(e.to_string()))?;
         Ok(Self { server })
     }
 

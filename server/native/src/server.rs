@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::ToSocketAddrs;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -252,9 +254,15 @@ impl Drop for Server {
 }
 
 fn listen(address: &str) -> io::Result<(Listener, u16)> {
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}"));
+    bind(address).map_err(named)
+}
+
+fn bind(address: &str) -> io::Result<(Listener, u16)> {
     if let Some(path) = address.strip_prefix("unix:") {
         let path = Path::new(path);
-        if std::os::unix::net::UnixStream::connect(path).is_err() {
+        let socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+        if socket && UnixStream::connect(path).is_err() {
             let _ = std::fs::remove_file(path); // left by a server that was killed
         }
         return Ok((Listener::Unix(UnixListener::bind(path)?), 0));

@@ -1,12 +1,14 @@
-"""The extension's server by itself: its end."""
+"""The extension's server by itself: its addresses, and its end."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -50,6 +52,22 @@ def serving(address: str = LOCAL, **more: Any) -> Iterator[forebay_native.Server
         server.close()
 
 
+def http(address: str) -> dict[str, object]:
+    canned = (503, [], b"")
+    return {
+        "address": address,
+        "gateway": "/nowhere",
+        "routes": [],
+        "forwarded": [],
+        "aside": [],
+        "max_body_bytes": 1000,
+        "timeout_s": 1.0,
+        "idle_timeout_s": 1.0,
+        "unreachable": canned,
+        "stalled": canned,
+    }
+
+
 def test_a_connection_that_grows_old_in_a_drain_still_gets_its_answers() -> None:
     age = 1.0
     with (
@@ -66,3 +84,26 @@ def test_a_connection_that_grows_old_in_a_drain_still_gets_its_answers() -> None
         assert answer.result() == b"told"
         draining.join(20)
         assert ended == [True]
+
+
+def test_the_address_that_is_taken_is_the_one_that_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"cannot listen on {taken}: "), serving(taken):
+            pass
+        with pytest.raises(OSError, match=f"cannot listen on {taken}: "), serving(http=http(taken)):
+            pass
+
+
+def test_only_a_socket_that_was_left_gives_way(tmp_path: Path) -> None:
+    path = tmp_path / "server.sock"
+    for _ in range(2):  # the second finds what the first has left
+        with serving(f"unix:{path}"), grpc.insecure_channel(f"unix:{path}") as channel:
+            grpc.channel_ready_future(channel).result(10)
+            with pytest.raises(OSError, match="in use"), serving(f"unix:{path}"):
+                pass
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    with pytest.raises(OSError, match="in use"), serving(f"unix:{file}"):
+        pass
+    assert file.read_text() == "mine"
