@@ -36,8 +36,9 @@ class Server:
             extension, 0 for a body that is too large, the first for all others; `forwarded`, the
             headers that become metadata; `aside`, headers whose requests go to the gateway;
             `max_body_bytes`; `timeout_s`, the deadline where a request gives none; `idle_timeout_s`,
-            for how long a connection may have no whole request; `unreachable`, the answer when
-            the gateway does not listen.
+            for how long a connection may have no whole request, and the body of a request for the
+            gateway may make no progress; `unreachable`, the answer when the gateway does not listen;
+            `stalled`, the one to a request for it that does not come in whole.
 
     Raises:
         OSError: it cannot listen there.

@@ -40,6 +40,8 @@ class Gateway:
             self.port = server.server.lanes.http_port
         app = create_app(HttpSettings(**settings), target, server_metrics)
         config = uvicorn.Config(app, http=Http1, log_level="error", access_log=False)
+        if self._socket.family is socket.AF_UNIX:  # as forebay_gateway.serve has it
+            config.timeout_keep_alive = 86400
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True

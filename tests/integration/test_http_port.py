@@ -290,6 +290,20 @@ def test_who_never_ends_its_body_is_told(port: int) -> None:
     assert reply_to(port, head + b"{").startswith(b"HTTP/1.1 504 ")
 
 
+@pytest.mark.parametrize(
+    ("path", "size", "status"),
+    [("/v1/moderations", 100, 504), ("/v1/moderations", 10 * BODY_LIMIT, 413), ("/no", 100, 404)],
+)
+def test_who_never_ends_a_body_for_the_gateway_is_cut_off(
+    port: int, path: str, size: int, status: int
+) -> None:
+    """Also when the answer does not wait for it: who is gone without a word must hold no connection."""
+    started = time.monotonic()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    assert reply_to(port, head + b"{").startswith(f"HTTP/1.1 {status} ".encode())
+    assert time.monotonic() - started < IDLE_S + 3
+
+
 def test_headers_beyond_the_bound_are_refused(port: int) -> None:
     flood = b"".join(b"x-%d: %s\r\n" % (i, b"y" * 1000) for i in range(200))
     got = reply_to(port, b"POST " + EMBED.encode() + b" HTTP/1.1\r\nHost: x\r\n" + flood + b"\r\n")

@@ -70,7 +70,8 @@ class HttpPort:
         returned: which of a call's trailers become headers of its answer.
         aside: requests with one of these headers go to the gateway.
         timeout_s: deadline of calls whose callers name none.
-        idle_timeout_s: a connection that has no request, or whose headers do not end, ends then.
+        idle_timeout_s: a connection that has no request, or whose headers do not end, ends then;
+            so does a request for the gateway whose body makes no progress.
     """
 
     address: str
@@ -96,6 +97,9 @@ class HttpPort:
             "timeout_s": self.timeout_s,
             "idle_timeout_s": self.idle_timeout_s,
             "unreachable": _canned(first, Unavailable("the gateway does not answer")),
+            "stalled": _canned(
+                first, DeadlineExceeded("the request did not come in whole", stage="server")
+            ),
         }
 
     def _errors(self, route: Route) -> list[tuple[int, Answer]]:

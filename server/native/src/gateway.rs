@@ -1,17 +1,25 @@
 //! The way to the gateway: every HTTP request that is not served here goes through unchanged, upgrades
 //! to `WebSockets` included.
 
+use std::error::Error as _;
+use std::future::Future;
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
+use bytes::Bytes;
 use http::header::{CONNECTION, EXPECT, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderName, Request, Response, StatusCode, Version};
+use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
+use tokio::time::{Sleep, sleep};
 
 use crate::reply::Reply;
 
@@ -22,18 +30,21 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 /// request at a time on each.
 pub struct Gateway {
     socket: PathBuf,
-    sender: Mutex<Option<SendRequest<Incoming>>>,
+    /// Time that a request's body may make no progress.
+    patience: Duration,
+    sender: Mutex<Option<SendRequest<Patient>>>,
 }
 
 impl Gateway {
-    pub fn new(socket: PathBuf) -> Self {
+    pub fn new(socket: PathBuf, patience: Duration) -> Self {
         Self {
             socket,
+            patience,
             sender: Mutex::new(None),
         }
     }
 
-    /// Sends the request on, and gives the answer as it comes.
+    /// Sends the request on, and gives the answer as it comes. `TimedOut`: the request did not come.
     pub async fn pass(&self, mut request: Request<Incoming>) -> io::Result<Response<Reply>> {
         let offer = request.headers().get(UPGRADE);
         let upgrades = offer.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
@@ -58,8 +69,12 @@ impl Gateway {
             Some(sender) => sender,
             None => self.connect().await?,
         };
-        let sent = sender.send_request(request).await;
-        let mut response = sent.map_err(io::Error::other)?;
+        let request = request.map(|body| Patient {
+            body,
+            patience: self.patience,
+            until: None,
+        });
+        let mut response = sender.send_request(request).await.map_err(why)?;
         *slot = Some(sender);
         drop(slot);
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -76,13 +91,57 @@ impl Gateway {
         Ok(response.map(Reply::Passed))
     }
 
-    async fn connect(&self) -> io::Result<SendRequest<Incoming>> {
+    async fn connect(&self) -> io::Result<SendRequest<Patient>> {
         let stream = UnixStream::connect(&self.socket).await?;
         let (sender, connection) = handshake(TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
         tokio::spawn(connection.with_upgrades()); // it ends when the sender is dropped
         Ok(sender)
+    }
+}
+
+/// A request's body on its way. It fails when nothing comes for too long: a client that is gone
+/// without a word would hold its connection for ever.
+struct Patient {
+    body: Incoming,
+    patience: Duration,
+    until: Option<Pin<Box<Sleep>>>,
+}
+
+impl Body for Patient {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
+            self.until = None;
+            return Poll::Ready(frame.map(|f| f.map_err(io::Error::other)));
+        }
+        let patience = self.patience;
+        let until = self.until.get_or_insert_with(|| Box::pin(sleep(patience)));
+        let over = until.as_mut().poll(context);
+        over.map(|()| Some(Err(io::ErrorKind::TimedOut.into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Why a request got no answer.
+fn why(error: hyper::Error) -> io::Error {
+    let cause = error.source().and_then(|e| e.downcast_ref::<io::Error>());
+    match cause.map(io::Error::kind) {
+        Some(io::ErrorKind::TimedOut) => io::ErrorKind::TimedOut.into(),
+        _ => io::Error::other(error),
     }
 }
 

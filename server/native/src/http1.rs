@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
@@ -50,10 +51,13 @@ pub struct Config {
     pub max_body_bytes: usize,
     /// The deadline of calls whose callers name none.
     pub timeout: Duration,
-    /// Time that a connection may be without a request, its headers' way included.
+    /// Time that a connection may be without a request, its headers' way included, and that the body of
+    /// a request for the gateway may make no progress.
     pub idle_timeout: Duration,
     /// The answer when the gateway cannot be reached.
     pub unreachable: Canned,
+    /// The answer to a request for the gateway that does not come in whole.
+    pub stalled: Canned,
 }
 
 /// An answer that is written before it is needed.
@@ -143,7 +147,7 @@ pub async fn serve(
     config: &Config,
     mut phase: watch::Receiver<Phase>,
 ) {
-    let gateway = Gateway::new(config.gateway.clone());
+    let gateway = Gateway::new(config.gateway.clone(), config.idle_timeout);
     let last = Mutex::new(Arc::new(Caller::default()));
     let peer: Arc<str> = peer.into();
     let service = service_fn(|request: Request<Incoming>| {
@@ -162,6 +166,7 @@ pub async fn serve(
                 }
                 None => match gateway.pass(request).await {
                     Ok(response) => response,
+                    Err(e) if e.kind() == ErrorKind::TimedOut => config.stalled.response(),
                     Err(_) => config.unreachable.response(),
                 },
             };

@@ -24,6 +24,7 @@ pub struct PyHttp {
     timeout_s: f64,
     idle_timeout_s: f64,
     unreachable: PyCanned,
+    stalled: PyCanned,
 }
 
 impl PyHttp {
@@ -51,6 +52,7 @@ impl PyHttp {
             timeout: Duration::from_secs_f64(self.timeout_s),
             idle_timeout: Duration::from_secs_f64(self.idle_timeout_s),
             unreachable: canned(self.unreachable),
+            stalled: canned(self.stalled),
         })
     }
 }
