@@ -13,7 +13,7 @@ from forebay.methods import Method
 from grpc import aio
 from grpc._cython import cygrpc
 from starlette.datastructures import FormData, Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 #: Headers that become metadata of the call.
 FORWARDED = {
@@ -132,16 +132,24 @@ class Upstream:
         return data, returned(await call.trailing_metadata())
 
     async def body(self, request: Request) -> bytes:
-        """The request's body, refused as soon as it is over the bound."""
+        """The request's body, refused as soon as it is over the bound.
+
+        Raises:
+            TooLarge: see above.
+            ClientGone: the client left before its end.
+        """
         length = request.headers.get("content-length")
         if length and length.isdigit() and int(length) > self._max_body:
             raise TooLarge("body", size=int(length), limit=self._max_body, unit="bytes")
         parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self._max_body:
-                raise TooLarge("body", size=size, limit=self._max_body, unit="bytes")
-            parts.append(part)
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > self._max_body:
+                    raise TooLarge("body", size=size, limit=self._max_body, unit="bytes")
+                parts.append(part)
+        except ClientDisconnect:
+            raise ClientGone from None
         return b"".join(parts)
 
     async def form(self, request: Request) -> FormData:

@@ -158,6 +158,23 @@ def test_server_streams_are_sse_or_ndjson(gateway: Gateway) -> None:
     assert missing.status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/v1/models:watch"])
+def test_who_leaves_within_a_body_is_no_fault_of_ours(
+    gateway: Gateway, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = logging.getLogger("uvicorn.error")
+    told.addHandler(caplog.handler)
+    try:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode()
+        with socket.create_connection(("127.0.0.1", gateway.port)) as raw:
+            raw.sendall(head)
+            time.sleep(0.2)  # until its body is read
+        time.sleep(0.3)
+        assert not caplog.records
+    finally:
+        told.removeHandler(caplog.handler)
+
+
 def test_bidirectional_streams_are_websockets(gateway: Gateway) -> None:
     url = f"ws://127.0.0.1:{gateway.port}/api/v1/embeddings:embedStream"
     with connect(url) as socket:
