@@ -21,6 +21,8 @@ from forebay_server.dataplane.models import ModelAccess, ServedModel
 _NAMES = {np.dtype(v).newbyteorder("="): k for k, v in DTYPES.items()}
 #: Elements of one tensor at most; the message bound holds long before for dense data.
 MAX_ELEMENTS = 1 << 28
+#: Dimensions of one tensor at most: numpy has no more.
+MAX_DIMENSIONS = 64
 
 
 def datatype_of(array: NDArray[Any]) -> str:
@@ -32,12 +34,19 @@ def datatype_of(array: NDArray[Any]) -> str:
 
 def element_count(shape: Sequence[int], path: str) -> int:
     """Elements of a shape. Raises InvalidArgument for negative or absurd dimensions."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidArgument.at(
+            f"{path}.shape", f"has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}"
+        )
     if any(d < 0 for d in shape):
         raise InvalidArgument.at(f"{path}.shape", f"is {list(shape)}; dimensions are at least 0")
-    n = math.prod(shape)
-    if n > MAX_ELEMENTS:
-        raise InvalidArgument.at(f"{path}.shape", f"has {n} elements; the limit is {MAX_ELEMENTS}")
-    return n
+    # A dimension of 0 leaves no element, but numpy multiplies the others all the same.
+    most = math.prod(d for d in shape if d)
+    if most > MAX_ELEMENTS:
+        raise InvalidArgument.at(
+            f"{path}.shape", f"has {most} elements; the limit is {MAX_ELEMENTS}"
+        )
+    return math.prod(shape)
 
 
 def from_raw(datatype: str, shape: Sequence[int], data: bytes, path: str) -> NDArray[Any]:

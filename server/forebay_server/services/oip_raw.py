@@ -100,7 +100,8 @@ class RawInfer:
             data = records.concat(i, len(plan.inputs), size)
             if data is None:
                 return False
-            feeds[name] = np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+            # Said in numbers: of tensors without elements, numpy cannot tell how many rows there are.
+            feeds[name] = np.frombuffer(data, dtype).reshape(plan.rows * len(calls), *shape[1:])
         blocks = Blocks(
             self._access, model, "inputs", lambda c, r, o: _answer(plan, model, c, o), plan.group
         )
