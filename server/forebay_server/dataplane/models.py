@@ -125,6 +125,10 @@ class ModelAccess:
             except ForebayError as e:
                 call.fail(e)
                 return
+            except Exception as e:  # nobody looks at this task: the call would never end
+                log.exception("call %s found no model", call.request_id)
+                call.fail(_internal(call), cause=e)
+                return
             self._executor.submit(guarded, call, lambda: then(served))
 
         asyncio.run_coroutine_threadsafe(load(), self._loop)
@@ -224,13 +228,14 @@ def guarded(call: Call, run: Callable[[], None]) -> None:
         call.fail(e)
     except Exception as e:
         log.exception("call %s of %s failed", call.request_id, call.method.path)
-        call.fail(
-            Internal(
-                f"internal error; the log has more under request id {call.request_id}",
-                metadata={"request_id": call.request_id},
-            ),
-            cause=e,
-        )
+        call.fail(_internal(call), cause=e)
+
+
+def _internal(call: Call) -> Internal:
+    return Internal(
+        f"internal error; the log has more under request id {call.request_id}",
+        metadata={"request_id": call.request_id},
+    )
 
 
 def attempt(call: Call, make: Callable[[], T]) -> T | None:

@@ -32,6 +32,14 @@ def describe(folder: Path) -> Manifest:
     Raises:
         FailedPrecondition: MODEL_REJECTED, naming the file that is missing or wrong.
     """
+    try:
+        return _described(folder)
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        # JSON of strangers: where an object should be may be a list, and a word for a number.
+        raise rejected(f"the folder's JSON files are not as Hugging Face has them: {e}") from e
+
+
+def _described(folder: Path) -> Manifest:
     if (folder / "manifest.json").exists():
         return read_manifest(folder / "manifest.json")
     language_model = language_models.describe(folder)

@@ -16,6 +16,7 @@ from forebay.errors import FailedPrecondition, ForebayError
 from forebay_server.repository.catalogue import Catalogue
 from forebay_server.repository.events import Events
 from forebay_server.repository.loading import Defaults, LoadedModel, Observer, load
+from forebay_server.repository.manifest import rejected
 
 log = logging.getLogger("forebay.repository")
 
@@ -135,15 +136,23 @@ class ModelPool:
                     load, name, version, folder, config, self._defaults, self._observer
                 )
         except ForebayError as e:
-            self.failures = {**self.failures, key: Failure(e.message, _mark(folder))}
-            self._events.publish("failed", name, version, e.message)
+            self._failed(key, folder, e.message)
             raise
+        except Exception as e:  # a bug of ours, or a file that went away: other models go on
+            log.exception("loading %s@%d failed", name, version)
+            error = rejected(f"loading it failed: {type(e).__name__}: {e}")
+            self._failed(key, folder, error.message)
+            raise error from e
         model.last_used = time.monotonic()
         self.forgive(key)
         self.loaded = {**self.loaded, key: model}
         self._catalogue.learn(name, model.manifest.task)
         self._events.publish("loaded", name, version)
         return model
+
+    def _failed(self, key: Key, folder: Path, reason: str) -> None:
+        self.failures = {**self.failures, key: Failure(reason, _mark(folder))}
+        self._events.publish("failed", *key, reason)
 
     async def _make_room(self, key: Key, folder: Path) -> None:
         """Evict models that were not used for longest, until the new one fits the budget."""

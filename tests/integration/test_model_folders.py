@@ -1,0 +1,56 @@
+"""Model folders as people leave them, and what is done to them while the server runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import grpc
+import pytest
+from forebay.oip import open_inference_pb2 as oip
+from forebay.oip import open_inference_pb2_grpc as oip_grpc
+from forebay.v1 import model_pb2 as pb
+
+from tests.conftest import Live, Start, copy_models
+from tests.integration.test_registry import served_version, stub_of, upload
+
+#: What a config.json may not be.
+CONFIGS = ["[]", '{"id2label": ["yes"], "architectures": 3}', '"a word"']
+
+
+def infer(live: Live, name: str) -> grpc.RpcError:
+    """The error of a call to a model that cannot serve it."""
+    with pytest.raises(grpc.RpcError) as caught:
+        request = oip.ModelInferRequest(model_name=name)
+        oip_grpc.GRPCInferenceServiceStub(live.channel).ModelInfer(request, timeout=10)
+    return caught.value
+
+
+def odd_folder(starters: Path, folder: Path, config: str) -> Path:
+    """A text model's folder with such a config.json."""
+    folder.mkdir(parents=True)
+    for name in ("model.onnx", "tokenizer.json"):
+        shutil.copy(starters / "sentiment" / "1" / name, folder / name)
+    (folder / "config.json").write_text(config)
+    return folder
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_odd_config_json_hurts_no_other_model_and_is_named(
+    starters: Path, start: Start, tmp_path: Path, config: str
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    odd = odd_folder(starters, models / "an-odd" / "1", config)
+    (odd_folder(starters, models / "late" / "1", config).parent / "model.yaml").write_text(
+        "execution: {preload: false}\n"
+    )
+    live = start(models)
+    assert served_version(live) == 1
+    for name in ("an-odd", "late"):  # loaded with the server, and by its first call
+        error = infer(live, name)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "JSON" in str(error.details())
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).ImportVersion(upload(odd, "new"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "JSON" in str(caught.value.details())
