@@ -54,3 +54,19 @@ def test_an_odd_config_json_hurts_no_other_model_and_is_named(
         stub_of(live).ImportVersion(upload(odd, "new"))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "JSON" in str(caught.value.details())
+
+
+def test_a_version_policy_that_wants_no_version_there_is_is_said(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    (models / "iris" / "model.yaml").unlink(missing_ok=True)
+    (models / "iris" / "model.yaml").write_text("version_policy: [7, 8]\n")
+    live = start(models)
+    error = infer(live, "iris")
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "version_policy is [7, 8]; the versions of iris are 1" in str(error.details())
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).LoadModel(pb.LoadModelRequest(model="iris"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert served_version(live, "iris@1") == 1

@@ -112,7 +112,11 @@ class ModelRepository:
         await self.catalogue.read()
         folder = self.catalogue.folder(name)
         self._stopped.discard(name)
-        for one in [version] if version else self._wanted(name):
+        if version:
+            wanted = [version]
+        else:
+            wanted = folder.served(self.catalogue.config(name), self.routing.of(name))
+        for one in wanted:
             folder.require(one)
             self.pool.forgive((name, one))
             await self.pool.load((name, one))

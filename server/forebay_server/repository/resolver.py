@@ -52,13 +52,17 @@ class Resolver:
             return model
         name, version = self._find(ref, tasks, key)
         folder = self._catalogue.folder(name)
-        wanted = version or max(folder.wanted(self._catalogue.config(name), self._routing.of(name)))
-        folder.require(wanted)
+        at = name
         try:
+            wanted = version or max(
+                folder.served(self._catalogue.config(name), self._routing.of(name))
+            )
+            at = f"{name}@{wanted}"
+            folder.require(wanted)
             model = await self._pool.load((name, wanted))
         except FailedPrecondition as e:
             raise Unavailable(
-                f"model {name}@{wanted} cannot be loaded: {e.message}",
+                f"model {at} cannot be loaded: {e.message}",
                 reason="MODEL_NOT_READY",
                 retry_after_s=5.0,
             ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forebay.errors import NotFound
 
-from forebay_server.repository.manifest import ModelConfig
+from forebay_server.repository.manifest import ModelConfig, rejected
 from forebay_server.repository.state import Routing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,6 +39,17 @@ class FolderModel:
         else:
             wanted = {v for v in policy if v in self.versions}
         return sorted(wanted | (routing.versions & set(have)))
+
+    def served(self, config: ModelConfig, routing: Routing) -> list[int]:
+        """As `wanted`. Raises FailedPrecondition (MODEL_REJECTED) when it wants none that is there."""
+        wanted = self.wanted(config, routing)
+        if not wanted:
+            have = ", ".join(map(str, sorted(self.versions)))
+            raise rejected(
+                f"model.yaml: version_policy is {config.version_policy}; "
+                f"the versions of {self.name} are {have}"
+            )
+        return wanted
 
 
 def scan(root: Path) -> dict[str, FolderModel]:
