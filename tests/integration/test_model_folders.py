@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import grpc
@@ -70,3 +71,29 @@ def test_a_version_policy_that_wants_no_version_there_is_is_said(
         stub_of(live).LoadModel(pb.LoadModelRequest(model="iris"))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert served_version(live, "iris@1") == 1
+
+
+def states(live: Live) -> dict[int, int]:
+    """State of each version of iris."""
+    model = stub_of(live).GetModel(pb.GetModelRequest(model="iris")).model
+    return {v.version: v.state for v in model.versions}
+
+
+def two_versions(starters: Path, root: Path) -> Path:
+    models = copy_models(starters, root, "iris")
+    shutil.copytree(models / "iris" / "1", models / "iris" / "2")
+    (models / "iris" / "model.yaml").unlink(missing_ok=True)
+    (models / "iris" / "model.yaml").write_text("version_policy: all\n")
+    return models
+
+
+def test_an_unload_goes_on_when_its_caller_has_left(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    live = start(two_versions(starters, tmp_path / "models"))
+    with pytest.raises(grpc.RpcError):
+        stub_of(live).UnloadModel(pb.UnloadModelRequest(model="iris"), timeout=0.2)
+    deadline = time.monotonic() + 10
+    while set(states(live).values()) != {pb.MODEL_STATE_AVAILABLE}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

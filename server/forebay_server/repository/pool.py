@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class ModelPool:
         self.failures: dict[Key, Failure] = {}
         self._loading: dict[Key, asyncio.Task[LoadedModel]] = {}
         self._unloading: set[Key] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._exclusive = asyncio.Lock()
 
     async def load(self, key: Key) -> LoadedModel:
@@ -83,13 +85,20 @@ class ModelPool:
             task.add_done_callback(lambda _: self._loading.pop(key, None))
         return await asyncio.shield(task)
 
-    async def unload(self, key: Key) -> None:
-        """Take a version out of the routes, then close it. Nothing when it is not loaded."""
+    def unload(self, key: Key) -> Awaitable[None]:
+        """Take a version out of the routes at once; awaited, until it is closed. Nothing when it is
+        not loaded."""
         model = self.loaded.get(key)
         if model is None:
-            return
+            return asyncio.sleep(0)
         self._unloading.add(key)
         self.loaded = {k: m for k, m in self.loaded.items() if k != key}
+        task = asyncio.create_task(self._close(key, model))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        return asyncio.shield(task)  # a caller who leaves must not leave the engine behind
+
+    async def _close(self, key: Key, model: LoadedModel) -> None:
         await asyncio.sleep(GRACE_S)
         await asyncio.to_thread(model.client.close)
         self._unloading.discard(key)
@@ -100,7 +109,8 @@ class ModelPool:
         for task in self._loading.values():
             task.cancel()
         models, self.loaded = list(self.loaded.values()), {}
-        await asyncio.gather(*(asyncio.to_thread(m.client.close, timeout_s) for m in models))
+        closing = [asyncio.to_thread(m.client.close, timeout_s) for m in models]
+        await asyncio.gather(*closing, *self._closing)
 
     def known_bad(self, key: Key, folder: Path) -> bool:
         """Whether it has failed, and its folder is as it was then."""
