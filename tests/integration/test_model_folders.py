@@ -87,6 +87,25 @@ def two_versions(starters: Path, root: Path) -> Path:
     return models
 
 
+def test_a_version_that_was_unloaded_stays_so_until_it_is_wanted(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    models = two_versions(starters, tmp_path / "models")
+    live = start(models, models__poll_s=0.05)
+    stub_of(live).UnloadModel(pb.UnloadModelRequest(model="iris", version=2))
+    time.sleep(1)
+    assert states(live) == {1: pb.MODEL_STATE_READY, 2: pb.MODEL_STATE_AVAILABLE}
+    assert served_version(live, "iris@2") == 2
+    stub_of(live).UnloadModel(pb.UnloadModelRequest(model="iris"))
+    assert served_version(live, "iris@1") == 1
+    # Back by a call, the model is kept up with its folder as any other.
+    shutil.copytree(models / "iris" / "1", models / "iris" / "3")
+    deadline = time.monotonic() + 10
+    while states(live).get(3) != pb.MODEL_STATE_READY:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_an_unload_goes_on_when_its_caller_has_left(
     starters: Path, start: Start, tmp_path: Path
 ) -> None:

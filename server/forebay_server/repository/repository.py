@@ -57,8 +57,8 @@ class ModelRepository:
         self.routing = RoutingTable(state, self.catalogue, self.pool, self.events)
         self.resolver = Resolver(self.catalogue, self.pool, self.routing)
         self.started = False
-        #: Models that were unloaded by name: no refresh loads them.
-        self._stopped: set[str] = set()
+        #: Models, and versions, that were unloaded by name: no refresh loads them.
+        self._stopped: set[str | tuple[str, int]] = set()
 
     async def start(self) -> None:
         """Read state and folders, load what is to be preloaded. A bad model hurts no other."""
@@ -86,6 +86,8 @@ class ModelRepository:
     async def refresh(self, first: bool = False) -> None:
         """Read the folders anew; load versions that should serve and do not."""
         await self.catalogue.read()
+        # What a call has loaded since is not stopped any more.
+        self._stopped -= {*self.pool.loaded, *(name for name, _ in self.pool.loaded)}
         for name, folder in self.catalogue.folders.items():
             config = self.catalogue.configs.get(name)
             if config is None or name in self._stopped:
@@ -97,7 +99,9 @@ class ModelRepository:
                 continue
             for version in folder.wanted(config, self.routing.of(name)):
                 key = (name, version)
-                if key in self.pool.loaded or self.pool.known_bad(key, folder.versions[version]):
+                if key in self.pool.loaded or key in self._stopped:
+                    continue
+                if self.pool.known_bad(key, folder.versions[version]):
                     continue
                 try:
                     await self.pool.load(key)
@@ -118,6 +122,7 @@ class ModelRepository:
             wanted = folder.served(self.catalogue.config(name), self.routing.of(name))
         for one in wanted:
             folder.require(one)
+            self._stopped.discard((name, one))
             self.pool.forgive((name, one))
             await self.pool.load((name, one))
         if version is None:
@@ -130,8 +135,7 @@ class ModelRepository:
             folder = self.catalogue.folder(name)
             if version is not None:
                 folder.require(version)
-        if version is None:
-            self._stopped.add(name)
+        self._stopped.add(name if version is None else (name, version))
         await asyncio.gather(*(self.pool.unload(k) for k in mine if version in (None, k[1])))
 
     async def _retire(self, name: str) -> None:
