@@ -13,6 +13,7 @@ from forebay.oip import open_inference_pb2_grpc as oip_grpc
 from forebay.v1 import model_pb2 as pb
 
 from tests.conftest import Live, Start, copy_models
+from tests.integration.test_inference import violations
 from tests.integration.test_registry import served_version, stub_of, upload
 
 #: What a config.json may not be.
@@ -116,3 +117,20 @@ def test_an_unload_goes_on_when_its_caller_has_left(
     while set(states(live).values()) != {pb.MODEL_STATE_AVAILABLE}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "net.onnx/more", "x/../net.onnx", "net.onnx/."])
+def test_an_import_names_a_path_that_cannot_be(
+    starters: Path, start: Start, tmp_path: Path, path: str
+) -> None:
+    live = start(copy_models(starters, tmp_path / "models", "iris"))
+    parts = [
+        pb.ImportVersionRequest(header=pb.ImportHeader(model="new")),
+        pb.ImportVersionRequest(chunk={"path": "net.onnx", "data": b"x"}),
+        pb.ImportVersionRequest(chunk={"path": path, "data": b"x"}),
+    ]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).ImportVersion(iter(parts))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(violations(caught.value)) == {"chunk.path"}
+    assert not (tmp_path / "models" / "new").exists()

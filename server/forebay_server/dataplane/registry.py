@@ -169,6 +169,8 @@ class VersionUpload:
         """Append a piece to a file of the version."""
         file = self._open.get(path)
         if file is None:
+            if "\0" in path:
+                raise InvalidArgument.at("chunk.path", f"{path!r} is no file's name")
             target = (self._folder / path).resolve()
             if self._folder.resolve() not in target.parents or path.startswith((".", "/")):
                 raise InvalidArgument.at(
@@ -180,8 +182,13 @@ class VersionUpload:
                 )
             if len(self._open) >= 256:
                 raise InvalidArgument.at("chunk.path", "a version has at most 256 files")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file = self._open[path] = target.open("wb")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file = self._open[path] = target.open("xb")
+            except (FileExistsError, NotADirectoryError):
+                raise InvalidArgument.at(
+                    "chunk.path", f"{path!r} is, or lies in, what another path of this version is"
+                ) from None
         file.write(data)
         self.bytes_written += len(data)
         if self.bytes_written > self._max:
