@@ -134,3 +134,16 @@ def test_an_import_names_a_path_that_cannot_be(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert set(violations(caught.value)) == {"chunk.path"}
     assert not (tmp_path / "models" / "new").exists()
+
+
+def test_an_import_does_not_hide_a_model_without_version_folders(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    shutil.copytree(starters / "iris" / "1", tmp_path / "models" / "flat")
+    live = start(tmp_path / "models")
+    assert served_version(live, "flat") == 1
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).ImportVersion(upload(starters / "iris" / "1", "flat"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "flat/1" in str(caught.value.details())
+    assert served_version(live, "flat@1") == 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forebay.errors import AlreadyExists, InvalidArgument
+from forebay.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 
 from forebay_server.core.statistics import EngineStatistics
 from forebay_server.engines.process import resident_bytes
@@ -80,6 +80,17 @@ class Registry:
         """Versions of a model, oldest first."""
         folder = self._repository.catalogue.folders.get(name)
         return sorted(folder.versions) if folder else []
+
+    def require_version_folders(self, name: str) -> None:
+        """Raise when a model's files lie in its own folder: beside a numbered one they would be no
+        version any more. Fine for a model that there is not."""
+        found = self._repository.catalogue.folders.get(name)
+        if found is not None and found.folder in found.versions.values():
+            raise FailedPrecondition(
+                f"the files of {name}@1 lie in the model's own folder; move them into {name}/1, "
+                "then there is room for other versions",
+                reason="NO_VERSION_FOLDERS",
+            )
 
     def view(self, name: str) -> ModelView:
         """One model. Raises NotFound."""

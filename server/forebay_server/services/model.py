@@ -99,6 +99,7 @@ class ModelService(Service):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgument.at("header", "must be the first message of the stream")
         header = first.header
+        self._registry.require_version_folders(header.model)
         known = self._registry.versions(header.model)
         version = header.version if header.HasField("version") else max(known, default=0) + 1
         upload = VersionUpload(
