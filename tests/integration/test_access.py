@@ -8,6 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from forebay.oip import open_inference_pb2 as oip
+from forebay.oip import open_inference_pb2_grpc as oip_grpc
 from forebay.v1 import (
     classification_pb2,
     classification_pb2_grpc,
@@ -208,6 +210,22 @@ def test_usage_counts_each_call_once_cancelled_ones_too(guarded: Live, admin: st
     assert total.tokens >= 18
     rows = usage.ListUsage(usage_pb2.ListUsageRequest(key_id=key_id), metadata=bearer(admin)).rows
     assert sum(r.counters.calls for r in rows) == 5
+
+
+def test_usage_counts_what_a_stream_of_model_infer_computes(guarded: Live, admin: str) -> None:
+    key_id, secret = make_key(guarded, admin)
+    request = oip.ModelInferRequest(model_name="minilm")
+    tensor = request.inputs.add(name="text", datatype="BYTES", shape=[2])
+    tensor.contents.bytes_contents.extend([b"one", b"two"])
+    stub = oip_grpc.GRPCInferenceServiceStub(guarded.channel)
+    answers = list(stub.ModelStreamInfer(iter([request] * 3), metadata=bearer(secret)))
+    assert not any(a.error_message for a in answers)
+    total = (
+        usage_pb2_grpc.UsageServiceStub(guarded.channel)
+        .GetUsage(usage_pb2.GetUsageRequest(key_id=key_id), metadata=bearer(admin))
+        .total
+    )
+    assert (total.calls, total.items, total.tokens) == (1, 6, 18)
 
 
 def test_a_key_sees_its_own_usage_alone(guarded: Live, admin: str) -> None:

@@ -115,7 +115,7 @@ async def answers_in_order(
         child, future = waiting[0]
         await future
         waiting.popleft()
-        _add(call.facts, child.facts)
+        add_facts(call.facts, child.facts)
         if child.error is not None:
             raise child.error
         return wrap(child.payload)
@@ -155,7 +155,8 @@ def resolve_soon(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Call], 
     loop.call_soon_threadsafe(resolve)
 
 
-def _add(total: CallFacts, part: CallFacts) -> None:
+def add_facts(total: CallFacts, part: CallFacts) -> None:
+    """Count a part of a call, such as one request of a stream, with the whole."""
     total.model, total.version = part.model, part.version
     total.items += part.items
     total.tokens += part.tokens

@@ -25,7 +25,7 @@ from forebay_server.dataplane.models import ModelAccess, ServedModel
 from forebay_server.dataplane.records import AVAILABLE
 from forebay_server.dataplane.registry import Registry
 from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
-from forebay_server.services.base import Service, resolve_soon
+from forebay_server.services.base import Service, add_facts, resolve_soon
 from forebay_server.services.oip_raw import RawInfer
 from forebay_server.services.oip_statistics import statistics_message
 
@@ -187,6 +187,7 @@ class OpenInferenceService(Service):
             call.on_cancel(one.cancel)
             await asyncio.to_thread(self.model_infer, [one])
             await done
+            add_facts(call.facts, one.facts)  # usage and limits look at the stream's
             if one.error is not None:
                 yield pb.ModelStreamInferResponse(
                     error_message=one.error.message,
