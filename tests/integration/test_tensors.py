@@ -41,6 +41,25 @@ def tensors(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
     root = tmp_path_factory.mktemp("tensors")
     same = [helper.make_node("Identity", ["x"], ["y"])]
     write_model(root, "same", same, ["rows", "columns"], ["rows", "columns"])
+    # One number for all rows; one for each positive element, however many that are.
+    mean = [helper.make_node("ReduceMean", ["x"], ["y"], keepdims=0)]
+    write_model(root, "mean", mean, ["rows", 2], [])
+    positive = [
+        helper.make_node("Constant", [], ["zero"], value_float=0.0),
+        helper.make_node("Greater", ["x", "zero"], ["is"]),
+        helper.make_node("Compress", ["x", "is"], ["y"]),
+    ]
+    write_model(root, "positive", positive, ["rows", 1], ["positive"])
+    # As many columns as the greatest number says.
+    cut = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Constant", [], ["one"], value_ints=[1]),
+        helper.make_node("Reshape", ["whole", "one"], ["end"]),
+        helper.make_node("Constant", [], ["start"], value_ints=[0]),
+        helper.make_node("Slice", ["x", "start", "end", "one"], ["y"]),
+    ]
+    write_model(root, "cut", cut, ["rows", "columns"], ["rows", "kept"])
     return start(root)
 
 
@@ -95,3 +114,36 @@ def test_a_bad_shape_ends_its_own_call_alone(tensors: Live) -> None:
         codes = list(pool.map(code, [good, bad] * 100))
     assert set(codes[::2]) == {grpc.StatusCode.OK}
     assert set(codes[1::2]) == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_an_output_without_a_row_for_each_input_is_each_callers_own(
+    tensors: Live, raw: bool
+) -> None:
+    tables = [np.full((1 + i % 3, 2), i, np.float32) for i in range(60)]
+    columns = [np.arange(i % 7 - 3, i % 5 + 4, dtype=np.float32).reshape(-1, 1) for i in range(60)]
+    with ThreadPoolExecutor(32) as pool:
+        means = pool.map(lambda t: infer(tensors, request("mean", t, raw=raw)), tables)
+        found = pool.map(lambda c: infer(tensors, request("positive", c, raw=raw)), columns)
+    for i, mean in enumerate(means):
+        assert mean.shape == ()
+        assert mean == i
+    for column, positive in zip(columns, found, strict=True):
+        np.testing.assert_array_equal(positive, column[column > 0])
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_more_rows_than_a_batch_holds_are_answered_or_refused(tensors: Live, raw: bool) -> None:
+    many = np.arange(1200, dtype=np.float32).reshape(-1, 2)
+    assert infer(tensors, request("mean", many, raw=raw)) == many.mean()
+    np.testing.assert_array_equal(infer(tensors, request("same", many, raw=raw)), many)
+    wide = np.ones((1200, 4), np.float32)
+    assert infer(tensors, request("cut", wide, raw=raw)).shape == (1200, 1)
+    wide[600:] = 3
+    for made in request("positive", many.reshape(-1, 1), raw=raw), request("cut", wide, raw=raw):
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(tensors, made)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violations(caught.value) == {
+            "inputs": "have 1200 rows; the model does not answer row by row, and takes 512"
+        }

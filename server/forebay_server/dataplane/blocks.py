@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from forebay_server.core.call import Call, CallFacts
 from forebay_server.core.interfaces import Completion, EngineRequest, Item
 from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded, located
+from forebay_server.engines.arrays import rows_of
 
 Tensors = Mapping[str, NDArray[Any]]
 #: Gets calls that are answered together, the rows of each, and the outputs [rows, ...] by name, on
@@ -103,9 +104,15 @@ class Blocks:
         self, calls: Sequence[Call], rows: Sequence[int], tensors: Tensors, completion: Completion
     ) -> None:
         error = completion.error()
-        if len(calls) > 1 and isinstance(error, InvalidArgument | Internal):
+        tied = error is None and not _divides(completion.result(), sum(rows))
+        if len(calls) > 1 and (tied or isinstance(error, InvalidArgument | Internal)):
             for call, n, own in each(calls, rows, tensors):
                 guarded(call, lambda c=call, n=n, t=own: self.submit(t, [c], [n]))
+            return
+        if tied and len(completion.result()) > 1:
+            most = self._model.client.spec.policy.max_batch_size
+            text = f"have {sum(rows)} rows; the model does not answer row by row, and takes {most}"
+            calls[0].fail(InvalidArgument.at(self._field, text))
             return
         self._settle(calls, rows, completion)
 
@@ -137,6 +144,15 @@ class Blocks:
         except Exception as e:
             for call in calls:
                 guarded(call, lambda e=e: _again(e))
+
+
+def _divides(results: Sequence[Any], rows: int) -> bool:
+    """Whether each output has as many rows as went in, all of one shape."""
+    for name in results[0]:
+        parts = [result[name] for result in results]
+        if sum(map(rows_of, parts)) != rows or len({p.shape[1:] for p in parts}) > 1:
+            return False
+    return True
 
 
 def each(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,10 +35,14 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(slots=True)
 class Prepared:
-    """The arrays of one run, and the mask that pooling needs."""
+    """The arrays of one run, and the mask that pooling needs.
+
+    `rows`: what each output must have, to be divided among several items; 0 = there is one item.
+    """
 
     feeds: Arrays
     mask: NDArray[Any] | None
+    rows: int = 0
 
 
 @dataclass(slots=True)
@@ -64,7 +68,7 @@ def prepare(spec: EngineSpec, batch: Batch, dtypes: Mapping[str, Any]) -> Prepar
         name: np.concatenate([_plain(cast(TensorInput, i.inputs)[name]) for i in batch.items])
         for name in first
     }
-    return Prepared(feeds, None)
+    return Prepared(feeds, None, batch.rows)
 
 
 def _plain(array: NDArray[Any]) -> NDArray[Any]:
@@ -98,6 +102,27 @@ def _pad(spec: EngineSpec, batch: Batch, dtypes: Mapping[str, Any]) -> Prepared:
     if "position_ids" in dtypes:
         feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     return Prepared({n: a.astype(dtypes[n], copy=False) for n, a in feeds.items()}, mask)
+
+
+def executed(names: Sequence[str], values: Sequence[Any], inputs: Prepared) -> Executed:
+    """What a run gave.
+
+    Raises:
+        ValueError: it cannot be told which rows are whose; the items must run alone.
+    """
+    outputs: Arrays = dict(zip(names, values, strict=True))
+    if inputs.rows:
+        for name, array in outputs.items():
+            if rows_of(array) != inputs.rows:
+                raise ValueError(
+                    f"output {name!r} has shape {list(array.shape)} for {inputs.rows} rows"
+                )
+    return Executed(outputs, inputs.mask)
+
+
+def rows_of(array: NDArray[Any]) -> int:
+    """An array's first dimension; -1 where it has none."""
+    return array.shape[0] if array.ndim else -1
 
 
 def finish(spec: EngineSpec, outputs: Executed, batch: Batch) -> list[Result]:

@@ -177,10 +177,7 @@ class OnnxEngine:
             values = sessions.run(self._outputs, inputs.feeds)
         else:
             values = self._run_bound(sessions.narrow, inputs.feeds)
-        return Executed(
-            cast("dict[str, NDArray[Any]]", dict(zip(self._outputs, values, strict=True))),
-            inputs.mask,
-        )
+        return arrays.executed(self._outputs, values, inputs)
 
     def _run_bound(
         self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]

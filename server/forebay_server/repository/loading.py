@@ -188,7 +188,7 @@ def engine_spec(
         normalize=embedding.normalize if embedding else False,
         pad_id=int(padding.get("pad_id", _pad_id(tokenizer))),
         pad_left=padding.get("direction") == "left",
-        batches=head is not None or all(t.shape and t.shape[0] == -1 for t in manifest.inputs),
+        batches=head is not None or _batches(manifest),
         policy=_policy(
             config.batching,
             defaults,
@@ -202,6 +202,18 @@ def engine_spec(
     )
     instances, threads, lone = _threads(config, defaults, head is not None, runtime(spec)[0])
     return replace(spec, instances=instances, intra_op_threads=threads, lone_threads=lone)
+
+
+def _batches(manifest: Manifest) -> bool:
+    """Whether rows of several calls may go into one run.
+
+    Not where an output has nothing for each row, such as a mean over all of them: it would be one of
+    strangers' rows.
+    """
+    tensors = manifest.inputs
+    if manifest.task == "tensor":
+        tensors = [*tensors, *manifest.outputs]
+    return all(t.shape and t.shape[0] == -1 for t in tensors)
 
 
 def _threads(

@@ -6,7 +6,7 @@ certainly right is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -147,15 +147,19 @@ def _parsed(head: bytes) -> pb.ModelInferRequest:
 def _answer(plan: _Plan, model: ServedModel, calls: Sequence[Call], outputs: Tensors) -> None:
     """Answer calls of as many rows each: the same head, and each its own part of the raw tensors."""
     n = len(calls)
-    key = tuple((outputs[name].dtype, outputs[name].shape[1:]) for name in plan.names)
+    given = [outputs[name] for name in plan.names]
+    # A model need not answer row by row; then the call is alone.
+    shapes = [a.shape if n == 1 else (plan.rows, *a.shape[1:]) for a in given]
+    key = tuple((a.dtype, shape) for a, shape in zip(given, shapes, strict=True))
     head = plan.heads.get(key)
     if head is None:
-        head = plan.heads[key] = _response_head(plan, model, outputs)
+        if len(plan.heads) >= _HEADS:
+            plan.heads.clear()
+        head = plan.heads[key] = _response_head(plan, model, given, shapes)
     pieces: list[list[bytes]] = []
-    for name in plan.names:
-        array = outputs[name]
+    for array, shape in zip(given, shapes, strict=True):
         if array.dtype.kind in "OSU":
-            own = [tensors.to_raw(part) for part in array.reshape(n, plan.rows, *array.shape[1:])]
+            own = [tensors.to_raw(part) for part in array.reshape(n, *shape)]
         else:
             raw = tensors.to_raw(array)
             size = len(raw) // n
@@ -164,13 +168,16 @@ def _answer(plan: _Plan, model: ServedModel, calls: Sequence[Call], outputs: Ten
     reply_all(calls, [head + b"".join(parts) for parts in zip(*pieces, strict=True)])
 
 
-def _response_head(plan: _Plan, model: ServedModel, outputs: Mapping[str, NDArray[Any]]) -> bytes:
+def _response_head(
+    plan: _Plan,
+    model: ServedModel,
+    given: Sequence[NDArray[Any]],
+    shapes: Sequence[tuple[int, ...]],
+) -> bytes:
     response = pb.ModelInferResponse(
         model_name=model.name, model_version=str(model.version), id=plan.request.id
     )
-    for name in plan.names:
-        array = outputs[name]
-        shape = [plan.rows, *array.shape[1:]]
+    for name, array, shape in zip(plan.names, given, shapes, strict=True):
         response.outputs.add(name=name, datatype=tensors.datatype_of(array), shape=shape)
     return response.SerializeToString()
 
