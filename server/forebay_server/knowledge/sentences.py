@@ -44,7 +44,11 @@ _SHORT = frozenset(
         "approx",
     ]
 )
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』)]*|[।॥؟]+(?=\s|$)|\n[ \t]*\n+")
+# A run of stops is tried at its beginning alone: at each of its stops it would take the square of the
+# run's length, and the matching holds the interpreter, so that one odd document stopped the server.
+_END = re.compile(
+    r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』)]*|(?<![।॥؟])[।॥؟]+(?=\s|$)|\n[ \t]*\n+"
+)
 _WORD_BEFORE = re.compile(r"([^\s(\[\"“]+)$")
 
 
