@@ -6,7 +6,7 @@ Every chunk is a span of the document's text, so that a citation can be looked u
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,9 +77,9 @@ def chunk(
         ]
     else:
         places = [(s, e, s, e) for s, e in _windows(text, 0, len(text), spans_of, tokens, overlap)]
+    above = _Headings(document.headings)
     return [
-        ChunkSpan(s, e, bisect_right(document.pages, s), _headings_at(document, s), a, b)
-        for s, e, a, b in places
+        ChunkSpan(s, e, bisect_right(document.pages, s), above.at(s), a, b) for s, e, a, b in places
     ]
 
 
@@ -149,11 +149,21 @@ def _sections(document: Parsed) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(document.text)], strict=True))
 
 
-def _headings_at(document: Parsed, place: int) -> tuple[str, ...]:
-    """The headings above a place, outermost first."""
-    above: list[tuple[int, str]] = []
-    for start, level, title in document.headings:
-        if start > place:
-            break
-        above = [h for h in above if h[0] < level] + [(level, title)]
-    return tuple(title for _, title in above)
+class _Headings:
+    """The headings above places that are asked for in order: a text of many headings and chunks is
+    gone through once, not once for each chunk."""
+
+    def __init__(self, headings: Sequence[tuple[int, int, str]]) -> None:
+        self._headings = headings
+        self._next = 0
+        self._above: list[tuple[int, str]] = []
+
+    def at(self, place: int) -> tuple[str, ...]:
+        """Those above a place, outermost first."""
+        while self._next < len(self._headings) and self._headings[self._next][0] <= place:
+            _, level, title = self._headings[self._next]
+            while self._above and self._above[-1][0] >= level:
+                self._above.pop()
+            self._above.append((level, title))
+            self._next += 1
+        return tuple(title for _, title in self._above)
