@@ -153,6 +153,21 @@ def test_updates_replace_and_deletes_remove(stub) -> None:
             "filter.range",
         ),
         (
+            pb.SearchRequest(
+                collection="bad",
+                vector=[1, 0, 0],
+                filter={"all_of": {"filters": [{"text": {"key": "z", "text": "a"}}]}},
+            ),
+            "filter.all_of.filters[0].text.key",
+        ),
+        (
+            pb.DeletePointsRequest(
+                collection="bad",
+                filter={"equals": {"key": "t", "value": {"string_value": "a" * 257}}},
+            ),
+            "filter",
+        ),
+        (
             pb.SearchRequest(collection="bad", text="a", field_boosts={"none": 2}),
             "field_boosts.none",
         ),

@@ -116,6 +116,14 @@ def test_retrieve_gives_chunks_with_their_places(stub, office: str) -> None:
     assert [c.name for c in stub.Retrieve(only).chunks] == ["cats.txt"]
 
 
+def test_filters_choose_by_name_and_metadata(stub, office: str) -> None:
+    for key, value in (("name", "cats.txt"), ("metadata.author", "vet")):
+        one = {"equals": {"key": key, "value": value}}
+        request = pb.RetrieveRequest(knowledge_base=office, query="price limit for hotels")
+        json_format.ParseDict(one, request.retrieval.filter)
+        assert {c.name for c in stub.Retrieve(request).chunks} == {"cats.txt"}
+
+
 def test_rerank_and_mmr_are_steps(stub, office: str) -> None:
     request = pb.RetrieveRequest(knowledge_base=office, query="days off", explain=True)
     json_format.ParseDict({"rerank": {"model": "minilm"}, "mmr": {}}, request.retrieval)

@@ -13,8 +13,10 @@ from forebay_server.indexes import filters
 from forebay_server.indexes.analysis import LANGUAGES
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
 from forebay_server.indexes.dense import DenseConfig
+from forebay_server.indexes.payloads import LONGEST
 
 EMBEDDING = ("embedding",)
+_LISTS = {filters.AllOf: "all_of", filters.AnyOf: "any_of", filters.NoneOf: "none_of"}
 
 
 async def completed(access: ModelAccess, call: Call, config: CollectionConfig) -> CollectionConfig:
@@ -59,14 +61,25 @@ def config_from_json(text: str) -> CollectionConfig:
 
 
 def check_filter(config: CollectionConfig, condition: filters.Filter, path: str = "filter") -> None:
-    """Raise InvalidArgument for a condition on words of a field that is no text field."""
+    """Raise InvalidArgument for what cannot be told of text fields: words of a field that is none,
+    and whether a long text is the same."""
+    known = [f.path for f in config.text_fields]
     if isinstance(condition, filters.AllOf | filters.AnyOf | filters.NoneOf):
-        for c in condition.filters:
-            check_filter(config, c, path)
-    elif isinstance(condition, filters.Words):
-        known = [f.path for f in config.text_fields]
-        if condition.key not in known:
-            raise InvalidArgument.at(
-                f"{path}.text.key",
-                f"is {condition.key!r}; the text fields are {', '.join(known) or 'none'}",
-            )
+        kind = _LISTS[type(condition)]
+        for i, c in enumerate(condition.filters):
+            check_filter(config, c, f"{path}.{kind}.filters[{i}]")
+    elif isinstance(condition, filters.Words) and condition.key not in known:
+        raise InvalidArgument.at(
+            f"{path}.text.key",
+            f"is {condition.key!r}; the text fields are {', '.join(known) or 'none'}",
+        )
+    elif (
+        isinstance(condition, filters.OneOf)
+        and condition.key in known
+        and any(isinstance(v, str) and len(v) > LONGEST for _, v in condition.values)
+    ):
+        raise InvalidArgument.at(
+            path,
+            f"compares the text field {condition.key!r} with more than {LONGEST} characters, "
+            "up to which texts are compared whole; use text",
+        )

@@ -24,7 +24,7 @@ from forebay_server.indexes.keyword import KeywordIndex
 
 log = logging.getLogger("forebay.indexes")
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, DENSE = "manifest.json", "dense.built"
 
 

@@ -18,6 +18,9 @@ from forebay_server.indexes import filters as f
 from forebay_server.indexes.arrays import GrowingArray
 
 Mask = NDArray[np.bool_]
+#: Characters of a text field's string up to which it is kept as a value, as other strings are.
+LONGEST = 256
+_LONG = ("long", True)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?")
 
 
@@ -69,7 +72,7 @@ class PayloadIndex:
     """See the module. One writer, any readers."""
 
     def __init__(self, skip: Iterable[str] = ()) -> None:
-        """Args: skip: text fields, whose long strings are not kept as values."""
+        """Args: skip: text fields, whose strings of more than LONGEST are not kept as values."""
         self._skip = frozenset(skip)
         self._columns: dict[str, _Column] = {}
 
@@ -95,12 +98,12 @@ class PayloadIndex:
             lists[0].append(float(value))
             lists[1].append(slot)
             return
-        if key in self._skip:
-            value = ""  # only that it is there
-        code = column.code_of.setdefault(f.tagged(value), len(column.code_of))
+        # Of a long text only that it is there, which is no value that a condition can have.
+        long = key in self._skip and isinstance(value, str) and len(value) > LONGEST
+        code = column.code_of.setdefault(_LONG if long else f.tagged(value), len(column.code_of))
         lists[2].append(code)
         lists[3].append(slot)
-        if isinstance(value, str):
+        if isinstance(value, str) and not long:
             moment = parse_date(value)
             if moment is not None:
                 lists[4].append(moment)

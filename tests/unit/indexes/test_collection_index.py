@@ -31,7 +31,7 @@ ROWS = [
     {"text": "red apple", "kind": "fruit", "price": 3, "tags": ["a", "b"], "on": "2026-01-31"},
     {"text": "green pear", "kind": "fruit", "price": 5.5, "fresh": True},
     {"text": "grey stone", "kind": "thing", "price": "5.5", "meta": {"weight": 7}},
-    {"text": "old apple", "kind": None, "on": "2025-06-01T12:00:00Z", "one": 1},
+    {"text": "old apple" + " pie" * 100, "kind": None, "on": "2025-06-01T12:00:00Z", "one": 1},
 ]
 
 
@@ -51,6 +51,8 @@ def one(key: str, *values: object) -> OneOf:
     [
         (one("kind", "fruit"), [0, 1]),
         (one("kind", "fruit", "thing"), [0, 1, 2]),
+        (one("text", "red apple", "apple"), [0]),
+        (one("text", ""), []),
         (one("price", 5.5), [1]),
         (one("price", "5.5"), [2]),
         (one("fresh", True), [1]),
