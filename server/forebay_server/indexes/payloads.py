@@ -144,13 +144,12 @@ class PayloadIndex:
         if isinstance(condition, f.Ids):
             return ids(condition, n)
         out = np.zeros(n, bool)
+        if isinstance(condition, f.Exists):
+            return self._exists(condition.key, out)
         column = self._columns.get(condition.key)
         if column is None:
             return out
-        if isinstance(condition, f.Exists):
-            _mark(out, column.number_slots.view())
-            _mark(out, column.code_slots.view())
-        elif isinstance(condition, f.InRange):
+        if isinstance(condition, f.InRange):
             slots, values = _pair(column.number_slots, column.numbers)
             low = values > condition.low if condition.low_open else values >= condition.low
             high = values < condition.high if condition.high_open else values <= condition.high
@@ -160,6 +159,15 @@ class PayloadIndex:
             _mark(out, slots[(values >= condition.since) & (values < condition.until)])
         else:
             self._one_of(column, condition, out)
+        return out
+
+    def _exists(self, key: str, out: Mask) -> Mask:
+        """Where there is a value at the key, or below it: an object is there by what it holds."""
+        below = key + "."
+        for path, column in self._columns.items():
+            if path == key or path.startswith(below):
+                _mark(out, column.number_slots.view())
+                _mark(out, column.code_slots.view())
         return out
 
     def _one_of(self, column: _Column, condition: f.OneOf, out: Mask) -> None:

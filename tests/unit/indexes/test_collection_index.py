@@ -66,6 +66,8 @@ def one(key: str, *values: object) -> OneOf:
         (Exists("kind"), [0, 1, 2]),
         (Exists("text"), [0, 1, 2, 3]),
         (Exists("nothing"), []),
+        (Exists("meta"), [2]),
+        (Exists("met"), []),
         (Words("text", "apples"), [0, 3]),
         (Words("text", "apple red", phrase=True), []),
         (Ids(frozenset({"p2", "p9"})), [2]),
