@@ -244,6 +244,8 @@ class KnowledgeBases:
             text = await asyncio.to_thread(_read, self.folder(base.row.id) / f"{document}.txt")
         except FileNotFoundError:
             return ""
+        if key in self._texts:  # another call has read it meanwhile: it is counted once
+            return text
         self._texts[key] = text
         self._characters += len(text)
         while self._characters > KEPT_CHARACTERS:
