@@ -51,6 +51,8 @@ def parse(name: str, data: bytes, password: str = "") -> Parsed:
     if not data.strip():
         raise ParseError("EMPTY", "the file is empty")
     parsed = _format(name, data)(data, password)
+    # Half of a surrogate pair, which JSON and PDF can hold, cannot be stored or sent.
+    parsed.text = _whole(parsed.text)
     if len(parsed.text) > MAX_CHARACTERS:
         raise ParseError(
             "TOO_LARGE", f"it has {len(parsed.text)} characters; the limit is {MAX_CHARACTERS}"
@@ -101,6 +103,10 @@ def decode(data: bytes) -> str:
 
 def _clean(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _plain(data: bytes, _: str) -> Parsed:
@@ -246,8 +252,7 @@ def _page_text(text: str) -> str:
     text = _CONTROL.sub(" ", text)
     for ligature, letters in _LIGATURES.items():
         text = text.replace(ligature, letters)
-    # Half of a surrogate pair cannot be stored or sent.
-    return text.strip("\n").encode("utf-8", "replace").decode() + "\n\n"
+    return text.strip("\n") + "\n\n"
 
 
 def _by_pypdf(data: bytes, password: str, number: int) -> str:
@@ -327,11 +332,12 @@ def _json(data: bytes, _: str) -> Parsed:
     lines: list[str] = []
     try:
         try:
-            _flatten(json.loads(text), "", lines)
+            _flatten(json.loads(text, parse_int=str), "", lines)
         except json.JSONDecodeError:
-            for number, line in enumerate(text.splitlines(), 1):
+            # Not splitlines: strings may hold what else ends a line, U+2028 among them.
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
-                    _flatten(json.loads(line), f"{number}", lines)
+                    _flatten(json.loads(line, parse_int=str), f"{number}", lines)
     except (json.JSONDecodeError, RecursionError) as e:
         raise ParseError("BROKEN", f"it is no readable JSON: {_brief(e)}") from None
     return Parsed("application/json", _clean("\n".join(lines)))

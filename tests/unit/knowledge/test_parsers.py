@@ -1,0 +1,19 @@
+"""Texts of odd files."""
+
+from __future__ import annotations
+
+import pytest
+from forebay_server.knowledge.parsers import parse
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("a.json", b'{"a": "half \\ud800 pair"}', "a: half ? pair"),
+        ("a.json", b'{"a": "\\ud83d\\ude00 x"}', "a: \N{GRINNING FACE} x"),
+        ("a.json", b'{"a": ' + b"1" * 5000 + b"}", "a: " + "1" * 5000),
+        ("a.jsonl", '{"a": "b\u2028c"}\r\n{"a": 2}\n'.encode(), "1.a: b\u2028c\n2.a: 2"),
+    ],
+)
+def test_json_is_read_whatever_its_values(name: str, data: bytes, text: str) -> None:
+    assert parse(name, data).text == text
