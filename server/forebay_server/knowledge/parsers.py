@@ -166,6 +166,15 @@ _BLOCKS = frozenset(
 )
 
 
+def _block_of(node: Any) -> int:
+    """The block that a node of text stands in."""
+    while node.parent is not None:
+        node = node.parent
+        if node.tag in _BLOCKS:
+            break
+    return node.mem_id
+
+
 def _html(data: bytes, _: str) -> Parsed:
     from selectolax.lexbor import LexborHTMLParser
 
@@ -179,12 +188,18 @@ def _html(data: bytes, _: str) -> Parsed:
     pieces: list[str] = []
     headings: list[tuple[int, int, str]] = []
     length = 0
+    block = None
     # traverse() walks in the document's order and does not recurse: deep nesting is harmless.
     for node in body.traverse(include_text=True):
         if node.tag == "-text":
             piece = re.sub(r"\s+", " ", node.text_content or "")
             if piece == " " and (not pieces or pieces[-1].endswith(("\n", " "))):
                 continue
+            if piece != " ":  # a block that has ended ends a line, as one that begins does
+                before, block = block, _block_of(node)
+                if block != before and pieces and not pieces[-1].endswith(("\n", "\t")):
+                    pieces.append("\n")
+                    length += 1
         elif node.tag in _BLOCKS:
             if pieces and not pieces[-1].endswith("\n"):
                 pieces.append("\n")

@@ -17,3 +17,17 @@ from forebay_server.knowledge.parsers import parse
 )
 def test_json_is_read_whatever_its_values(name: str, data: bytes, text: str) -> None:
     assert parse(name, data).text == text
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<div><h1>Title</h1>Text <b>goes</b> on</div>", "Title\nText goes on"),
+        ("<p>One</p>two<ul><li>three</li></ul>four", "One\ntwo\nthree\nfour"),
+        ("a<i>b</i>c<br>d", "abc\nd"),
+        ("<table><tr><td>a</td><td>b</td></tr></table>after", "\ta\tb\nafter"),
+        ("<td><p>a</p></td> <p>b</p>", "a \nb"),
+    ],
+)
+def test_html_blocks_are_lines(html: str, text: str) -> None:
+    assert parse("a.html", html.encode()).text == text
