@@ -322,12 +322,14 @@ def _csv(data: bytes, _: str) -> Parsed:
     text = _clean(decode(data))
     csv.field_size_limit(1 << 20)
     try:
-        dialect: Any = csv.Sniffer().sniff(text[:16384], delimiters=",;\t|")
+        # Of the guess the delimiter alone: where the beginning has no doubled quotes, it would have
+        # those further down be something else, and takes apostrophes for quotes.
+        delimiter = csv.Sniffer().sniff(text[:16384], delimiters=",;\t|").delimiter
     except csv.Error:
-        dialect = csv.excel
+        delimiter = ","
     lines: list[str] = []
     try:
-        rows = csv.reader(io.StringIO(text), dialect)
+        rows = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
         header = next(rows, [])
         for row in rows:
             pairs = [

@@ -31,3 +31,16 @@ def test_json_is_read_whatever_its_values(name: str, data: bytes, text: str) -> 
 )
 def test_html_blocks_are_lines(html: str, text: str) -> None:
     assert parse("a.html", html.encode()).text == text
+
+
+@pytest.mark.parametrize(
+    ("data", "last"),
+    [
+        ('a,b\n' + '"x","y"\n' * 4000 + '"say ""hi"", you",2\n', 'a: say "hi", you; b: 2'),
+        ("name;note\n'a';\"x; y\"\n", "name: 'a'; note: x; y"),
+        ('a, b\n1, "x, y"\n', "a: 1; b: x, y"),
+        ("a\tb\n1\t2\n", "a: 1; b: 2"),
+    ],
+)
+def test_csv_quotes_are_double_and_doubled(data: str, last: str) -> None:
+    assert parse("a.csv", data.encode()).text.rpartition("\n")[2] == last
