@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -90,14 +91,20 @@ def _format(name: str, data: bytes) -> Parser:
     return _plain
 
 
-def decode(data: bytes) -> str:
-    """Text of bytes: by its byte-order mark, else UTF-8, else Windows-1252."""
+def decode(data: bytes, declared: str = "") -> str:
+    """Text of bytes: by its byte-order mark, else UTF-8, else as declared, else Windows-1252."""
     for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):  # fmt: skip
         if data.startswith(mark):
             return data.decode(encoding, "replace")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
+        pass
+    try:
+        encoding = codecs.lookup(declared or "cp1252").name
+        # Browsers read both as Windows-1252, and so pages are written.
+        return data.decode("cp1252" if encoding in ("iso8859-1", "ascii") else encoding, "replace")
+    except (LookupError, UnicodeError):  # no encoding of texts
         return data.decode("cp1252", "replace")
 
 
@@ -166,6 +173,11 @@ _BLOCKS = frozenset(
 )
 
 
+_CHARSET = re.compile(
+    rb"""<(?:meta|\?xml)[^>]*(?:charset|encoding)\s*=\s*["']?\s*([a-z0-9_.:-]+)""", re.I
+)
+
+
 def _block_of(node: Any) -> int:
     """The block that a node of text stands in."""
     while node.parent is not None:
@@ -178,7 +190,8 @@ def _block_of(node: Any) -> int:
 def _html(data: bytes, _: str) -> Parsed:
     from selectolax.lexbor import LexborHTMLParser
 
-    tree = LexborHTMLParser(decode(data))
+    declared = _CHARSET.search(data, 0, 1024)
+    tree = LexborHTMLParser(decode(data, declared[1].decode("ascii") if declared else ""))
     for tag in ("script", "style", "noscript", "template", "svg"):
         for node in tree.css(tag):
             node.decompose()

@@ -36,7 +36,7 @@ def test_html_blocks_are_lines(html: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("data", "last"),
     [
-        ('a,b\n' + '"x","y"\n' * 4000 + '"say ""hi"", you",2\n', 'a: say "hi", you; b: 2'),
+        ("a,b\n" + '"x","y"\n' * 4000 + '"say ""hi"", you",2\n', 'a: say "hi", you; b: 2'),
         ("name;note\n'a';\"x; y\"\n", "name: 'a'; note: x; y"),
         ('a, b\n1, "x, y"\n', "a: 1; b: x, y"),
         ("a\tb\n1\t2\n", "a: 1; b: 2"),
@@ -44,3 +44,20 @@ def test_html_blocks_are_lines(html: str, text: str) -> None:
 )
 def test_csv_quotes_are_double_and_doubled(data: str, last: str) -> None:
     assert parse("a.csv", data.encode()).text.rpartition("\n")[2] == last
+
+
+@pytest.mark.parametrize(
+    ("head", "encoding"),
+    [
+        ('<meta charset="windows-1251">', "cp1251"),
+        ("<meta http-equiv=content-type content='text/html; charset=Shift_JIS'>", "cp932"),
+        ("<meta charset=iso-8859-1>", "cp1252"),
+        ("<meta charset=zlib>", "cp1252"),
+        ("<meta charset=koi8-r>", "utf-8"),
+    ],
+)
+def test_html_is_read_in_the_encoding_that_it_declares(head: str, encoding: str) -> None:
+    word = {"cp1251": "Привет", "cp932": "日本", "cp1252": "Größe – 5 €", "utf-8": "Привет 日本"}[
+        encoding
+    ]
+    assert parse("a.html", f"<html><head>{head}<body><p>{word}".encode(encoding)).text == word
