@@ -131,8 +131,16 @@ class DenseIndex:
         rows = np.ascontiguousarray(vectors, np.float32)
         if self.config.metric != "cosine":
             return rows
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.maximum(norms, np.float32(1e-30))
+        with np.errstate(over="ignore"):
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        odd = ~((norms > 1e-15) & (norms < 1e18))[:, 0]
+        if odd.any():  # their squares are beyond float32, and so is the length or its precision
+            exact = rows[odd].astype(np.float64)
+            size = np.linalg.norm(exact, axis=1, keepdims=True)
+            rows = rows.copy()
+            rows[odd] = exact / np.where(size > 0, size, 1)
+            norms[odd] = 1
+        return rows / norms
 
     # Building.
 
