@@ -428,6 +428,18 @@ def test_chunks_stay_out_of_the_list_of_collections(stub, live: Live, office: st
     collections = collection_pb2_grpc.CollectionServiceStub(live.channel)
     found = collections.ListCollections(collection_pb2.ListCollectionsRequest()).collections
     assert not found
+    point = collection_pb2.Point(id="a", payload={"text": "no chunk"})
+    written = collection_pb2.UpsertPointsRequest(collection=".knowledge-1", points=[point])
+    header = collection_pb2.UpsertStreamRequest(header={"collection": ".knowledge-1"})
+    removed = collection_pb2.DeletePointsRequest(collection=".knowledge-1", ids=["a"])
+    for refused in (
+        lambda: collections.UpsertPoints(written),
+        lambda: collections.UpsertStream(iter([header])),
+        lambda: collections.DeletePoints(removed),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            refused()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_rest_uploads_a_form_and_streams_the_answer(gateway: Gateway, stub) -> None:

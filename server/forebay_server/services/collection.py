@@ -73,8 +73,7 @@ class CollectionService(Service):
     async def delete_collection(self, call: Call) -> pb.DeleteCollectionResponse:
         """DeleteCollection."""
         request = cast(pb.DeleteCollectionRequest, call.request)
-        if request.collection.startswith(HIDDEN):
-            raise InvalidArgument.at("collection", "belongs to a knowledge base; delete that")
+        _check_own(request.collection, "collection", "delete that")
         return pb.DeleteCollectionResponse(
             points=await self._collections.delete(request.collection)
         )
@@ -82,6 +81,7 @@ class CollectionService(Service):
     async def upsert_points(self, call: Call) -> pb.UpsertPointsResponse:
         """UpsertPoints."""
         request = cast(twin.UpsertPointsRequest, call.request)
+        _check_own(request.collection, "collection", "upload documents to that")
         points = await asyncio.to_thread(new_points, request.points, "points")
         written = await self._collections.upsert(call, request.collection, points)
         total = _Total(call)
@@ -96,6 +96,7 @@ class CollectionService(Service):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgument.at("header", "must be the first message of the stream")
         name = first.header.collection
+        _check_own(name, "header.collection", "upload documents to that")
         self._collections.get(name)
         total = _Total(call)
         lines = PointLines(self._validator)
@@ -131,6 +132,7 @@ class CollectionService(Service):
     async def delete_points(self, call: Call) -> pb.DeletePointsResponse:
         """DeletePoints."""
         request = cast(pb.DeletePointsRequest, call.request)
+        _check_own(request.collection, "collection", "delete documents of that")
         by_filter = request.HasField("filter")
         if by_filter == bool(request.ids):
             raise InvalidArgument.at("ids", "exactly one of ids and filter must be given")
@@ -195,6 +197,13 @@ class CollectionService(Service):
             call, request.collection, request.snapshot, request.target
         )
         return pb.RestoreSnapshotResponse(collection=collection_message(made))
+
+
+def _check_own(name: str, path: str, instead: str) -> None:
+    """Raise InvalidArgument for the chunks of a knowledge base: points of another form among them
+    would break its searches, and its documents would say what is not so."""
+    if name.startswith(HIDDEN):
+        raise InvalidArgument.at(path, f"belongs to a knowledge base; {instead}")
 
 
 class _Total:
