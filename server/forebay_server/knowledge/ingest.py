@@ -105,6 +105,9 @@ class Ingest:
                 parsed = await self._parser.parse(path, row.name, password)
             await asyncio.to_thread(_write, self._bases.text_path(row), parsed.text)
             self._bases.forget_text(row)
+            if not await self._note(row, media_type=parsed.media_type):
+                self._forget(row)
+                return
             async with self._large if len(parsed.text) >= LARGE else contextlib.nullcontext():
                 await self._found(base, row, parsed)
             self._on_end("ready")
@@ -187,6 +190,12 @@ class Ingest:
         )  # fmt: skip
         if not done:  # removed while it was embedded: leave no trace
             await self._bases.collections.remove(base.collection, None, chunks_of(row.id))
+            self._forget(row)
+
+    def _forget(self, row: DocumentRow) -> None:
+        """The document was removed before its text was written: the removal did not see that."""
+        self._bases.text_path(row).unlink(missing_ok=True)
+        self._bases.forget_text(row)
 
     async def _note(self, row: DocumentRow, **values: object) -> bool:
         return await self._bases.store.update(row.id, **values)
