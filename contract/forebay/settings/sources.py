@@ -118,11 +118,21 @@ def _hint(name: str) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as e:
+    except yaml.YAMLError as e:
+        raise SettingsError(f"{path}: {_place(e)}") from None
+    except (OSError, ValueError) as e:  # bytes that are no text, a 13th month
         raise SettingsError(f"{path}: {e}") from None
     if not isinstance(data, dict):
         raise SettingsError(f"{path}: a mapping is needed at the top")
     return data
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """What is wrong and where. The error's own text quotes the line, which may hold a password."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _typed(name: str, text: str) -> Any:

@@ -31,6 +31,33 @@ def test_sources_rise_from_file_to_environment_to_flags(tmp_path: Path) -> None:
     assert explained["http.port"] == ("8080", "default")
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"grpc:\n  host: \xff\n", "can't decode byte 0xff"),
+        (b"data: 2026-13-01\n", "month must be in 1..12"),
+        (b"grpc:\n\tport: 1\n", "line 2, column 1: found character '\\t'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_line_that_names_it(
+    tmp_path: Path, data: bytes, said: str
+) -> None:
+    file = tmp_path / "forebay.yaml"
+    file.write_bytes(data)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(config_file=file, environ={})
+    assert str(caught.value).startswith(f"{file}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_of_the_files_form_shows_no_password(tmp_path: Path) -> None:
+    file = write(tmp_path, "storage:\n  redis: redis://:hunter2@db: 1\n")
+    with pytest.raises(SettingsError, match="line 2, column 29") as caught:
+        load_settings(config_file=file, environ={})
+    assert "hunter2" not in str(caught.value)
+
+
 def test_the_file_may_be_named_by_a_variable(tmp_path: Path) -> None:
     file = write(tmp_path, "http: {port: 9}\n")
     assert load_settings(environ={"FOREBAY_CONFIG": str(file)}).settings.http.port == 9
