@@ -31,7 +31,12 @@ class SettingsError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,  # times become whole numbers of milliseconds, which infinity is not
+    )
 
     @field_validator("*", mode="after")
     @classmethod

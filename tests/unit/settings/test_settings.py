@@ -58,6 +58,11 @@ def test_a_fault_of_the_files_form_shows_no_password(tmp_path: Path) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_no_time_is_infinite() -> None:
+    with pytest.raises(SettingsError, match=r"grpc\.drain_s is 'inf' .* should be a finite number"):
+        load_settings(environ={"FOREBAY_GRPC__DRAIN_S": "inf"})
+
+
 def test_the_file_may_be_named_by_a_variable(tmp_path: Path) -> None:
     file = write(tmp_path, "http: {port: 9}\n")
     assert load_settings(environ={"FOREBAY_CONFIG": str(file)}).settings.http.port == 9
