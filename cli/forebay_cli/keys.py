@@ -46,15 +46,38 @@ def create(
     config: Config = None,
 ) -> None:
     """Make a key. Its secret is printed once and stored nowhere."""
-    from forebay_server.access.keys import SCOPES, Limits
+    from forebay_server.access.keys import SCOPES
 
-    scopes = tuple(scope or ("infer", "read"))
+    scopes = tuple(dict.fromkeys(scope or ("infer", "read")))
     wrong = [s for s in scopes if s not in SCOPES]
     if wrong:
         raise typer.BadParameter(f"{wrong[0]!r}; allowed are {', '.join(SCOPES)}")
-    limits = Limits(rps, None, tokens_per_minute, max_concurrency)
+    limits = _checked(
+        name,
+        requests_per_second=rps,
+        tokens_per_minute=tokens_per_minute,
+        max_concurrency=max_concurrency,
+    )
     _, secret = _with_store(config, lambda s: s.create(name, scopes, limits=limits))
     typer.echo(secret)
+
+
+def _checked(name: str, **limits: float | None) -> Any:
+    """The limits, held to the contract's bounds as KeyService holds its callers to them."""
+    from forebay.constraints import Validator
+    from forebay.errors import InvalidArgument
+    from forebay.v1 import key_pb2 as pb
+    from forebay_server.access.keys import Limits
+
+    try:
+        request = pb.CreateKeyRequest(name=name, limits=pb.KeyLimits(**limits))  # type: ignore[arg-type]
+        Validator().check(request)
+    except (
+        InvalidArgument,
+        ValueError,
+    ) as e:  # ValueError: more than 64 bits, text that is no text
+        raise typer.BadParameter(str(e)) from None
+    return Limits(**limits)  # type: ignore[arg-type]
 
 
 @app.command("list")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from forebay.errors import NotFound, PermissionDenied, Unauthenticated
+from forebay_cli.main import app
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.storage.database import Database
+from typer.testing import CliRunner
 
 from .conftest import Clock
 
@@ -138,3 +140,25 @@ async def test_a_scope_holds_no_other(database: Database) -> None:
     require_scope(principal, "public")
     with pytest.raises(PermissionDenied):
         require_scope(principal, "infer")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a", "--rps", "0"], "limits.requests_per_second: is 0"),
+        (["a", "--rps", "nan"], "limits.requests_per_second: is nan"),
+        (["a", "--tokens-per-minute", "0"], "limits.tokens_per_minute: is 0"),
+        (["a", "--max-concurrency", "0"], "limits.max_concurrency: is 0"),
+        (["a", "--tokens-per-minute", str(2**63)], "out of range"),
+        (["", "--rps", "1"], "name: is required"),
+    ],
+)
+def test_the_command_makes_no_key_that_the_contract_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    """A limit of 0 divided by zero at each of the key's calls, and failed others that came with them."""
+    monkeypatch.setenv("FOREBAY_HOME", str(tmp_path))
+    run = CliRunner().invoke(app, ["keys", "create", *arguments])
+    assert run.exit_code == 2, run.output
+    assert said in run.output
+    assert not (tmp_path / "forebay.db").exists()
