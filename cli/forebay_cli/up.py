@@ -35,9 +35,7 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     grpc_port, http_port = settings.grpc.port or free_port(), settings.http.port or free_port()
     metrics_port = settings.observability.metrics_port or free_port()
     flags = ["--config", str(config)] if config else []
-    folder = ""
-    if settings.http.enabled and settings.http.direct and settings.http.workers == 1:
-        folder = _folder_for_direct(settings)
+    folder, sockets = _sockets(settings)
     commands = [[sys.executable, "-m", "forebay_cli", "serve", *flags]]
     if settings.http.enabled:
         commands += gateways(settings, http_port, flags)
@@ -54,7 +52,7 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
             "FOREBAY_GRPC_PORT": str(grpc_port),
             "FOREBAY_HTTP_PORT": str(http_port),
             "FOREBAY_OBSERVABILITY__METRICS_PORT": str(metrics_port),
-            **({"FOREBAY_HTTP__GATEWAY": f"{folder}/gateway.sock"} if folder else {}),
+            **sockets,
         },
         "remove": folder,
         "patience_s": settings.grpc.drain_s + SLACK_S,
@@ -65,14 +63,29 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     _become(spec)
 
 
-def _folder_for_direct(settings: Settings) -> str:
-    """A folder for the socket between server and gateway; empty where the server has no fast lane."""
+def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
+    """The folder of the sockets between server and gateway, and the settings that name them; empty
+    where they need none."""
+    http, names = settings.http, {}
+    if http.enabled and http.direct and http.workers == 1 and _has_fast_lane(settings):
+        names["FOREBAY_HTTP__GATEWAY"] = "gateway.sock"
+    if http.enabled and not http.upstream and settings.grpc.tls_key is not None:
+        # The certificate is for the names that clients use, and may ask for one in return.
+        names["FOREBAY_GRPC__GATEWAY_SOCKET"] = "server.sock"
+    if not names:
+        return "", {}
+    # Not at home: a socket's path has 107 bytes at most.
+    folder = tempfile.mkdtemp(prefix="forebay-")
+    sockets = {name: f"{folder}/{socket}" for name, socket in names.items()}
+    if "FOREBAY_GRPC__GATEWAY_SOCKET" in sockets:
+        sockets["FOREBAY_HTTP__UPSTREAM"] = f"unix:{folder}/server.sock"
+    return folder, sockets
+
+
+def _has_fast_lane(settings: Settings) -> bool:
     from importlib.util import find_spec
 
-    if settings.grpc.lane == "ordinary" or find_spec("forebay_native") is None:
-        return ""
-    # Not at home: a socket's path has 107 bytes at most.
-    return tempfile.mkdtemp(prefix="forebay-")
+    return settings.grpc.lane != "ordinary" and find_spec("forebay_native") is not None
 
 
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:

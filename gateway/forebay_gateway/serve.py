@@ -24,7 +24,7 @@ def run(settings: Settings, shared: bool = False) -> None:
     http = settings.http
     target = http.upstream or f"{settings.grpc.host}:{settings.grpc.port}"
     port = settings.observability.metrics_port
-    if shared and not http.upstream:
+    if shared and (not http.upstream or settings.grpc.gateway_socket):
         # Whether one of several workers is ready says nothing of the others: a channel that was refused
         # once waits before it tries again, and its worker would answer 503 meanwhile.
         _wait_for(settings.grpc.host, settings.grpc.port)

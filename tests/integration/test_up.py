@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 from forebay_cli import huge_pages
 from forebay_cli.up import free_port
 from prometheus_client.mmap_dict import MmapedDict
@@ -119,6 +120,29 @@ def test_it_answers_when_it_says_so_and_a_signal_ends_all(
         process.send_signal(number)
         assert process.wait(60) == 0
     assert not any(alive(p) for p in parts)
+
+
+@pytest.mark.parametrize("lane", ["auto", "ordinary"])
+def test_its_gateway_reaches_a_server_that_wants_certificates(
+    starters: Path, tmp_path: Path, lane: str
+) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("inference.example.com")
+    chain = b"".join(p.bytes() for p in certificate.cert_chain_pems)
+    (tmp_path / "cert.pem").write_bytes(chain)
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    more = {
+        "FOREBAY_GRPC__LANE": lane,
+        "FOREBAY_GRPC__TLS_CERTIFICATE": str(tmp_path / "cert.pem"),
+        "FOREBAY_GRPC__TLS_KEY": str(tmp_path / "key.pem"),
+        "FOREBAY_GRPC__TLS_CLIENT_CA": str(tmp_path / "ca.pem"),
+    }
+    with (
+        up(starters, tmp_path, **more) as (_, url),
+        urllib.request.urlopen(f"{url}/api/v1/models", timeout=10) as answer,
+    ):
+        assert json.load(answer)["models"][0]["name"] == "iris"
 
 
 def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ class GrpcSettings(Section):
     tls_key: Path | None = None
     tls_reload_s: float = Field(default=10.0, gt=0, description="how often the files are looked at")
     tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
+    gateway_socket: str = Field(
+        default="",
+        description="Unix socket in the clear for the gateway, where the port has TLS; `up` sets it",
+    )
 
     @property
     def address(self) -> str:

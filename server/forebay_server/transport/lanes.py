@@ -88,6 +88,8 @@ class Lanes:
         server.add_generic_rpc_handlers((self._ordinary,))
         for add in servicers:
             add(server)
+        if s.gateway_socket:
+            self._bind(server, f"unix:{s.gateway_socket}", None)
         if self.lane == "ordinary":
             self.port = self._bind(server, s.address, self._credentials())
             await server.start()
