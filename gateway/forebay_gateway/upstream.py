@@ -26,6 +26,8 @@ RETURNED = re.compile(r"x-request-id|x-ratelimit-.*")
 #: Seconds after which a call's client is watched.
 WATCH_AFTER_S = 0.02
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
+#: gRPC's library takes a time that its clock cannot hold, such as 99999999H, for one that has passed.
+LONGEST_S = 365 * 86400.0
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ class Upstream:
             match = _TIMEOUT.fullmatch(text)
             if match is None:
                 raise InvalidArgument.at("grpc-timeout", "is not a number and one of H M S m u n")
-            return int(match[1]) * _UNITS[match[2]]
+            return min(int(match[1]) * _UNITS[match[2]], LONGEST_S)
         text = headers.get(b"x-forebay-timeout-ms") or headers.get(b"connect-timeout-ms")
         if text is not None:
             if not text.isascii() or not text.isdigit() or len(text) > 10:

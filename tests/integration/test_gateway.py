@@ -96,6 +96,12 @@ def test_rest_takes_path_and_query_parameters(gateway: Gateway) -> None:
     assert len(rest["models"]) == 4
 
 
+def test_the_longest_time_that_grpc_can_name_has_not_passed(gateway: Gateway) -> None:
+    """`99999999H` is how clients say that they have no deadline; it was 504 at once."""
+    headers = {"grpc-timeout": "99999999H"}
+    assert gateway.http.get("/api/v1/models", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
