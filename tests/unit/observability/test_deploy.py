@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forebay.settings import GrpcSettings
 from kubernetes_validate import latest_version, validate
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -127,3 +128,18 @@ def test_compose_mounts_files_that_are_there() -> None:
                 assert (folder / source).exists(), source
         for name in service.get("depends_on", ()):
             assert name in services
+
+
+def test_whoever_stops_a_replica_waits_for_gateway_and_server_to_drain() -> None:
+    """One after the other, each for grpc.drain_s; what is killed before loses calls."""
+    pod = yaml.safe_load((DEPLOY / "kubernetes/base/deployment.yaml").read_text())
+    pod = pod["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    drain_s = float(
+        next(e["value"] for e in container["env"] if e["name"] == "FOREBAY_GRPC__DRAIN_S")
+    )
+    waits_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] >= waits_s + 2 * drain_s
+    compose = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
+    grace_s = float(compose["x-forebay"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s >= 2 * GrpcSettings().drain_s
