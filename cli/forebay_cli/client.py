@@ -21,7 +21,7 @@ def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
     settings = settings_of().settings
     key = os.environ.get("FOREBAY_KEY", "")
     metadata = [("authorization", f"Bearer {key}")] if key else []
-    target = f"{settings.grpc.host}:{settings.grpc.port}"
+    target = settings.grpc.address
     try:
         with grpc.insecure_channel(target) as open_channel:
             yield open_channel, metadata

@@ -22,12 +22,12 @@ def run(settings: Settings, shared: bool = False) -> None:
         shared: other workers listen on the same port; the kernel gives each its share of connections.
     """
     http = settings.http
-    target = http.upstream or f"{settings.grpc.host}:{settings.grpc.port}"
+    target = http.upstream or settings.grpc.address
     port = settings.observability.metrics_port
     if shared and (not http.upstream or settings.grpc.gateway_socket):
         # Whether one of several workers is ready says nothing of the others: a channel that was refused
         # once waits before it tries again, and its worker would answer 503 meanwhile.
-        _wait_for(settings.grpc.host, settings.grpc.port)
+        _wait_for(settings.grpc.host.strip("[]"), settings.grpc.port)
     app = create_app(http, target, scraper(port) if port > 0 else None)
     config = uvicorn.Config(
         app,

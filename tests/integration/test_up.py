@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import trustme
 from forebay_cli import huge_pages
+from forebay_cli.main import app
 from forebay_cli.up import free_port
 from prometheus_client.mmap_dict import MmapedDict
+from typer.testing import CliRunner
 
 from tests.conftest import copy_models
 
@@ -143,6 +145,18 @@ def test_its_gateway_reaches_a_server_that_wants_certificates(
         urllib.request.urlopen(f"{url}/api/v1/models", timeout=10) as answer,
     ):
         assert json.load(answer)["models"][0]["name"] == "iris"
+
+
+def test_its_gateway_and_commands_reach_a_server_on_ipv6(
+    starters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOREBAY_GRPC__HOST", "::1")
+    monkeypatch.setenv("FOREBAY_GRPC_PORT", str(free_port()))
+    more = {"FOREBAY_GRPC_PORT": os.environ["FOREBAY_GRPC_PORT"]}
+    with up(starters, tmp_path, **more):
+        run = CliRunner().invoke(app, ["models", "list"])
+    assert run.exit_code == 0, run.output
+    assert run.output.startswith("iris@1")
 
 
 def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Path) -> None:

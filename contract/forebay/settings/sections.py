@@ -84,7 +84,10 @@ class GrpcSettings(Section):
     @property
     def address(self) -> str:
         """`host:port`, or `unix:path` as it stands in `host`."""
-        return self.host if self.host.startswith("unix:") else f"{self.host}:{self.port}"
+        if self.host.startswith("unix:"):
+            return self.host
+        host = f"[{self.host}]" if ":" in self.host and "[" not in self.host else self.host
+        return f"{host}:{self.port}"
 
     @model_validator(mode="after")
     def _whole_tls(self) -> GrpcSettings:

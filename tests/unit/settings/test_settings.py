@@ -195,6 +195,20 @@ def test_beyond_loopback_keys_are_needed(host: str) -> None:
     load_settings({**never, "http.enabled": False}, environ={}).settings.check_exposure()
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1:7"),
+        ("::1", "[::1]:7"),
+        ("[::1]", "[::1]:7"),
+        ("unix:/tmp/s", "unix:/tmp/s"),
+    ],
+)
+def test_clients_find_the_address_on_which_the_server_listens(host: str, address: str) -> None:
+    settings = load_settings({"grpc.host": host, "grpc.port": 7}, environ={}).settings
+    assert settings.grpc.address == address
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost", "unix:/tmp/s"])
 def test_loopback_needs_no_keys(host: str) -> None:
     s = load_settings({"grpc.host": host}, environ={}).settings
