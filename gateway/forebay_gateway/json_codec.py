@@ -8,13 +8,13 @@ message, where packed floats are bytes, and go from numpy to text without Python
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
 import numpy as np
 import orjson
+from forebay import proto_json
 from forebay.errors import InvalidArgument
 from forebay.twins import ANSWERS
 from google.protobuf import json_format
@@ -22,9 +22,6 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from forebay_gateway import json_reader
-
-_UNKNOWN = re.compile(r'no field named "([^"]+)"(?: at "([^"]+)")?')
-_PLACE = re.compile(r'at "?[A-Za-z.]*?Request\.([^"\s]+?)"?[.:]? |at ([\w.\[\]]+)[.:]')
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -48,24 +45,8 @@ def to_message(kind: type[Message], data: dict[str, Any]) -> Message:
         return message
     except json_reader.Odd:
         message.Clear()
-    try:
-        json_format.ParseDict(data, message)
-    except json_format.ParseError as e:
-        raise InvalidArgument.at(*_explain(str(e))) from None
-    except (ValueError, TypeError, OverflowError, RecursionError) as e:
-        raise InvalidArgument.at("body", str(e)[:300]) from None
+    proto_json.parse(data, message)
     return message
-
-
-def _explain(text: str) -> tuple[str, str]:
-    unknown = _UNKNOWN.search(text)
-    if unknown is not None:
-        parent = (unknown[2] or "").partition(".")[2] if unknown[2] else ""
-        path = f"{parent}.{unknown[1]}" if parent else unknown[1]
-        return path, "is no field of this request"
-    field = re.search(r"Failed to parse (\w+) field", text)
-    detail = text.rsplit(": ", 1)[-1]
-    return (field[1] if field else "body"), detail[:300]
 
 
 def response_json(kind: type[Message], data: bytes) -> bytes:

@@ -194,6 +194,7 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
     method = binding.method
     parts = cast(Any, method.request.DESCRIPTOR).fields_by_name
     header_fields = parts["header"].message_type.fields_by_name
+    header_kind = type(cast(Any, method.request()).header)
 
     async def endpoint(request: Request) -> Response:
         form = await upstream.form(request)
@@ -210,7 +211,7 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
                     header[name] = _form_value(header_fields[name], value)
                 else:
                     files.append((value.filename or name, value))
-            first = to_message(method.request, {"header": header}).SerializeToString()
+            first = method.request(header=to_message(header_kind, header)).SerializeToString()
 
             async def messages() -> AsyncIterator[bytes]:
                 yield first

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Iterator
 from typing import cast
 
 import orjson
+from forebay import proto_json
 from forebay.constraints import Validator
 from forebay.errors import FailedPrecondition, InvalidArgument, NotFound, RateLimited, TooLarge
 from forebay.errors import QuotaViolation as Quota
 from forebay.settings import BatchSettings
 from forebay.v1 import batch_pb2 as pb
-from google.protobuf import json_format
 
 from forebay_server.batches.runner import BatchRunner
 from forebay_server.core.call import Call
@@ -218,8 +218,8 @@ def _item(intake: Intake, line: bytes) -> ItemRow:
     """The item of a line of NDJSON; a line that is none fails alone."""
     item = pb.BatchItem()
     try:
-        json_format.ParseDict(orjson.loads(line), item)
-    except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as e:
+        proto_json.parse(orjson.loads(line), item)
+    except (ValueError, InvalidArgument) as e:
         number = intake.total + 1
         return intake.unreadable(InvalidArgument.at(f"line {number}", f"is no item: {e}"[:500]))
     return intake.take(item)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import orjson
+from forebay import proto_json
 from forebay.constraints import Validator
 from forebay.errors import InvalidArgument
 from forebay.twin.v1 import collection_pb2 as twin
 from forebay.v1 import collection_pb2 as pb
-from google.protobuf import json_format
 
 from forebay_server.dataplane.collections import NewPoint
 from forebay_server.services.collection_messages import new_point
@@ -60,9 +60,9 @@ class PointLines:
         where = self.where = f"{self._path}:{self._line}"
         message = pb.Point()
         try:
-            json_format.ParseDict(orjson.loads(line), message)
+            proto_json.parse(orjson.loads(line), message)
             self._validator.check(message)
-        except (orjson.JSONDecodeError, json_format.ParseError, AttributeError) as e:
+        except orjson.JSONDecodeError as e:
             raise InvalidArgument.at(where, f"is no point: {e}"[:300]) from None
         except InvalidArgument as e:
             raise InvalidArgument.at(where, e.message) from None
