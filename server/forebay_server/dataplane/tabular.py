@@ -280,6 +280,7 @@ def _numbers(
                     table.path(feature.name, i), f"is the string {value!r:.60}; a number is needed"
                 )
             )
+            out[i] = 0  # any number: the call is refused, and not for a missing value too
         elif value is not None:  # bool is an int: true counts as 1
             out[i] = value
     return _array(feature, out, table, bad, warnings)

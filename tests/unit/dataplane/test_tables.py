@@ -93,3 +93,13 @@ def test_each_odd_row_has_its_own_words() -> None:
 def test_a_short_column_is_named() -> None:
     with pytest.raises(ForebayError, match="another column has 2"):
         message({"age": [1.0, 2.0], "pay": [1.0]}, None)
+
+
+def test_a_string_for_a_number_is_not_said_to_be_missing_too() -> None:
+    one = Table({"age": ["44"], "pay": ["880"], "sea": ["FAR"]}, 1, lambda name, i: name)
+    with pytest.raises(InvalidArgument) as refused:
+        to_tensors(head("columns"), one)
+    assert [(v.field, v.description) for v in refused.value.violations] == [
+        ("age", "is the string '44'; a number is needed"),
+        ("pay", "is the string '880'; a number is needed"),
+    ]
