@@ -23,6 +23,9 @@ from google.protobuf.message import Message
 
 from forebay_gateway import json_reader
 
+#: Up to here every whole number is a double.
+MAX_WHOLE = 2**53
+
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises InvalidArgument with the place of the fault."""
@@ -72,6 +75,8 @@ Writer = Callable[[Any], dict[str, Any]]
 @cache
 def _writer(name: str, descriptor: Any) -> Writer:
     """The function that writes one message type; compiled once."""
+    if name == json_reader.STRUCT:
+        return _struct
     if name.startswith("google.protobuf."):
         return lambda m: cast(dict[str, Any], json_format.MessageToDict(m))
     in_twin = descriptor.file.package.startswith("forebay.twin")
@@ -84,6 +89,24 @@ def _writer(name: str, descriptor: Any) -> Writer:
         return out
 
     return write
+
+
+def _struct(message: Any) -> dict[str, Any]:
+    return {name: _any(value) for name, value in message.fields.items()}
+
+
+def _any(value: Any) -> Any:
+    """A google.protobuf.Value. Whole numbers have no point, as callers wrote them: a client that reads
+    2026.0 into an integer fails."""
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        number = value.number_value
+        return int(number) if number.is_integer() and abs(number) <= MAX_WHOLE else number
+    if kind == "struct_value":
+        return _struct(value.struct_value)
+    if kind == "list_value":
+        return [_any(v) for v in value.list_value.values]
+    return None if kind in (None, "null_value") else getattr(value, kind)
 
 
 def _value(field: FieldDescriptor, in_twin: bool) -> Callable[[Any], Any] | None:
