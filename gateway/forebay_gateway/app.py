@@ -77,7 +77,7 @@ def create_app(
     )
     registry = CollectorRegistry()
     routes = [*rest.routes(upstream), *connect.routes(upstream)]
-    routes += OpenInference(upstream, settings.max_body_bytes).routes()
+    routes += OpenInference(upstream).routes()
     add = routes.append
     for verb, path, endpoint in (
         ("POST", "/v1/embeddings", embeddings.endpoint(upstream)),

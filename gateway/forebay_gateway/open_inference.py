@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 from forebay.datatypes import DTYPES
-from forebay.errors import ForebayError, InvalidArgument, TooLarge, http_error
+from forebay.errors import ForebayError, InvalidArgument, http_error
 from forebay.methods import methods
 from forebay.oip import open_inference_pb2 as pb
 from google.rpc import status_pb2
@@ -39,9 +39,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class OpenInference:
     """The routes, on one upstream."""
 
-    def __init__(self, upstream: Upstream, max_body: int) -> None:
+    def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
-        self._max_body = max_body
 
     def routes(self) -> list[Listed]:
         """All of /v2."""
@@ -127,30 +126,12 @@ class OpenInference:
 
     async def infer(self, request: Request) -> Response:
         """Run a model: JSON tensors, binary tensors, or both."""
-        raw = self._decompressed(request, await self._upstream.body(request))
+        raw = await self._upstream.body(request)
         message, wants_binary = read_infer(raw, request.headers.get(HEADER), *_place(request))
         data, trailers = await self._upstream.unary(INFER, request, message.SerializeToString())
         accepted = request.headers.get("accept-encoding", "")
         headers, body = write_infer(pb.ModelInferResponse.FromString(data), wants_binary, accepted)
         return Response(body, headers={**trailers, **headers})
-
-    def _decompressed(self, request: Request, body: bytes) -> bytes:
-        """The body without its content encoding, within the same bound."""
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding == "identity":
-            return body
-        if encoding not in ("gzip", "deflate"):
-            raise InvalidArgument.at(
-                "content-encoding", f"is {encoding!r}; allowed are gzip, deflate"
-            )
-        inflater = zlib.decompressobj(31 if encoding == "gzip" else 15)
-        try:
-            out = inflater.decompress(body, self._max_body + 1)
-        except zlib.error as e:
-            raise InvalidArgument.at("body", f"is not {encoding}: {e}") from None
-        if len(out) > self._max_body:
-            raise TooLarge("body", size=len(out), limit=self._max_body, unit="bytes")
-        return out
 
 
 def read_infer(

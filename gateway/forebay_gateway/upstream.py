@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -134,10 +135,11 @@ class Upstream:
         return data, returned(await call.trailing_metadata())
 
     async def body(self, request: Request) -> bytes:
-        """The request's body, refused as soon as it is over the bound.
+        """The request's body without its content encoding, refused as soon as it is over the bound.
 
         Raises:
             TooLarge: see above.
+            InvalidArgument: it is not encoded as it says.
             ClientGone: the client left before its end.
         """
         length = request.headers.get("content-length")
@@ -152,7 +154,26 @@ class Upstream:
                 parts.append(part)
         except ClientDisconnect:
             raise ClientGone from None
-        return b"".join(parts)
+        encoding = request.headers.get("content-encoding", "identity")
+        return self._decoded(encoding, b"".join(parts))
+
+    def _decoded(self, encoding: str, body: bytes) -> bytes:
+        if encoding == "identity":
+            return body
+        if encoding not in ("gzip", "deflate"):
+            raise InvalidArgument.at(
+                "content-encoding", f"is {encoding!r}; allowed are gzip, deflate"
+            )
+        inflater = zlib.decompressobj(31 if encoding == "gzip" else 15)
+        try:
+            out = inflater.decompress(body, self._max_body + 1)
+        except zlib.error as e:
+            raise InvalidArgument.at("body", f"is not {encoding}: {e}") from None
+        if len(out) > self._max_body:
+            raise TooLarge("body", size=len(out), limit=self._max_body, unit="bytes")
+        if not inflater.eof:
+            raise InvalidArgument.at("body", f"is not {encoding}: it ends too early")
+        return out
 
     async def form(self, request: Request) -> FormData:
         """The request's multipart form. Raises InvalidArgument, TooLarge."""
