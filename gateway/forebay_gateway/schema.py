@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import forebay
@@ -32,10 +33,8 @@ _SCALARS: dict[int, dict[str, Any]] = {
     FieldDescriptor.TYPE_UINT64: {"type": "integer", "minimum": 0, "maximum": 2**53},
 }
 _WELL_KNOWN: dict[str, dict[str, Any]] = {
-    "google.protobuf.Struct": {
-        "type": "object",
-        "additionalProperties": {"type": ["number", "string", "boolean", "null"]},
-    },
+    # Rows hold numbers, strings, booleans and nulls alone; payloads and metadata anything.
+    "google.protobuf.Struct": {"type": "object", "additionalProperties": {}},
     "google.protobuf.Timestamp": {"type": "string", "format": "date-time"},
     "google.protobuf.Duration": {"type": "string"},
 }
@@ -82,14 +81,14 @@ class Schemas:
             return _WELL_KNOWN[name]
         if name not in self.components:
             self.components[name] = {}
-            self.components[name] = self._message(descriptor)
+            self.components[name] = self.message(descriptor)
         return {"$ref": f"#/components/schemas/{name}"}
 
-    def _message(self, descriptor: Descriptor) -> dict[str, Any]:
-        properties = {f.name: self.field(f) for f in descriptor.fields}
-        required = [
-            f.name for f in descriptor.fields if (o := options_of(f)) is not None and o.required
-        ]
+    def message(self, descriptor: Descriptor, without: Collection[str] = ()) -> dict[str, Any]:
+        """The schema of a message, without some of its fields."""
+        fields = [f for f in descriptor.fields if f.name not in without]
+        properties = {f.name: self.field(f) for f in fields}
+        required = [f.name for f in fields if (o := options_of(f)) is not None and o.required]
         out: dict[str, Any] = {
             "type": "object",
             "properties": properties,
@@ -149,7 +148,7 @@ def openapi(extra_paths: dict[str, Any]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for binding in bindings():
         if binding.method.kind == "bidi_stream":
-            continue  # a WebSocket: OpenAPI has no word for it; docs/rest.md describes it
+            continue  # a WebSocket: OpenAPI has no word for it; docs/contract.md describes it
         paths.setdefault(binding.path, {})[binding.verb.lower()] = _operation(binding, schemas)
     return {
         "openapi": "3.1.0",
@@ -171,6 +170,7 @@ def _operation(binding: Binding, schemas: Schemas) -> dict[str, Any]:
     method = binding.method
     request, response = cast(Any, method.request.DESCRIPTOR), cast(Any, method.response.DESCRIPTOR)
     name = f"{method.service}.{method.name}"
+    places = [f.name for f in request.fields if f"{{{f.name}}}" in binding.path]
     text = comments().get(name, "")
     operation: dict[str, Any] = {
         "operationId": name,
@@ -185,7 +185,7 @@ def _operation(binding: Binding, schemas: Schemas) -> dict[str, Any]:
                 "schema": {"minLength": 1, **schemas.field(f)},
             }
             for f in request.fields
-            if f"{{{f.name}}}" in binding.path
+            if f.name in places
         ],
     }
     content = {"application/json": {"schema": schemas.ref(response)}}
@@ -217,15 +217,17 @@ def _operation(binding: Binding, schemas: Schemas) -> dict[str, Any]:
             "content": {"multipart/form-data": {"schema": form}},
         }
     elif binding.body:
+        # What the path says need not be said again: a client made from this page would have to.
+        schema = schemas.message(request, places) if places else schemas.ref(request)
         operation["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schemas.ref(request)}},
+            "content": {"application/json": {"schema": schema}},
         }
     else:
         operation["parameters"] += [
             {"name": f.name, "in": "query", "schema": schemas.field(f)}
             for f in request.fields
-            if f"{{{f.name}}}" not in binding.path and f.message_type is None
+            if f.name not in places and f.message_type is None
         ]
     return operation
 

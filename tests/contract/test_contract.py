@@ -44,6 +44,19 @@ def test_every_method_of_ours_has_a_route_and_no_two_share_one() -> None:
     assert len(set(places)) == len(places)
 
 
+def test_the_openapi_page_asks_in_the_body_for_what_the_path_does_not_say() -> None:
+    page = schema.openapi({})
+    operation = page["paths"]["/api/v1/collections/{collection}/points"]["post"]
+    assert [p["name"] for p in operation["parameters"]] == ["collection"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert "collection" not in body["properties"] and body["required"] == ["points"]
+
+
+def test_the_openapi_page_lets_payloads_hold_anything() -> None:
+    point = schema.openapi({})["components"]["schemas"]["forebay.v1.Point"]
+    assert point["properties"]["payload"]["additionalProperties"] == {}
+
+
 def test_the_openapi_page_describes_every_route_in_words() -> None:
     page = schema.openapi({})
     for path, operations in page["paths"].items():
