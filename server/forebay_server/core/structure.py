@@ -135,11 +135,17 @@ def _walk_regex(node: Any, path: str) -> None:
         )
 
 
+def _fetch(uri: str) -> Any:
+    """What a reference out of the schema gets: the library would fetch it, from the network or the
+    disk, for whoever may send a schema."""
+    raise ValueError("only references within the schema are followed")
+
+
 def _compile(schema: Any, path: str) -> Any:
     import jsonschema_rs
 
     try:
-        return jsonschema_rs.validator_for(schema)
+        return jsonschema_rs.validator_for(schema, retriever=_fetch)
     except (ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[0][:200]
         raise InvalidArgument.at(path, f"is no valid JSON schema: {reason}") from None
