@@ -168,12 +168,15 @@ def _walk(schema: Any, path: str, at: str, depth: int) -> None:
             _refuse(path, f"{dot}{keyword}", "the engine cannot enforce this keyword")
     kinds = schema.get("type", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in TYPES:
+        if not isinstance(kind, str) or kind not in TYPES:
             known = ", ".join(sorted(TYPES))
             _refuse(path, f"{dot}type", f"is {kind!r:.40}; allowed are {known}")
     form = schema.get("format")
-    if form is not None and form not in FORMATS:
+    if form is not None and (not isinstance(form, str) or form not in FORMATS):
         _refuse(path, f"{dot}format", f"the engine cannot enforce the format {form!r:.40}")
+    for name in _LISTS:
+        if not isinstance(schema.get(name, []), list):
+            _refuse(path, f"{dot}{name}", "must be a list")
     if len(schema.get("allOf", [])) > 1:
         _refuse(path, f"{dot}allOf", "the engine cannot enforce more than one part")
     if isinstance(schema.get("pattern"), str):
@@ -191,7 +194,7 @@ def _walk(schema: Any, path: str, at: str, depth: int) -> None:
         elif value is not None:
             _walk(value, path, f"{dot}{name}", depth + 1)
     for name in _LISTS:
-        for i, one in enumerate(schema.get(name) or []):
+        for i, one in enumerate(schema.get(name, [])):
             _walk(one, path, f"{dot}{name}[{i}]", depth + 1)
     for name in _MAPS:
         value = schema.get(name) or {}

@@ -15,3 +15,21 @@ def test_a_schema_makes_the_server_fetch_nothing(tmp_path: Path) -> None:
     schema = {"$ref": "#/hidden", "hidden": {"$ref": outside.as_uri()}}
     with pytest.raises(InvalidArgument, match="is no valid JSON schema"):
         check_enforceable(schema, "s")
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"type": {"a": 1}}, "type"),
+        ({"type": [["string"]]}, "type"),
+        ({"properties": {"a": {"format": ["date"]}}}, "properties.a.format"),
+        ({"anyOf": 5}, "anyOf"),
+        ({"allOf": None}, "allOf"),
+        ({"items": {"oneOf": {"a": 1}}}, "items.oneOf"),
+    ],
+)
+def test_a_schema_with_values_of_the_wrong_type_is_refused_with_the_place(
+    schema: dict[str, object], place: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=f"s: {place}: "):
+        check_enforceable(schema, "s")
