@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from forebay.errors import InvalidArgument
-from forebay_server.core.structure import check_enforceable
+from forebay_server.core.generation import Structure
+from forebay_server.core.structure import check_enforceable, check_regex, fault_of
 
 
 def test_a_schema_makes_the_server_fetch_nothing(tmp_path: Path) -> None:
@@ -33,3 +35,31 @@ def test_a_schema_with_values_of_the_wrong_type_is_refused_with_the_place(
 ) -> None:
     with pytest.raises(InvalidArgument, match=f"s: {place}: "):
         check_enforceable(schema, "s")
+
+
+def test_an_answer_is_checked_against_an_expression_in_little_time() -> None:
+    pattern = r"(?:(?:a|a)*c)|(?:a{24})"
+    check_regex(pattern, "r")
+    started = time.process_time()
+    assert fault_of(Structure("regex", pattern), "a" * 24) is None
+    assert fault_of(Structure("regex", pattern), "a" * 25)
+    assert time.process_time() - started < 0.5  # 2 s, doubled with each letter, by way of `re`
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        ("a.b", "a\nb", "a\nb\n"),
+        (r"[\w\-]+@\d{2,3}", "a-b@12", "a-b@1"),
+        ("a|bc", "bc", "ac"),
+        ("^(é|[^a-z])+$", "éÄ", "éa"),
+        ("[[]x", "[x", "x"),
+    ],
+)
+def test_expressions_match_whole_answers(pattern: str, good: str, bad: str) -> None:
+    assert fault_of(Structure("regex", pattern), good) is None
+    assert fault_of(Structure("regex", pattern), bad)
+
+
+def test_an_expression_in_another_dialect_is_left_to_the_engine() -> None:
+    assert fault_of(Structure("regex", "a{,3}"), "aa") is None
