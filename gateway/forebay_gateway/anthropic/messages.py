@@ -166,23 +166,33 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
     )
     if body.get("stop_sequences"):
         out.sampling.stop.extend(fields.texts(body, "stop_sequences"))
-    metadata = body.get("metadata")
-    if isinstance(metadata, dict):
-        out.user = fields.text(metadata, "user_id", "")
+    metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise InvalidArgument.at("metadata", "an object is needed")
+    out.user = fields.text(metadata, "user_id", "", "metadata")
     system = body.get("system")
     if system:
         said = out.messages.add(role=pb.CHAT_ROLE_SYSTEM)
-        parts = [{"type": "text", "text": system}] if isinstance(system, str) else system
-        for i, part in enumerate(parts):
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise InvalidArgument.at(f"system[{i}]", "must be a text block")
-            said.content.add(text=fields.text(part, "text"))
+        for part in _texts(body, "system"):
+            said.content.add(text=part)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidArgument.at("messages", "must be a list of messages that is not empty")
     for i, one in enumerate(messages):
         _message(one, f"messages[{i}]", out)
     _tools(body, out)
+    return out
+
+
+def _texts(value: dict[str, Any], name: str, at: str = "") -> list[str]:
+    """A string, or text blocks."""
+    if isinstance(value.get(name), str):
+        return [value[name]]
+    out, path = [], f"{at}.{name}" if at else name
+    for i, part in enumerate(fields.items(value, name, at)):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise InvalidArgument.at(f"{path}[{i}]", "must be a text block")
+        out.append(fields.text(part, "text", at=f"{path}[{i}]"))
     return out
 
 
@@ -205,45 +215,47 @@ def _message(value: Any, path: str, out: pb.ChatRequest) -> None:
 def _block(block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest) -> None:
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
-        said.content.add(text=fields.text(block, "text"))
+        said.content.add(text=fields.text(block, "text", at=path))
     elif kind == "image":
-        source = block.get("source") or {}
+        source = block.get("source")
+        if not isinstance(source, dict):
+            raise InvalidArgument.at(f"{path}.source", "an object is needed")
         if source.get("type") == "base64":
             url = f"data:{source.get('media_type')};base64,{source.get('data')}"
         else:
             url = source.get("url")
         generation.image(url, f"{path}.source", said.content.add().image)
     elif kind == "tool_use":
-        arguments = orjson.dumps(block.get("input") or {}).decode()
+        given = block.get("input") or {}
+        if not isinstance(given, dict):
+            raise InvalidArgument.at(f"{path}.input", "an object is needed")
         said.tool_calls.add(
-            id=fields.text(block, "id"), name=fields.text(block, "name"), arguments=arguments
+            id=fields.text(block, "id", at=path),
+            name=fields.text(block, "name", at=path),
+            arguments=orjson.dumps(given).decode(),
         )
     elif kind == "tool_result":
         result = out.messages.add(
-            role=pb.CHAT_ROLE_TOOL, tool_call_id=fields.text(block, "tool_use_id")
+            role=pb.CHAT_ROLE_TOOL, tool_call_id=fields.text(block, "tool_use_id", at=path)
         )
-        content = block.get("content") or ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for i, part in enumerate(parts):
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise InvalidArgument.at(f"{path}.content[{i}]", "must be a text block")
-            result.content.add(text=fields.text(part, "text"))
+        for part in _texts(block, "content", path):
+            result.content.add(text=part)
     elif kind == "thinking":
-        said.reasoning += fields.text(block, "thinking", "")
+        said.reasoning += fields.text(block, "thinking", "", path)
     else:
         raise InvalidArgument.at(f"{path}.type", f"is {kind!r:.40}, which is not supported here")
 
 
 def _tools(body: dict[str, Any], out: pb.ChatRequest) -> None:
-    for i, tool in enumerate(body.get("tools") or ()):
+    for i, tool in enumerate(fields.items(body, "tools")):
         if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
             raise InvalidArgument.at(f"tools[{i}].type", "only tools of the caller are supported")
-        schema = tool.get("input_schema") or {}
+        schema, at = tool.get("input_schema") or {}, f"tools[{i}]"
         out.tools.add(
-            name=fields.text(tool, "name"),
-            description=fields.text(tool, "description", ""),
+            name=fields.text(tool, "name", at=at),
+            description=fields.text(tool, "description", "", at),
             parameters=orjson.dumps(schema).decode(),
-            strict=fields.flag(tool, "strict"),
+            strict=fields.flag(tool, "strict", at=at),
         )
     choice = body.get("tool_choice")
     if choice is None:
@@ -255,13 +267,14 @@ def _tools(body: dict[str, Any], out: pb.ChatRequest) -> None:
         "tool": pb.TOOL_MODE_NAMED,
     }
     kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind not in modes:
+    mode = fields.named(modes, kind)
+    if mode is None:
         raise InvalidArgument.at(
             "tool_choice.type", f"is {kind!r:.40}; allowed are {', '.join(modes)}"
         )
-    out.tool_choice.mode = modes[kind]
-    out.tool_choice.name = fields.text(choice, "name", "")
-    if fields.flag(choice, "disable_parallel_tool_use"):
+    out.tool_choice.mode = mode
+    out.tool_choice.name = fields.text(choice, "name", "", "tool_choice")
+    if fields.flag(choice, "disable_parallel_tool_use", at="tool_choice"):
         out.parallel_tool_calls = False
 
 

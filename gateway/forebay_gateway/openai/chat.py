@@ -112,12 +112,13 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
         message.sampling.logprobs = top or 0
     elif top is not None:
         raise InvalidArgument.at("top_logprobs", "needs logprobs: true")
-    for i, document in enumerate(body.get("documents") or ()):
+    for i, document in enumerate(fields.items(body, "documents")):
         if not isinstance(document, dict):
             raise InvalidArgument.at(f"documents[{i}]", "an object is needed")
         fields.only(document, ("title", "text"))
         message.documents.add(
-            title=fields.text(document, "title", ""), text=fields.text(document, "text")
+            title=fields.text(document, "title", "", f"documents[{i}]"),
+            text=fields.text(document, "text", at=f"documents[{i}]"),
         )
     values = body.get("chat_template_kwargs")
     if values is not None:
@@ -128,7 +129,7 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
 def _message(value: Any, path: str, out: pb.ChatMessage) -> None:
     if not isinstance(value, dict):
         raise InvalidArgument.at(path, "an object is needed")
-    role = ROLES.get(value.get("role", ""))
+    role = fields.named(ROLES, value.get("role"))
     if role is None:
         raise InvalidArgument.at(
             f"{path}.role", f"is {value.get('role')!r:.40}; allowed are {', '.join(ROLES)}"
@@ -137,9 +138,9 @@ def _message(value: Any, path: str, out: pb.ChatMessage) -> None:
     for name in value:
         if name not in MESSAGE_FIELDS and value[name] is not None:
             raise InvalidArgument.at(f"{path}.{name}", "is not supported here")
-    out.name = fields.text(value, "name", "")
-    out.tool_call_id = fields.text(value, "tool_call_id", "")
-    out.reasoning = fields.text(value, "reasoning_content", "")
+    out.name = fields.text(value, "name", "", path)
+    out.tool_call_id = fields.text(value, "tool_call_id", "", path)
+    out.reasoning = fields.text(value, "reasoning_content", "", path)
     content = value.get("content")
     if isinstance(content, str):
         out.content.add(text=content)
@@ -148,15 +149,15 @@ def _message(value: Any, path: str, out: pb.ChatMessage) -> None:
             _part(part, f"{path}.content[{i}]", out.content.add())
     elif content is not None:
         raise InvalidArgument.at(f"{path}.content", "must be a string or a list of parts")
-    for i, call in enumerate(value.get("tool_calls") or ()):
+    for i, call in enumerate(fields.items(value, "tool_calls", path)):
         at = f"{path}.tool_calls[{i}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise InvalidArgument.at(f"{at}.function", "is required")
         out.tool_calls.add(
-            id=fields.text(call, "id", ""),
-            name=fields.text(function, "name"),
-            arguments=fields.text(function, "arguments", "{}"),
+            id=fields.text(call, "id", "", at),
+            name=fields.text(function, "name", at=f"{at}.function"),
+            arguments=fields.text(function, "arguments", "{}", f"{at}.function"),
         )
 
 
@@ -175,7 +176,7 @@ MESSAGE_FIELDS = (
 def _part(value: Any, path: str, out: pb.ContentPart) -> None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
-        out.text = fields.text(value, "text")
+        out.text = fields.text(value, "text", at=path)
     elif kind == "image_url":
         picture = value.get("image_url")
         url = picture.get("url") if isinstance(picture, dict) else None
@@ -185,16 +186,16 @@ def _part(value: Any, path: str, out: pb.ContentPart) -> None:
 
 
 def _tools(body: dict[str, Any], message: pb.ChatRequest) -> None:
-    for i, tool in enumerate(body.get("tools") or ()):
+    for i, tool in enumerate(fields.items(body, "tools")):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or tool.get("type") != "function":
             raise InvalidArgument.at(f"tools[{i}]", "must be of type function, with a function")
-        parameters = function.get("parameters")
+        parameters, at = function.get("parameters"), f"tools[{i}].function"
         message.tools.add(
-            name=fields.text(function, "name"),
-            description=fields.text(function, "description", ""),
+            name=fields.text(function, "name", at=at),
+            description=fields.text(function, "description", "", at),
             parameters="" if parameters is None else orjson.dumps(parameters).decode(),
-            strict=fields.flag(function, "strict"),
+            strict=fields.flag(function, "strict", at=at),
         )
     choice = body.get("tool_choice")
     if isinstance(choice, str):
@@ -208,7 +209,7 @@ def _tools(body: dict[str, Any], message: pb.ChatRequest) -> None:
         if not isinstance(function, dict):
             raise InvalidArgument.at("tool_choice.function", "is required")
         message.tool_choice.mode = pb.TOOL_MODE_NAMED
-        message.tool_choice.name = fields.text(function, "name")
+        message.tool_choice.name = fields.text(function, "name", at="tool_choice.function")
     if body.get("parallel_tool_calls") is not None:
         message.parallel_tool_calls = fields.flag(body, "parallel_tool_calls")
 
@@ -326,4 +327,4 @@ def include_usage(body: dict[str, Any]) -> bool:
             raise InvalidArgument.at(
                 f"stream_options.{name}", "is not supported here; supported is include_usage"
             )
-    return fields.flag(options, "include_usage")
+    return fields.flag(options, "include_usage", at="stream_options")

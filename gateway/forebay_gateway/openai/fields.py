@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 from forebay.errors import InvalidArgument
 from starlette.requests import Request
+
+T = TypeVar("T")
 
 
 def only(body: dict[str, Any], known: Collection[str]) -> None:
@@ -18,15 +20,15 @@ def only(body: dict[str, Any], known: Collection[str]) -> None:
             )
 
 
-def text(body: dict[str, Any], name: str, default: str | None = None) -> str:
-    """A string field."""
+def text(body: dict[str, Any], name: str, default: str | None = None, at: str = "") -> str:
+    """A string field. `at` is the path of the object that has it, as everywhere here."""
     value = body.get(name)
     if value is None:
         if default is None:
-            raise InvalidArgument.at(name, "is required")
+            raise InvalidArgument.at(_path(at, name), "is required")
         return default
     if not isinstance(value, str):
-        raise InvalidArgument.at(name, f"is a {kind(value)}; a string is needed")
+        raise InvalidArgument.at(_path(at, name), f"is a {kind(value)}; a string is needed")
     return value
 
 
@@ -40,26 +42,45 @@ def number(body: dict[str, Any], name: str) -> int | None:
     return value
 
 
-def flag(body: dict[str, Any], name: str, default: bool = False) -> bool:
+def flag(body: dict[str, Any], name: str, default: bool = False, at: str = "") -> bool:
     """A boolean."""
     value = body.get(name)
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise InvalidArgument.at(name, f"is a {kind(value)}; true or false is needed")
+        raise InvalidArgument.at(_path(at, name), f"is a {kind(value)}; true or false is needed")
     return value
 
 
-def texts(body: dict[str, Any], name: str) -> list[str]:
-    """A string, or a list of strings."""
+def items(body: dict[str, Any], name: str, at: str = "") -> list[Any]:
+    """A list; empty when it is not given."""
     value = body.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise InvalidArgument.at(_path(at, name), f"is a {kind(value)}; a list is needed")
+    return value
+
+
+def named(table: Mapping[str, T], value: Any) -> T | None:
+    """What a word stands for; None for what is no word of the table, or no word at all."""
+    return table.get(value) if isinstance(value, str) else None
+
+
+def _path(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else name
+
+
+def texts(body: dict[str, Any], name: str, at: str = "") -> list[str]:
+    """A string, or a list of strings."""
+    value, path = body.get(name), _path(at, name)
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise InvalidArgument.at(name, "must be a string or a list of strings that is not empty")
+        raise InvalidArgument.at(path, "must be a string or a list of strings that is not empty")
     for i, one in enumerate(value):
         if not isinstance(one, str):
-            raise InvalidArgument.at(f"{name}[{i}]", f"is a {kind(one)}; a string is needed")
+            raise InvalidArgument.at(f"{path}[{i}]", f"is a {kind(one)}; a string is needed")
     return value
 
 

@@ -64,8 +64,8 @@ def sampling(body: Mapping[str, Any], out: pb.Sampling) -> None:
             setattr(out, name, value)
     if body.get("stop") is not None:
         out.stop.extend(fields.texts(dict(body), "stop"))
-    for i, value in enumerate(body.get("stop_token_ids") or ()):
-        if not isinstance(value, int) or isinstance(value, bool):
+    for i, value in enumerate(fields.items(dict(body), "stop_token_ids")):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
             raise InvalidArgument.at(f"stop_token_ids[{i}]", "a token id is needed")
         out.stop_token_ids.append(value)
     out.ignore_eos = fields.flag(dict(body), "ignore_eos")
@@ -120,9 +120,9 @@ def response_format(body: Mapping[str, Any], out: pb.ResponseFormat) -> None:
     if kind == "json":
         out.json_schema = value if isinstance(value, str) else orjson.dumps(value).decode()
     elif kind == "choice":
-        out.choices.extend(fields.texts({"choice": value}, "choice"))
+        out.choices.extend(fields.texts(wanted, "choice", "structured_outputs"))
     elif kind in ("regex", "grammar"):
-        setattr(out, kind, fields.text(wanted, kind))
+        setattr(out, kind, fields.text(wanted, kind, at="structured_outputs"))
     else:
         raise InvalidArgument.at(
             f"structured_outputs.{kind}", "is not known; known are json, regex, choice, grammar"

@@ -201,6 +201,8 @@ def read(body: dict[str, Any]) -> pb.CreateResponseRequest:
     if tier not in (None, "auto", "default"):
         raise InvalidArgument.at("service_tier", f"is {tier!r:.40}; allowed are auto, default")
     options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise InvalidArgument.at("stream_options", "an object is needed")
     for name, value in options.items():
         if name != "include_obfuscation" or value:
             raise InvalidArgument.at(f"stream_options.{name}", "is not supported here")
@@ -226,7 +228,7 @@ def _sampling(body: dict[str, Any], out: generation_pb.Sampling) -> None:
     most = generation.whole(body, "max_output_tokens")
     if most is not None:
         out.max_tokens = most
-    include = body.get("include") or []
+    include = fields.items(body, "include")
     for i, name in enumerate(include):
         if name != LOGPROBS:
             raise InvalidArgument.at(
@@ -252,17 +254,17 @@ def _input(value: Any, out: pb.CreateResponseRequest) -> None:
         if not isinstance(one, dict):
             raise InvalidArgument.at(at, "an object is needed")
         kind = one.get("type", "message")
-        reader = _READERS.get(kind)
+        reader = fields.named(_READERS, kind)
         if reader is None:
             raise InvalidArgument.at(
                 f"{at}.type", f"is {kind!r:.40}; supported are {', '.join(_READERS)}"
             )
-        item = out.input.add(id=fields.text(one, "id", ""))
+        item = out.input.add(id=fields.text(one, "id", "", at))
         reader(one, at, item)
 
 
 def _message(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
-    role = ROLES.get(value.get("role", ""))
+    role = fields.named(ROLES, value.get("role"))
     if role is None or role == generation_pb.CHAT_ROLE_TOOL:
         raise InvalidArgument.at(
             f"{at}.role",
@@ -283,9 +285,9 @@ def _message(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
 def _part(value: Any, at: str, out: generation_pb.ContentPart) -> None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("input_text", "output_text", "text"):
-        out.text = fields.text(value, "text")
+        out.text = fields.text(value, "text", at=at)
     elif kind == "refusal":
-        out.text = fields.text(value, "refusal")
+        out.text = fields.text(value, "refusal", at=at)
     elif kind == "input_image":
         if value.get("file_id"):
             raise InvalidArgument.at(f"{at}.file_id", "is not supported here; give image_url")
@@ -298,14 +300,14 @@ def _part(value: Any, at: str, out: generation_pb.ContentPart) -> None:
 
 def _call(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
     _only(value, at, ("type", "id", "call_id", "name", "arguments", "status"))
-    item.tool_call.id = fields.text(value, "call_id")
-    item.tool_call.name = fields.text(value, "name")
-    item.tool_call.arguments = fields.text(value, "arguments", "{}")
+    item.tool_call.id = fields.text(value, "call_id", at=at)
+    item.tool_call.name = fields.text(value, "name", at=at)
+    item.tool_call.arguments = fields.text(value, "arguments", "{}", at)
 
 
 def _output(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
     _only(value, at, ("type", "id", "call_id", "output", "status"))
-    item.tool_output.call_id = fields.text(value, "call_id")
+    item.tool_output.call_id = fields.text(value, "call_id", at=at)
     given = value.get("output")
     if isinstance(given, str):
         item.tool_output.output = given
@@ -316,14 +318,19 @@ def _output(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
     for i, part in enumerate(given):
         if not isinstance(part, dict) or part.get("type") not in ("input_text", "output_text"):
             raise InvalidArgument.at(f"{at}.output[{i}].type", "only input_text is supported here")
-        texts.append(fields.text(part, "text"))
+        texts.append(fields.text(part, "text", at=f"{at}.output[{i}]"))
     item.tool_output.output = "".join(texts)
 
 
 def _reasoning(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
     _only(value, at, ("type", "id", "summary", "content", "status"))
-    parts = value.get("content") or value.get("summary") or []
-    item.reasoning.text = "".join(p.get("text", "") for p in parts if isinstance(p, dict))
+    name = "content" if value.get("content") else "summary"
+    texts = []
+    for i, part in enumerate(fields.items(value, name, at)):
+        if not isinstance(part, dict):
+            raise InvalidArgument.at(f"{at}.{name}[{i}]", "an object is needed")
+        texts.append(fields.text(part, "text", "", f"{at}.{name}[{i}]"))
+    item.reasoning.text = "".join(texts)
 
 
 _READERS = {
@@ -341,18 +348,18 @@ def _only(value: dict[str, Any], at: str, known: tuple[str, ...]) -> None:
 
 
 def _tools(body: dict[str, Any], out: pb.CreateResponseRequest) -> None:
-    for i, tool in enumerate(body.get("tools") or ()):
+    for i, tool in enumerate(fields.items(body, "tools")):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             kind = tool.get("type") if isinstance(tool, dict) else None
             raise InvalidArgument.at(
                 f"tools[{i}].type", f"is {kind!r:.40}; supported here is function"
             )
-        parameters = tool.get("parameters")
+        parameters, at = tool.get("parameters"), f"tools[{i}]"
         out.tools.add(
-            name=fields.text(tool, "name"),
-            description=fields.text(tool, "description", ""),
+            name=fields.text(tool, "name", at=at),
+            description=fields.text(tool, "description", "", at),
             parameters="" if parameters is None else orjson.dumps(parameters).decode(),
-            strict=fields.flag(tool, "strict"),
+            strict=fields.flag(tool, "strict", at=at),
         )
     choice = body.get("tool_choice")
     if isinstance(choice, str):
@@ -365,7 +372,7 @@ def _tools(body: dict[str, Any], out: pb.CreateResponseRequest) -> None:
         if not isinstance(choice, dict) or choice.get("type") != "function":
             raise InvalidArgument.at("tool_choice.type", "supported here is function")
         out.tool_choice.mode = generation_pb.TOOL_MODE_NAMED
-        out.tool_choice.name = fields.text(choice, "name")
+        out.tool_choice.name = fields.text(choice, "name", at="tool_choice")
 
 
 def _text(value: Any, out: generation_pb.ResponseFormat) -> None:
@@ -383,7 +390,7 @@ def _text(value: Any, out: generation_pb.ResponseFormat) -> None:
         if not isinstance(schema, dict):
             raise InvalidArgument.at("text.format.schema", "is required")
         out.json_schema = orjson.dumps(schema).decode()
-        out.name = fields.text(form, "name", "")
+        out.name = fields.text(form, "name", "", "text.format")
     elif kind == "json_object":
         out.json_object = True
     elif kind != "text":
