@@ -111,6 +111,11 @@ _REGEX = frozenset(
         "MIN_UNTIL",
     }
 )
+#: An expression's parts: escapes, classes, what opens a group, counts, single characters.
+_PARTS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\(\?:?|\{\d+(?:,\d*)?\}|.", re.DOTALL)
+#: Those that Python reads and the grammar engine does not: word boundaries, a class that begins with
+#: its own end, groups with a name or flags, a brace that begins no count.
+_UNREAD = frozenset({r"\b", r"\B", "[]", "(?", "{"})
 
 
 def check_regex(pattern: str, path: str) -> None:
@@ -121,6 +126,23 @@ def check_regex(pattern: str, path: str) -> None:
     except (re.error, RecursionError, OverflowError) as e:
         raise InvalidArgument.at(path, f"is no regular expression: {e}") from None
     _walk_regex(parsed, path)
+    if part := _unread(pattern):
+        raise InvalidArgument.at(
+            path,
+            f"has {part!r} where the engine cannot read it",
+            reason="REGEX_NOT_ENFORCEABLE",
+        )
+
+
+def _unread(pattern: str) -> str:
+    """The first part that the grammar engine cannot read, "" when there is none. It must not get there:
+    an expression that does not compile stops all answers of the model, not only its own."""
+    before = "("
+    for part in _PARTS.findall(pattern):
+        if part in _UNREAD or (part == "|" and before in ("(", "(?:", "|")):
+            return part
+        before = part
+    return "|" if before == "|" else ""
 
 
 def _walk_regex(node: Any, path: str) -> None:
@@ -184,6 +206,8 @@ def _walk(schema: Any, path: str, at: str, depth: int) -> None:
     reference = schema.get("$ref")
     if isinstance(reference, str) and not reference.startswith("#"):
         _refuse(path, f"{dot}$ref", "only references within the schema are followed")
+    for pattern in schema.get("patternProperties") or ():
+        check_regex(pattern, path)
     if "patternProperties" in schema and ("properties" in schema or "required" in schema):
         _refuse(path, f"{dot}patternProperties", "the engine cannot enforce it beside properties")
     for name in _SCHEMAS:

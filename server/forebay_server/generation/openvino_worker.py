@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import openvino_genai
 
+from forebay_server.core.structure import enforceable
 from forebay_server.generation.hermes import CLOSE, OPEN
 from forebay_server.generation.json_regex import regex_of
 from forebay_server.generation.openvino_answers import Broken, Running
@@ -240,8 +241,11 @@ def _structured(request: dict[str, Any]) -> Any:
 
 
 def _arguments(function: dict[str, Any]) -> Any:
-    """The grammar of a tool's arguments."""
+    """The grammar of a tool's arguments: any object where the schema cannot be enforced. A grammar that
+    does not compile would stop all answers."""
     schema = function["parameters"] or {"type": "object"}
+    if not enforceable(schema):
+        schema = {"type": "object"}
     regex = regex_of(schema)
     return make.Regex(regex) if regex else make.JSONSchema(json.dumps(schema))
 

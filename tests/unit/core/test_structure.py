@@ -63,3 +63,21 @@ def test_expressions_match_whole_answers(pattern: str, good: str, bad: str) -> N
 
 def test_an_expression_in_another_dialect_is_left_to_the_engine() -> None:
     assert fault_of(Structure("regex", "a{,3}"), "aa") is None
+
+
+@pytest.mark.parametrize("pattern", [
+    r"a\bb", "(?i)ab", "(?P<x>a)b", "(?s:a)", "a(?#c)b", "a||b", "(|a)", "(?:|a)", "|a", "a|", "{a}",
+    "a{,3}", "[]a]",
+])  # fmt: skip
+def test_what_the_grammar_engine_does_not_read_is_refused(pattern: str) -> None:
+    with pytest.raises(InvalidArgument, match="cannot read"):
+        check_regex(pattern, "r")
+    with pytest.raises(InvalidArgument, match="cannot read"):
+        check_enforceable({"type": "object", "patternProperties": {pattern: {}}}, "s")
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\(\?i", r"[\b|{(?]", "a{2}b{2,}c{2,3}", "(a|)b|c", "(?:a)", r"\|\||a", r"[^\]]\{"]
+)
+def test_what_it_reads_is_taken(pattern: str) -> None:
+    check_regex(pattern, "r")

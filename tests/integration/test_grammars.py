@@ -1,0 +1,46 @@
+"""Forms that no grammar can be made of, beside answers of others on the embedded engine."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+import pytest
+from forebay.v1 import generation_pb2 as pb
+from forebay.v1 import generation_pb2_grpc as rpc
+
+from tests.conftest import Start
+from tests.integration.language_models import random_openvino
+from tests.integration.test_generation import refused, user
+
+
+@pytest.fixture(scope="module")
+def stub(start: Start, tmp_path_factory: pytest.TempPathFactory) -> rpc.GenerationServiceStub:
+    return rpc.GenerationServiceStub(start(random_openvino(tmp_path_factory.mktemp("m"))).channel)
+
+
+def forced(pattern: str) -> pb.ChatRequest:
+    """A call of a tool whose schema is not held to, because it does not ask for `strict`."""
+    request = user("Hello", max_tokens=20)
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}}
+    request.tools.add(name="f", parameters=json.dumps(schema))
+    request.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+    return request
+
+
+def test_what_does_not_compile_costs_nobody_elses_answer(stub: rpc.GenerationServiceStub) -> None:
+    long = user("Go on.", max_tokens=600, ignore_eos=True)
+    stream = stub.ChatStream(pb.ChatStreamRequest(request=long))
+    for _ in range(3):
+        next(stream)
+    for pattern in (r"\bword\b", "(?i)yes|no", "(?P<year>[0-9]{4})"):
+        request = user("Hello", max_tokens=20)
+        request.response_format.regex = pattern
+        assert "response_format.regex" in refused(lambda r=request: stub.Chat(r))
+    for pattern in ("(?<=a)b", r"\bword", "a||b"):
+        try:
+            stub.Chat(forced(pattern))
+        except grpc.RpcError as e:
+            pytest.fail(f"{pattern}: {e.details()}")
+    events = list(stream)
+    assert events[-2].finish.reason == pb.FINISH_REASON_LENGTH
