@@ -13,12 +13,15 @@ Script = Callable[[list[dict[str, str]]], str]
 
 
 class ScriptedUpstream:
-    """Answers chats by `script`, which gets the messages; `asked` keeps the last message of each."""
+    """Answers chats by `script`, which gets the messages; `asked` keeps the last message of each,
+    `bodies` the whole requests. With `dies_after` it closes after so many pieces."""
 
     def __init__(self) -> None:
         self.script: Script = lambda messages: "Hello."
         self.asked: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
         self.pause_s = 0.0
+        self.dies_after: int | None = None
         self.cut_off = threading.Event()
         upstream = self
 
@@ -27,8 +30,10 @@ class ScriptedUpstream:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                upstream.asked.append(body["messages"][-1]["content"])
-                text = upstream.script(body["messages"])
+                messages = body.get("messages") or [{"content": body["prompt"]}]
+                upstream.bodies.append(body)
+                upstream.asked.append(messages[-1]["content"])
+                text = upstream.script(messages)
                 self.send_response(200)
                 self.send_header("content-type", "text/event-stream")
                 self.send_header("connection", "close")
@@ -36,9 +41,11 @@ class ScriptedUpstream:
                 self.close_connection = True
                 pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
                 try:
-                    for piece in pieces:
+                    for piece in pieces[: upstream.dies_after]:
                         self.event({"delta": {"content": piece}, "finish_reason": None})
                         time.sleep(upstream.pause_s)
+                    if upstream.dies_after is not None:
+                        return
                     self.event({"delta": {}, "finish_reason": "stop"})
                     usage = {"prompt_tokens": 100, "completion_tokens": len(pieces)}
                     self.event(None, usage={**usage, "total_tokens": 100 + len(pieces)})

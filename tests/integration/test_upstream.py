@@ -15,6 +15,7 @@ from forebay.v1 import generation_pb2_grpc as rpc
 
 from tests.conftest import Live, Start
 from tests.integration.language_models import random_openvino
+from tests.integration.scripted_upstream import ScriptedUpstream
 from tests.integration.test_gateway import Gateway
 from tests.integration.test_generation import WEATHER, refused, text_of, user
 
@@ -129,3 +130,22 @@ def test_the_next_in_the_chain_answers_and_a_dead_one_is_left_alone(
             stub.Chat(to("lost", user("Hello")))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "left alone" in caught.value.details()
+
+
+def test_an_answer_that_is_cut_off_is_an_error_and_no_answer(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    upstream = ScriptedUpstream()
+    upstream.dies_after = 2
+    root = tmp_path_factory.mktemp("cut")
+    put(root, "cut", {"base_url": upstream.url, "model": "x", "retries": 0})
+    stub = rpc.GenerationServiceStub(start(root).channel)
+    for call in (
+        lambda: stub.Chat(to("cut", user("Hello"))),
+        lambda: list(stub.ChatStream(pb.ChatStreamRequest(request=to("cut", user("Hello"))))),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "broke off" in (caught.value.details() or "")
+    upstream.stop()

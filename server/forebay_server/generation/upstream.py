@@ -189,12 +189,19 @@ class UpstreamEngine:
             try:
                 chunk = await anext(chunks, None)
                 limit.reschedule(None)
+                ended: set[int] = set()
                 while chunk is not None:
                     if chunk.usage is not None:
                         count(request, chunk.usage)
                     for choice in chunk.choices:
+                        if choice.finish_reason:
+                            ended.add(choice.index)
                         yield read(choice)
                     chunk = await anext(chunks, None)
+                if (
+                    len(ended) < request.sampling.n
+                ):  # a server that dies may close as if all were said
+                    raise EOFError
             finally:
                 await stream.close()
 

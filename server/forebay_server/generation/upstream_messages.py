@@ -170,6 +170,7 @@ def count(request: GenerationRequest, usage: Any) -> None:
 
 def translate(error: Exception) -> tuple[ForebayError, bool | None, bool]:
     """The caller's error; whether the server works (None = unknown); whether to try again."""
+    import httpx
     import openai
 
     if isinstance(error, openai.APIStatusError):
@@ -197,10 +198,11 @@ def translate(error: Exception) -> tuple[ForebayError, bool | None, bool]:
             retry_after_s=seconds or 1.0,
         )
         return away, False, True
-    if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+    if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx.TimeoutException)):
         late = Unavailable("the upstream is too slow", reason="UPSTREAM_TIMEOUT", retry_after_s=1.0)
         return late, False, True
-    if isinstance(error, openai.APIError):
+    # What breaks while a stream is read comes as httpx has it.
+    if isinstance(error, (openai.APIError, httpx.TransportError, EOFError)):
         gone = Unavailable(
             "the upstream cannot be reached, or broke off",
             reason="UPSTREAM_FAILED",
