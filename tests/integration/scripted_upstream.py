@@ -42,7 +42,9 @@ class ScriptedUpstream:
                 pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
                 try:
                     for piece in pieces[: upstream.dies_after]:
-                        self.event({"delta": {"content": piece}, "finish_reason": None})
+                        self.event(
+                            {"delta": {"content": piece}, "text": piece, "finish_reason": None}
+                        )
                         time.sleep(upstream.pause_s)
                     if upstream.dies_after is not None:
                         return

@@ -132,6 +132,35 @@ def test_the_next_in_the_chain_answers_and_a_dead_one_is_left_alone(
     assert "left alone" in caught.value.details()
 
 
+def test_all_that_shapes_an_answer_is_passed_on(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    upstream = ScriptedUpstream()
+    root = tmp_path_factory.mktemp("all")
+    forms = ["json_object", "regex", "choice"]
+    put(root, "all", {"base_url": upstream.url, "model": "x", "structures": forms})
+    stub = rpc.GenerationServiceStub(start(root).channel)
+    request = to("all", user("Hi", ignore_eos=True, stop_token_ids=[7]))
+    request.documents.add(title="a", text="b")
+    request.template_values = '{"enable_thinking": false}'
+    request.response_format.regex = r"Hello\."
+    stub.Chat(request)
+    sent = upstream.bodies[-1]
+    assert (sent["ignore_eos"], sent["stop_token_ids"]) == (True, [7])
+    assert sent["documents"] == [{"title": "a", "text": "b"}]
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert sent["structured_outputs"] == {"regex": r"Hello\."}
+    request.response_format.CopyFrom(pb.ResponseFormat(choices=["Hello.", "No."]))
+    stub.Chat(request)
+    assert upstream.bodies[-1]["structured_outputs"] == {"choice": ["Hello.", "No."]}
+    upstream.script = lambda messages: "{}"
+    text = pb.CompleteRequest(model="all", prompts=["Hi"])
+    text.response_format.json_object = True
+    stub.Complete(text)
+    assert upstream.bodies[-1]["response_format"] == {"type": "json_object"}
+    upstream.stop()
+
+
 def test_an_answer_that_is_cut_off_is_an_error_and_no_answer(
     start: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

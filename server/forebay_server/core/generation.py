@@ -44,13 +44,16 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class ChatContext:
-    """The conversation behind a prompt, in OpenAI's shape."""
+    """The conversation behind a prompt, in OpenAI's shape. `documents` and `template_values` are in
+    the prompt where it is rendered here."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[ToolSpec] = ()
     tool_mode: ToolMode = "auto"
     tool_name: str = ""
     parallel_tool_calls: bool = True
+    documents: Sequence[Mapping[str, str]] = ()
+    template_values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

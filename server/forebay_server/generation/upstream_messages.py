@@ -19,6 +19,7 @@ from forebay_server.core.generation import (
     FinishReason,
     GenerationDelta,
     GenerationRequest,
+    Structure,
     TokenProbability,
     ToolCallPiece,
 )
@@ -50,6 +51,16 @@ def body_of(model: str, beside: Mapping[str, Any], request: GenerationRequest) -
     ):
         if getattr(s, name) != silent:
             extra[name] = getattr(s, name)
+    if s.stop_token_ids:
+        extra["stop_token_ids"] = list(s.stop_token_ids)
+    if s.ignore_eos:
+        extra["ignore_eos"] = True
+    if request.structure is not None:
+        extra |= _form(request.structure)
+    if request.chat is not None and request.chat.documents:
+        extra["documents"] = list(request.chat.documents)
+    if request.chat is not None and request.chat.template_values:
+        extra["chat_template_kwargs"] = dict(request.chat.template_values)
     if s.seed is not None:
         body["seed"] = s.seed
     if s.stop:
@@ -86,16 +97,18 @@ def body_of(model: str, beside: Mapping[str, Any], request: GenerationRequest) -
         body["tool_choice"] = named if chat.tool_mode == "named" else chat.tool_mode
         if not chat.parallel_tool_calls:
             body["parallel_tool_calls"] = False
-    if request.structure is not None:
-        if request.structure.kind == "json_object":
-            body["response_format"] = {"type": "json_object"}
-        else:
-            schema = json.loads(str(request.structure.value))
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": schema, "strict": True},
-            }
     return body
+
+
+def _form(structure: Structure) -> dict[str, Any]:
+    """The form of the answer. OpenAI's completions have none: others take it there too, or say so."""
+    if structure.kind == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    if structure.kind == "json_schema":
+        schema = json.loads(str(structure.value))
+        described = {"name": "answer", "schema": schema, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": described}}
+    return {"structured_outputs": {structure.kind: structure.value}}
 
 
 _FINISH: dict[str, FinishReason] = {

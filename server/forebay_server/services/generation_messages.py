@@ -87,6 +87,9 @@ def chat_ask(request: pb.ChatRequest, path: str) -> ChatAsk:
             f"{path}response_format", "cannot be combined with tools, unless tool_choice is NONE"
         )
     parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True
+    documents = [{"title": d.title, "text": d.text} for d in request.documents]
+    values = _values(request.template_values, f"{path}template_values")
+    chat = ChatContext(messages, tools, mode, request.tool_choice.name, parallel, documents, values)
     return ChatAsk(
         model=request.model,
         sampling=_sampling(request.sampling),
@@ -99,9 +102,9 @@ def chat_ask(request: pb.ChatRequest, path: str) -> ChatAsk:
         cache=request.cache if request.HasField("cache") else None,
         path=path,
         messages=messages,
-        chat=ChatContext(messages, tools, mode, request.tool_choice.name, parallel),
-        documents=[{"title": d.title, "text": d.text} for d in request.documents],
-        template_values=_values(request.template_values, f"{path}template_values"),
+        chat=chat,
+        documents=documents,
+        template_values=values,
     )
 
 
