@@ -26,7 +26,7 @@ $(VENV)/.dev: $(STAMP)
 	@touch $@
 
 # The fast lane. Without cargo, or where it does not build, the ordinary lane serves.
-$(VENV)/.native: $(STAMP) $(wildcard server/native/src/*.rs server/native/*.toml)
+$(VENV)/.native: $(STAMP) $(wildcard server/native/src/*.rs server/native/src/*/*.rs server/native/*.toml)
 	@if command -v cargo >/dev/null; then \
 	  echo "building the fast lane (about a minute, once)"; \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt maturin && \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,10 +14,12 @@ from forebay.errors import Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
-from forebay_server.engines import arrays, providers
+from forebay_server.engines import arrays, providers, trees
 from forebay_server.engines.arrays import Executed, Prepared
 from forebay_server.engines.occupancy import Occupancy
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
+
+log = logging.getLogger("forebay.engines")
 
 #: ONNX Runtime's type names -> the Open Inference Protocol's.
 DATATYPES = {
@@ -86,6 +89,7 @@ class OnnxEngine:
             (providers.NAMES[name], providers.options(name, path, cache, device)) for name in order
         ]
         threads = self.spec.intra_op_threads
+        own = trees.replaced(path) if order == ["cpu"] and trees.library() else None
 
         def opened(threads: int, alone: bool = False) -> ort.InferenceSession:
             options = self._session_options(threads)
@@ -98,12 +102,22 @@ class OnnxEngine:
             )
             if alone:
                 options.add_session_config_entry("session.force_spinning_stop", "1")
-            return ort.InferenceSession(str(path), options, providers=chosen)
+            if own is not None:
+                options.register_custom_ops_library(trees.library())
+            return ort.InferenceSession(own or str(path), options, providers=chosen)
 
         try:
-            session = opened(threads)
+            try:
+                session = opened(threads)
+            except Exception as e:
+                if own is None:
+                    raise
+                log.warning("%s: its trees run in ONNX Runtime: %s", path, first_line(e))
+                own = None
+                session = opened(threads)
             self._providers = [providers.OURS.get(p, p) for p in session.get_providers()]
-            lone = self.spec.lone_threads if self._providers[0] == "cpu" else 0
+            # The extension's trees use one thread, however many there are.
+            lone = self.spec.lone_threads if self._providers[0] == "cpu" and own is None else 0
             wide = opened(lone, alone=True) if lone not in (0, threads) else None
         except Exception as e:
             raise rejected(f"{path.name} cannot be loaded: {first_line(e)}") from e

@@ -23,4 +23,5 @@ pub mod split;
 pub mod status;
 pub mod stream;
 pub mod tls;
+pub mod trees;
 pub mod wire;
