@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,8 @@ LIBRARIES = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime")
 HARMLESS = ("numpy.dtype",)
 #: String columns with more values than this are free text, not categories.
 MAX_CATEGORIES = 1000
+#: Characters of a converter's fault; it may quote all trees.
+MAX_FAULT = 500
 
 
 def export_sklearn(
@@ -72,17 +75,18 @@ def export_sklearn(
     options = {"zipmap": False} if classifier else None
     convert = partial(cast(Any, to_onnx), estimator, options=_options(estimator, options))
     layout = "columns"
-    try:
-        model = convert(initial_types=types)
-    except Exception as e:
-        fault = ExportError(f"{type(estimator).__name__} cannot be converted to ONNX: {e}")
-        if any(f["type"] == "string" for f in features):
-            raise fault from e
-        try:  # an estimator without a pipeline before it takes all numbers as one matrix
-            model = convert(initial_types=[("input", FloatTensorType([None, len(features)]))])
-        except Exception:
-            raise fault from e
-        layout = "matrix"
+    with _whole_numbers():
+        try:
+            model = convert(initial_types=types)
+        except Exception as e:
+            fault = f"{type(estimator).__name__} cannot be converted to ONNX"
+            if any(f["type"] == "string" for f in features):
+                raise ExportError(f"{fault}: {str(e)[:MAX_FAULT]}") from e
+            try:  # an estimator without a pipeline before it takes all numbers as one matrix
+                model = convert(initial_types=[("input", FloatTensorType([None, len(features)]))])
+            except Exception as e:
+                raise ExportError(f"{fault}: {str(e)[:MAX_FAULT]}") from e
+            layout = "matrix"
     with version_folder(root, name, version) as folder:
         path = folder / "model.onnx"
         path.write_bytes(model.SerializeToString())
@@ -131,6 +135,27 @@ def export_sklearn(
             parity=report(original, exported, limit, metric),
         )
     return root / name / str(version)
+
+
+@contextmanager
+def _whole_numbers() -> Iterator[None]:
+    """Have skl2onnx's attributes be whole numbers where they are booleans, which protobuf refuses: those
+    that say where missing values go, in scikit-learn's histogram-based boosting."""
+    from skl2onnx.common import _container
+
+    make = _container.make_node
+
+    def whole(*arguments: Any, **attributes: Any) -> Any:
+        for name, value in attributes.items():
+            if isinstance(value, list) and any(isinstance(v, bool | np.bool_) for v in value):
+                attributes[name] = [int(v) for v in value]
+        return make(*arguments, **attributes)
+
+    _container.make_node = whole
+    try:
+        yield
+    finally:
+        _container.make_node = make
 
 
 def _options(estimator: Any, options: dict[str, Any] | None) -> dict[int, dict[str, Any]] | None:

@@ -19,7 +19,12 @@ from forebay_exporters.parity import Bounds, report
 from forebay_exporters.sklearn_export import export_sklearn, load_skops
 from forebay_exporters.starters import tables
 from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import GradientBoostingClassifier, RandomForestRegressor
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestRegressor,
+)
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -186,6 +191,22 @@ def test_a_bare_estimator_of_numbers_takes_them_as_one_matrix(tmp_path: Path) ->
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["tabular"]["layout"] == "matrix"
     assert [i["shape"] for i in manifest["inputs"]] == [[-1, 3]]
+
+
+@pytest.mark.parametrize("kind", [HistGradientBoostingClassifier, HistGradientBoostingRegressor])
+def test_histogram_based_boosting_keeps_its_ways_for_missing_values(
+    kind: type, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame(rng.normal(size=(300, 3)), columns=["a", "b", "c"])
+    truth = rows["a"] * 2 - rows["c"]
+    rows.loc[::5, "a"] = np.nan
+    if kind is HistGradientBoostingClassifier:
+        truth = (truth > 0).astype(int)
+    model = kind(max_iter=20).fit(rows, truth)
+    path = export_sklearn(model, rows, tmp_path, "boosted", 1, target=truth)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert [f["nullable"] for f in manifest["tabular"]["features"]] == [True, False, False]
 
 
 class Call:
