@@ -163,8 +163,11 @@ def _scalar(value: Any, field: FieldDescriptor) -> str:
 
 
 def _enum(value: Any, kind: Any) -> str:
-    known = isinstance(value, str) and value in kind.values_by_name
-    if known or _whole(value) is not None:
+    if isinstance(value, str) and value in kind.values_by_name:
+        return ""
+    low, high = _BITS[_F.CPPTYPE_INT32]
+    number = _whole(value)
+    if number is not None and low <= number <= high:
         return ""
     return f"one of {', '.join(v.name for v in kind.values)}"
 

@@ -52,6 +52,13 @@ SEARCH = collection_pb2.SearchRequest
             "is the string 'end'; one of TRUNCATION_UNSPECIFIED, TRUNCATION_END, TRUNCATION_START, "
             "TRUNCATION_NONE is needed",
         ),
+        (
+            CLASSIFY,
+            {"truncation": 2147483648.0},
+            "truncation",
+            "is the number 2147483648.0; one of TRUNCATION_UNSPECIFIED, TRUNCATION_END, "
+            "TRUNCATION_START, TRUNCATION_NONE is needed",
+        ),
         (CLASSIFY, {"threshold": 1e300}, "threshold", "is the number 1e+300; a number that a float32 "
             "can hold is needed"),
         (CLASSIFY, {"text": ["a"]}, "text", "is no field of this request"),
