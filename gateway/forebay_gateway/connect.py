@@ -65,15 +65,18 @@ def _endpoint(upstream: Upstream, method: Method) -> Any:
                     status_code=415, headers={"accept-post": "application/json, application/proto"}
                 )
             data, headers = await upstream.unary(method, request, message)
+            if kind == "application/json":
+                # The protocol asks for protobuf's own JSON mapping: camelCase, int64 as strings.
+                answer = method.response.FromString(data)
+                data = json_format.MessageToJson(answer, indent=None).encode()
         except aio.AioRpcError as e:
             return _error(http_errors.from_rpc(e), returned(e.trailing_metadata()))
         except ForebayError as e:
             return _error(e.to_status(), {})
         except ClientGone:
             return Response(status_code=499)
-        if kind == "application/json":
-            # The protocol asks for protobuf's own JSON mapping: camelCase, int64 as strings.
-            data = json_format.MessageToJson(method.response.FromString(data), indent=None).encode()
+        except Exception:
+            return _error(*http_errors.our_fault(request))
         return Response(data, media_type=kind, headers=headers)
 
     return endpoint

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import uuid
 from typing import Any
 
 import orjson
-from forebay.errors import ForebayError, HttpError, http_error
+from forebay.errors import ForebayError, HttpError, Internal, http_error
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
+from starlette.requests import Request
 from starlette.responses import Response
+
+log = logging.getLogger(__name__)
 
 DETAILS = "grpc-status-details-bin"
 
@@ -29,6 +34,21 @@ def from_rpc(error: aio.AioRpcError) -> status_pb2.Status:
 def from_error(error: ForebayError) -> status_pb2.Status:
     """The google.rpc.Status of an error of the gateway's own."""
     return error.to_status()
+
+
+def our_fault(request: Request) -> tuple[status_pb2.Status, dict[str, str]]:
+    """What a door answers, and with which headers, to an error that nobody foresaw; called where it is
+    caught. Nothing of the inside leaks; the log has the traceback.
+
+    An exception that went on would be answered too, but end the connection: behind the server's HTTP
+    port that one is shared, and somebody else's next request would meet its end.
+    """
+    given = request.headers.get("x-request-id", "")
+    known = given.isascii() and given.isprintable() and 0 < len(given) <= 128
+    number = given if known else uuid.uuid4().hex
+    log.exception("%s %r failed; request id %s", request.method, request.url.path, number)
+    error = Internal(f"internal error of the gateway; the log has more under request id {number}")
+    return error.to_status(), {"x-request-id": number}
 
 
 def error_object(status: status_pb2.Status) -> tuple[HttpError, dict[str, Any]]:

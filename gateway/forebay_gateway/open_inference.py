@@ -166,6 +166,7 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
     """Errors in the protocol's shape: {"error": text}."""
 
     async def run(request: Request) -> Response:
+        more: dict[str, str] = {}
         try:
             return await endpoint(request)
         except aio.AioRpcError as e:
@@ -174,7 +175,10 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
             status = e.to_status()
         except ClientGone:
             return Response(status_code=499)
+        except Exception:
+            status, more = http_errors.our_fault(request)
         code, headers, body = refused(status)
+        headers = {**headers, **more}
         return Response(body, status_code=code, media_type="application/json", headers=headers)
 
     return run

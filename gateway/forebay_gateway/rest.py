@@ -66,6 +66,8 @@ def guarded(endpoint: Endpoint, rename: Rename = lambda s: s) -> Endpoint:
             return http_errors.response(http_errors.from_error(e))
         except ClientGone:
             return Response(status_code=499)
+        except Exception:
+            return http_errors.response(*http_errors.our_fault(request))
 
     return run
 

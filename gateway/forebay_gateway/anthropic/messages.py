@@ -67,6 +67,8 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
             return _error(e.to_status(), {})
         except ClientGone:
             return Response(status_code=499)
+        except Exception:
+            return _error(*http_errors.our_fault(request))
 
     return run
 
