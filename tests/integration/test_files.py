@@ -11,6 +11,7 @@ import grpc
 import openai
 import pytest
 from forebay.v1 import file_pb2, file_pb2_grpc
+from forebay_server.storage.tables import files
 
 from tests.conftest import Live, Start, copy_models
 from tests.integration.test_gateway import Gateway
@@ -102,6 +103,41 @@ def test_rest_gives_the_bytes_of_files(gateway: Gateway) -> None:
     assert got.headers["x-content-type-options"] == "nosniff"
     assert gateway.http.delete(f"/api/v1/files/{made['id']}").status_code == 200
     assert gateway.http.get(f"/api/v1/files/{made['id']}/content").status_code == 404
+
+
+def test_a_page_says_whether_more_follow(live: Live, gateway: Gateway) -> None:
+    stub = file_pb2_grpc.FileServiceStub(live.channel)
+    made = [upload(stub, b"x", purpose="vision").id for _ in range(5)]
+    ask = file_pb2.ListFilesRequest(purpose="vision", oldest_first=True, page_size=2, after=made[0])
+    seen = []
+    while True:
+        page = stub.ListFiles(ask)
+        seen.append([f.id for f in page.files])
+        if not page.next_page_token:
+            break
+        ask.page_token = page.next_page_token
+    assert seen == [made[1:3], made[3:5]]
+
+    def listed(**query: Any) -> tuple[int, bool]:
+        params = {"purpose": "vision", "order": "asc", **query}
+        found = gateway.http.get("/v1/files", params=params).json()
+        return len(found["data"]), found["has_more"]
+
+    assert listed(limit=5) == (5, False) and listed(limit=4) == (4, True)
+    assert listed(limit=2, after=made[0]) == (2, True)
+    assert listed(limit=2, after=made[2]) == (2, False)
+    # The largest page is full with 10,000: facts suffice, their bytes are not asked for.
+    library = live.server._deferred._files
+
+    async def many() -> None:
+        async with library.store._database.begin() as db:
+            row = (await db.execute(files.select().where(files.c.id == made[0]))).one()._asdict()
+            rows = [{**row, "id": f"file_{i:032x}", "created_at": 1.0 + i} for i in range(9_996)]
+            await db.execute(files.insert(), rows)
+
+    live.run(many())
+    assert listed() == (10_000, True)
+    assert listed(after=f"file_{0:032x}") == (10_000, False)
 
 
 def test_openai_files(client: openai.OpenAI) -> None:

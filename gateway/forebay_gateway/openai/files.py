@@ -119,12 +119,9 @@ def list_endpoint(upstream: Upstream) -> Any:
             page_size=fields.limit(query, 10_000, 10_000),
             after=query.get("after", ""),
         )
-        # One more than asked for tells whether there are more.
-        message.page_size = min(message.page_size + 1, 10_000)
         data, headers = await upstream.unary(LIST, request, message.SerializeToString())
-        found = list(file_pb2.ListFilesResponse.FromString(data).files)
-        most = fields.limit(query, 10_000, 10_000)
-        out = fields.listed([_object(f) for f in found[:most]], len(found) > most)
+        page = file_pb2.ListFilesResponse.FromString(data)
+        out = fields.listed([_object(f) for f in page.files], bool(page.next_page_token))
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return list_files

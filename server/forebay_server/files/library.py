@@ -147,11 +147,11 @@ class FileLibrary:
     async def page(
         self, key_id: str, purpose: str, oldest_first: bool, after: str, offset: int, limit: int
     ) -> list[FileRow]:
-        """The key's files: from an offset, or behind a file."""
+        """The key's files from an offset, which counts from behind `after` where that is given."""
         now = self._clock()
         if after:
             row = await self.get(key_id, after)
-            return await self.store.behind(key_id, purpose, now, oldest_first, row, limit)
+            return await self.store.behind(key_id, purpose, now, oldest_first, row, offset, limit)
         return await self.store.page(key_id, purpose, now, oldest_first, offset, limit)
 
     async def delete(self, key_id: str, file: str) -> None:

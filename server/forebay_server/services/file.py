@@ -76,7 +76,7 @@ class FileService(Service):
         rows = await self._library.page(
             call.principal.key_id, r.purpose, r.oldest_first, r.after, start, size + 1
         )
-        more = token(start + size) if len(rows) > size and not r.after else ""
+        more = token(start + size) if len(rows) > size else ""
         return pb.ListFilesResponse(files=[_file(x) for x in rows[:size]], next_page_token=more)
 
     async def delete_file(self, call: Call) -> pb.DeleteFileResponse:

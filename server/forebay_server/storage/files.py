@@ -61,16 +61,24 @@ class FileStore:
         return [FileRow(*r) for r in found]
 
     async def behind(
-        self, key_id: str, purpose: str, now: float, oldest_first: bool, row: FileRow, limit: int
+        self,
+        key_id: str,
+        purpose: str,
+        now: float,
+        oldest_first: bool,
+        row: FileRow,
+        offset: int,
+        limit: int,
     ) -> list[FileRow]:
-        """The files that follow one."""
+        """The files that follow one, from an offset behind it."""
         here = sa.tuple_(files.c.created_at, files.c.id)
         there = sa.tuple_(sa.literal(row.created_at), sa.literal(row.id))
         query = _listed(key_id, purpose, now, oldest_first).where(
             here > there if oldest_first else here < there
         )
         async with self._database.read() as db:
-            return [FileRow(*r) for r in (await db.execute(query.limit(limit))).all()]
+            found = (await db.execute(query.offset(offset).limit(limit))).all()
+        return [FileRow(*r) for r in found]
 
     async def delete(self, key_id: str, file: str) -> bool:
         """Remove a file's facts; False when there are none."""
