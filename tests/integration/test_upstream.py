@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import grpc
 import pytest
 from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
+from forebay.v1 import usage_pb2, usage_pb2_grpc
 
 from tests.conftest import Live, Start
 from tests.integration.language_models import random_openvino
@@ -158,6 +160,35 @@ def test_all_that_shapes_an_answer_is_passed_on(
     text.response_format.json_object = True
     stub.Complete(text)
     assert upstream.bodies[-1]["response_format"] == {"type": "json_object"}
+    upstream.stop()
+
+
+def test_an_answer_that_nobody_reads_to_its_end_counts_by_what_came(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    upstream = ScriptedUpstream()
+    upstream.pause_s = 0.02
+    upstream.script = lambda messages: "word" * 500
+    root = tmp_path_factory.mktemp("left")
+    put(root, "left", {"base_url": upstream.url, "model": "x"})
+    live = start(root)
+    call = rpc.GenerationServiceStub(live.channel).ChatStream(
+        pb.ChatStreamRequest(request=to("left", user("question " * 100)))
+    )
+    seen = 0
+    for event in call:
+        seen += event.text.tokens
+        if seen >= 10:
+            break
+    call.cancel()
+    assert upstream.cut_off.wait(10)
+    usage = usage_pb2_grpc.UsageServiceStub(live.channel)
+    deadline = time.monotonic() + 10
+    while not (rows := usage.ListUsage(usage_pb2.ListUsageRequest(model="left")).rows):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # 900 characters of the prompt, and some pieces more than were seen.
+    assert 225 + seen <= sum(r.counters.tokens for r in rows) < 225 + 100
     upstream.stop()
 
 

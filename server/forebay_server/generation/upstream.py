@@ -27,6 +27,7 @@ from forebay_server.generation.upstream_messages import (
     chat_delta,
     completion_delta,
     count,
+    count_received,
     translate,
 )
 
@@ -196,7 +197,11 @@ class UpstreamEngine:
                     for choice in chunk.choices:
                         if choice.finish_reason:
                             ended.add(choice.index)
-                        yield read(choice)
+                        delta = read(choice)
+                        if chunk.usage is None:
+                            # The upstream's count comes last: who leaves before has used this.
+                            count_received(request, delta)
+                        yield delta
                     chunk = await anext(chunks, None)
                 if (
                     len(ended) < request.sampling.n

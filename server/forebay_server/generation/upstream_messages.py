@@ -181,6 +181,32 @@ def count(request: GenerationRequest, usage: Any) -> None:
     tally.reasoning = (getattr(details, "reasoning_tokens", 0) or 0) if details else 0
 
 
+def count_received(request: GenerationRequest, delta: GenerationDelta) -> None:
+    """What is known of an answer that the upstream has not counted yet: a token for every four
+    characters, and one at least for each piece. It may be the last that is heard of it."""
+    tally = request.tally
+    called = "".join(c.name + c.arguments for c in delta.tool_calls)
+    reasoning, said = (-(-len(text) // 4) for text in (delta.reasoning, delta.text + called))
+    tally.completion += reasoning + said
+    tally.reasoning += reasoning
+    if not tally.prompt:
+        tally.prompt = _prompt_estimate(request)
+
+
+def _prompt_estimate(request: GenerationRequest) -> int:
+    if request.chat is None:
+        return -(-len(request.prompt) // 4)
+    chat = request.chat
+    size = len(json.dumps([t.as_openai() for t in chat.tools])) if chat.tools else 0
+    size += sum(len(d["title"]) + len(d["text"]) for d in chat.documents)
+    for message in chat.messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        size += sum(len(p.get("text", "")) for p in parts)  # a picture has no length of its own
+        size += sum(len(json.dumps(c)) for c in message.get("tool_calls", ()))
+    return -(-size // 4)
+
+
 def translate(error: Exception) -> tuple[ForebayError, bool | None, bool]:
     """The caller's error; whether the server works (None = unknown); whether to try again."""
     import httpx
