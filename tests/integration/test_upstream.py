@@ -163,6 +163,15 @@ def test_all_that_shapes_an_answer_is_passed_on(
     upstream.stop()
 
 
+def test_what_only_the_upstream_can_count_is_not_cut(stub: rpc.GenerationServiceStub) -> None:
+    request = to("far", user("Hello"))
+    request.truncate_prompt = True
+    assert "only its upstream can count" in refused(lambda: stub.Chat(request))["truncate_prompt"]
+    text = pb.CompleteStreamRequest(request={"model": "far", "prompts": ["a"]})
+    text.request.truncate_prompt = True
+    assert "request.truncate_prompt" in refused(lambda: list(stub.CompleteStream(text)))
+
+
 def test_an_answer_that_nobody_reads_to_its_end_counts_by_what_came(
     start: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -286,6 +286,11 @@ def _check(client: GenerationClient, ask: Ask, call: Call) -> None:
         raise InvalidArgument.at(
             f"{where}adapter", f"is {ask.adapter!r}; this model's adapters are {known}"
         )
+    if ask.truncate_prompt and not can.needs_prompt_ids:
+        raise InvalidArgument.at(
+            f"{where}truncate_prompt",
+            "is not allowed for this model: only its upstream can count the prompt's tokens",
+        )
     if ask.priority > 0 and "admin" not in call.principal.scopes:
         raise PermissionDenied("a positive priority needs the admin scope", reason="SCOPE_MISSING")
     chat = ask.chat if isinstance(ask, ChatAsk) else None
