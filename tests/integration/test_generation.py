@@ -208,6 +208,60 @@ def test_a_long_conversation_is_cut_when_asked_for(stub: rpc.GenerationServiceSt
     assert answer.generation_usage.prompt_tokens <= 2048 - 32
 
 
+def long_talk(turns: int) -> pb.ChatRequest:
+    request = pb.ChatRequest(
+        truncate_prompt=True, sampling=pb.Sampling(temperature=0, max_tokens=8)
+    )
+    request.messages.add(role=pb.CHAT_ROLE_SYSTEM, content=[pb.ContentPart(text="Be brief.")])
+    for i in range(turns):
+        request.messages.add(role=pb.CHAT_ROLE_USER, content=[pb.ContentPart(text=f"Is it {i}?")])
+        request.messages.add(role=pb.CHAT_ROLE_ASSISTANT, content=[pb.ContentPart(text="No.")])
+    request.messages.add(role=pb.CHAT_ROLE_USER, content=[pb.ContentPart(text="Who are you?")])
+    return request
+
+
+def test_as_many_turns_are_kept_as_fit(stub: rpc.GenerationServiceStub) -> None:
+    request = long_talk(300)
+    answer = stub.Chat(request)
+    dropped = answer.dropped_messages
+    assert 0 < dropped < 600 and dropped % 2 == 0
+    used = answer.generation_usage.prompt_tokens
+    del request.messages[1 : 1 + dropped]
+    request.truncate_prompt = False
+    assert stub.Chat(request).generation_usage.prompt_tokens == used
+    with_one_more = long_talk(300)
+    del with_one_more.messages[1 : dropped - 1]
+    with_one_more.truncate_prompt = False
+    assert "2048" in str(refused(lambda: stub.Chat(with_one_more)))
+
+
+def test_when_the_last_turn_does_not_fit_it_is_what_is_refused(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    request = long_talk(50)
+    request.messages[-1].content[0].text = "word " * 3000
+    alone = pb.ChatRequest(sampling=request.sampling)
+    alone.messages.extend([request.messages[0], request.messages[-1]])
+    assert refused(lambda: stub.Chat(request)) == refused(lambda: stub.Chat(alone))
+
+
+def test_a_conversation_of_thousands_is_cut_in_seconds_and_holds_nobody_up(
+    stub: rpc.GenerationServiceStub, tiny: Live
+) -> None:
+    request = long_talk(2000)
+    with ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        cut = pool.submit(stub.Chat, request, timeout=100)
+        waits = []
+        while not cut.done():
+            asked = time.monotonic()
+            stub.Chat(user("Hi", max_tokens=1), timeout=100)
+            waits.append(time.monotonic() - asked)
+        assert cut.result().dropped_messages > 3000
+    assert time.monotonic() - started < 30
+    assert max(waits) < 2
+
+
 def test_images_and_adapters_that_the_model_lacks_are_refused(
     stub: rpc.GenerationServiceStub,
 ) -> None:

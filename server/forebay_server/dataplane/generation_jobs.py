@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -28,6 +29,10 @@ from forebay_server.generation.errors import TemplateRefused
 _numbers = itertools.count(1)
 #: Prompts with more characters are tokenised in a thread: the event loop serves others meanwhile.
 LONG_TEXT = 20_000
+#: Likewise conversations with more messages are rendered there.
+MANY_MESSAGES = 100
+#: Steps in which a conversation is cut by guessing, before it is halved.
+GUESSES = 5
 
 
 @dataclass(slots=True)
@@ -186,26 +191,45 @@ async def _fit_chat(
     model: ServedModel, ask: ChatAsk, sampling: SamplingParameters
 ) -> tuple[list[int], list[dict[str, Any]], int]:
     """Ids of the prompt, the messages that are in it, and how many were dropped."""
-    messages, dropped = ask.messages, 0
     room = _context(model) - (sampling.max_tokens or 1)
-    while True:
-        ids = await _encode(model, _render(model, ask, messages), special=False)
-        if len(ids) <= room or not ask.truncate_prompt:
-            return ids, messages, dropped
-        fewer = _without_oldest_turn(messages)
-        if fewer is None:
-            return ids, messages, dropped
-        dropped += len(messages) - len(fewer)
-        messages = fewer
+    ids = await _chat_ids(model, ask, ask.messages)
+    if len(ids) <= room or not ask.truncate_prompt:
+        return ids, ask.messages, 0
+    head, starts = _turns(ask.messages)
+    fitting, messages = ids, ask.messages
+    # Dropping more turns never makes a prompt longer, so the first start that fits is found in a few
+    # steps: where turns as long as the mean would put it, then by halves. One turn after the other, a
+    # conversation of thousands would be rendered thousands of times.
+    low, high, at, mean, guesses = 0, len(starts), -1, len(ids) / (len(starts) + 1), 0
+    while low < high:
+        guess = at + math.ceil((len(ids) - room) / mean) if guesses < GUESSES else (low + high) // 2
+        at, guesses = min(max(guess, low), high - 1), guesses + 1
+        fewer = [*ask.messages[:head], *ask.messages[starts[at] :]]
+        ids = await _chat_ids(model, ask, fewer)
+        # When not even the last turn fits, the refusal speaks of that one.
+        if len(ids) <= room or at == len(starts) - 1:
+            fitting, messages, high = ids, fewer, at
+        else:
+            low = at + 1
+    return fitting, messages, len(ask.messages) - len(messages)
 
 
-def _without_oldest_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages without the oldest turn after the system's; None when one turn is left."""
-    start = 0
-    while start < len(messages) and messages[start]["role"] == "system":
-        start += 1
-    following = [i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user"]
-    return [*messages[:start], *messages[following[0] :]] if following else None
+def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
+    """Where the system's messages end, and where the turns after the oldest one begin."""
+    head = 0
+    while head < len(messages) and messages[head]["role"] == "system":
+        head += 1
+    return head, [i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"]
+
+
+async def _chat_ids(
+    model: ServedModel, ask: ChatAsk, messages: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """The prompt of a conversation, in a thread when it is long."""
+    if len(messages) <= MANY_MESSAGES and sum(len(m["content"]) for m in messages) < LONG_TEXT:
+        return await _encode(model, _render(model, ask, messages), special=False)
+    text = await asyncio.to_thread(_render, model, ask, messages)
+    return await _encode(model, text, special=False)
 
 
 def _render(model: ServedModel, ask: ChatAsk, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -255,8 +279,12 @@ async def _encode(model: ServedModel, text: str, special: bool) -> list[int]:
     tokenizer = _tokenizer(model)
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=special).ids
-    encoded = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
-    return encoded.ids
+
+    def encode() -> list[int]:
+        # Of tokenizers' calls the one for batches alone lets other threads run meanwhile.
+        return tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    return await asyncio.to_thread(encode)
 
 
 def _context(model: ServedModel) -> int:
