@@ -262,6 +262,18 @@ def test_a_conversation_of_thousands_is_cut_in_seconds_and_holds_nobody_up(
     assert max(waits) < 2
 
 
+def test_template_values_that_the_server_gives_are_refused(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    for name in ("messages", "tools", "documents", "add_generation_prompt", "bos_token"):
+        request = user("Hello")
+        request.template_values = json.dumps({name: []})
+        said = refused(lambda r=request: stub.Chat(r))[f"template_values.{name}"]
+        assert "is given by the server" in said
+    request.template_values = '{"self": 1, "source": 2, "enable_thinking": false}'
+    assert stub.Chat(request).choices
+
+
 def test_images_and_adapters_that_the_model_lacks_are_refused(
     stub: rpc.GenerationServiceStub,
 ) -> None:

@@ -22,7 +22,7 @@ from forebay_server.core.generation import (
 )
 from forebay_server.core.interfaces import BACKGROUND_PRIORITY
 from forebay_server.dataplane.models import ModelAccess, ServedModel
-from forebay_server.generation.client import GenerationClient
+from forebay_server.generation.client import GIVEN, GenerationClient
 from forebay_server.generation.errors import TemplateRefused
 
 #: Engines know requests by ids that no caller chooses: a request id may be given twice.
@@ -319,6 +319,8 @@ def _check(client: GenerationClient, ask: Ask, call: Call) -> None:
             f"{where}truncate_prompt",
             "is not allowed for this model: only its upstream can count the prompt's tokens",
         )
+    if isinstance(ask, ChatAsk):
+        _check_values(client, ask)
     if ask.priority > 0 and "admin" not in call.principal.scopes:
         raise PermissionDenied("a positive priority needs the admin scope", reason="SCOPE_MISSING")
     chat = ask.chat if isinstance(ask, ChatAsk) else None
@@ -328,6 +330,17 @@ def _check(client: GenerationClient, ask: Ask, call: Call) -> None:
                 raise InvalidArgument.at(
                     f"{where}messages[{i}].content", "has an image; this model takes text alone"
                 )
+
+
+def _check_values(client: GenerationClient, ask: ChatAsk) -> None:
+    given = {*GIVEN, *client.special_tokens}
+    for name in ask.template_values:
+        if name in given:
+            raise InvalidArgument.at(
+                f"{ask.path}template_values.{name}",
+                f"is given by the server, as are {', '.join(sorted(given - {name}))}; allowed are "
+                "other names",
+            )
 
 
 def _sampling(model: ServedModel, given: Mapping[str, Any]) -> SamplingParameters:

@@ -10,6 +10,16 @@ from forebay_server.core.interfaces import GenerationEngine
 from forebay_server.core.statistics import EngineStatistics
 from forebay_server.generation.gate import Gate
 
+#: Values of every chat template that are the server's to give; so are special tokens.
+GIVEN = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "raise_exception",
+    "strftime_now",
+)
+
 
 class GenerationClient:
     """What the repository keeps of a language model; in BatchingEngineClient's place."""
@@ -45,7 +55,7 @@ class GenerationClient:
         return render(
             self.template,
             messages,
-            **{
+            {
                 **values,
                 **self.special_tokens,
                 "tools": list(tools) or None,

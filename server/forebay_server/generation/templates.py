@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -52,10 +53,15 @@ def _compile(source: str) -> Template:
     return environment.from_string(source)
 
 
-def render(source: str, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """The prompt's text. Raises TemplateRefused when the template cannot take the messages."""
     try:
-        return _compile(source).render(messages=messages, **values)
+        # As one mapping: callers name values, and a name such as `self` is a parameter of `render`.
+        return _compile(source).render({**values, "messages": messages})
     except TemplateRefused:
         raise
     except (TemplateError, TypeError, ValueError, KeyError) as e:
