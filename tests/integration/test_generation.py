@@ -274,6 +274,11 @@ def test_template_values_that_the_server_gives_are_refused(
     assert stub.Chat(request).choices
 
 
+def test_an_empty_prompt_is_refused_by_name(stub: rpc.GenerationServiceStub) -> None:
+    request = pb.CompleteRequest(prompts=["a", ""])
+    assert "must not be empty" in refused(lambda: stub.Complete(request))["prompts[1]"]
+
+
 def test_images_and_adapters_that_the_model_lacks_are_refused(
     stub: rpc.GenerationServiceStub,
 ) -> None:

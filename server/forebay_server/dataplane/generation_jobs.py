@@ -150,6 +150,8 @@ async def completion_job(access: ModelAccess, call: Call, ask: CompleteAsk) -> J
         if local:
             path = f"{ask.path}{'prompts' if ask.prompts else 'token_ids'}[{i}]"
             ids = await _ids(model, ask, i, path)
+            if not ids:
+                raise InvalidArgument.at(path, "must not be empty: this model begins with no token")
             room = _context(model) - (sampling.max_tokens or 1)
             if ask.truncate_prompt and 0 < room < len(ids):
                 ids = ids[-room:]
