@@ -53,7 +53,9 @@ def routes(upstream: Upstream) -> list[Listed]:
 def guarded(endpoint: Endpoint, rename: Rename = lambda s: s) -> Endpoint:
     """Errors of every kind become the contract's error object.
 
-    `rename` puts the contract's field paths into the words of a door whose shape is somebody else's.
+    `rename` puts the contract's field paths into the words of a door whose shape is somebody else's. An
+    endpoint that has read which of several words the caller used puts its own into
+    `request.state.rename`.
     """
 
     async def run(request: Request) -> Response:
@@ -61,7 +63,8 @@ def guarded(endpoint: Endpoint, rename: Rename = lambda s: s) -> Endpoint:
             return await endpoint(request)
         except aio.AioRpcError as e:
             headers = returned(e.trailing_metadata())
-            return http_errors.response(rename(http_errors.from_rpc(e)), headers)
+            words: Rename = getattr(request.state, "rename", rename)
+            return http_errors.response(words(http_errors.from_rpc(e)), headers)
         except ForebayError as e:
             return http_errors.response(http_errors.from_error(e))
         except ClientGone:

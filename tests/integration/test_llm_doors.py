@@ -181,6 +181,10 @@ def test_openai_completions_whole_and_streamed(client: openai.OpenAI) -> None:
         ({"modalities": ["audio"]}, "modalities"),
         ({"temperature": 9}, "temperature"),
         ({"max_tokens": 99999}, "max_tokens"),
+        ({"max_completion_tokens": 99999}, "max_completion_tokens"),
+        ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"structured_outputs": {"regex": "["}}, "structured_outputs.regex"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
@@ -196,6 +200,30 @@ def test_openai_errors_name_the_field(client: openai.OpenAI, extra: Any, param: 
         with pytest.raises(openai.BadRequestError) as caught:
             client.post("/chat/completions", body={**body, "stream": stream}, cast_to=object)
         assert caught.value.param == param, caught.value.message
+
+
+def test_an_empty_prompt_is_the_callers_fault(client: openai.OpenAI) -> None:
+    for prompt, param in (("", "prompt"), (["a", ""], "prompt[1]")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="tiny", prompt=prompt)
+        assert caught.value.param == param and "must not be empty" in caught.value.message
+
+
+def test_anthropic_errors_name_the_callers_field(gateway: Gateway) -> None:
+    picture = {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}}
+    body = {"model": "tiny", "max_tokens": 5, "messages": HELLO, "system": "Be brief."}
+    pictured = [{"role": "user", "content": [picture]}]
+    odd = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 5}}}
+    for extra, path in (
+        ({"messages": pictured}, "messages[0].content"),
+        ({"stop_sequences": [""]}, "stop_sequences[0]"),
+        ({"tools": [{"name": "f", "input_schema": odd, "strict": True}]}, "tools[0].input_schema"),
+        ({"max_tokens": 99999}, "max_tokens"),
+    ):
+        for stream in (False, True):
+            answer = gateway.http.post("/v1/messages", json={**body, **extra, "stream": stream})
+            assert answer.status_code == 400, path
+            assert answer.json()["error"]["message"].startswith(f"{path}: ")
 
 
 def test_openai_unknown_models_are_not_found(client: openai.OpenAI) -> None:

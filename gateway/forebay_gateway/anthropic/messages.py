@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from forebay_gateway import http_errors
+from forebay_gateway.anthropic.places import Places
 from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields, generation
 from forebay_gateway.upstream import ClientGone, Upstream, returned, unless_gone
@@ -59,10 +60,12 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
     """Errors in Anthropic's shape."""
 
     async def run(request: Request) -> Response:
+        places = request.state.places = Places()
         try:
             return await endpoint(request)
         except aio.AioRpcError as e:
-            return _error(http_errors.from_rpc(e), returned(e.trailing_metadata()))
+            status = places.rename(http_errors.from_rpc(e))
+            return _error(status, returned(e.trailing_metadata()))
         except ForebayError as e:
             return _error(e.to_status(), {})
         except ClientGone:
@@ -74,7 +77,7 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
 
 
 def _error_body(status: status_pb2.Status) -> tuple[http_errors.HttpError, dict[str, Any]]:
-    e, _ = http_errors.error_object(generation.renamed(status))
+    e, _ = http_errors.error_object(status)
     kind = TYPES.get(e.status, "api_error")
     return e, {"type": "error", "error": {"type": kind, "message": e.message}}
 
@@ -102,12 +105,12 @@ def endpoint(upstream: Upstream) -> Any:
 
     async def messages(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
-        message = read(body)
+        message = read(body, request.state.places)
         headers = request.headers
         if "x-api-key" in headers and "authorization" not in headers:
             headers = Headers({**headers, "authorization": f"Bearer {headers['x-api-key']}"})
         if fields.flag(body, "stream"):
-            return await stream(upstream, headers, message)
+            return await stream(upstream, headers, message, request.state.places)
         call = upstream.start(CHAT, headers, message.SerializeToString())
         data = await unless_gone(request, call)
         answer = pb.ChatResponse.FromString(data)
@@ -157,8 +160,9 @@ def _content(message: pb.ChatMessage) -> list[dict[str, Any]]:
     return out
 
 
-def read(body: dict[str, Any]) -> pb.ChatRequest:
-    """The request. Raises InvalidArgument that names what is wrong, or not supported."""
+def read(body: dict[str, Any], places: Places) -> pb.ChatRequest:
+    """The request, and where its parts came from. Raises InvalidArgument that names what is wrong, or
+    not supported."""
     fields.only(body, KNOWN)
     out = pb.ChatRequest(model=fields.text(body, "model"))
     if body.get("max_tokens") is None:
@@ -175,14 +179,18 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
     system = body.get("system")
     if system:
         said = out.messages.add(role=pb.CHAT_ROLE_SYSTEM)
+        places.add("messages[0]", "system")
+        places.add("messages[0].content", "system")
+        if isinstance(system, str):
+            places.add("messages[0].content[0].text", "system")
         for part in _texts(body, "system"):
             said.content.add(text=part)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidArgument.at("messages", "must be a list of messages that is not empty")
     for i, one in enumerate(messages):
-        _message(one, f"messages[{i}]", out)
-    _tools(body, out)
+        _message(one, f"messages[{i}]", out, places)
+    _tools(body, out, places)
     return out
 
 
@@ -198,7 +206,7 @@ def _texts(value: dict[str, Any], name: str, at: str = "") -> list[str]:
     return out
 
 
-def _message(value: Any, path: str, out: pb.ChatRequest) -> None:
+def _message(value: Any, path: str, out: pb.ChatRequest, places: Places) -> None:
     role = value.get("role") if isinstance(value, dict) else None
     if role not in ("user", "assistant"):
         raise InvalidArgument.at(f"{path}.role", f"is {role!r:.40}; allowed are user, assistant")
@@ -208,17 +216,29 @@ def _message(value: Any, path: str, out: pb.ChatRequest) -> None:
         raise InvalidArgument.at(f"{path}.content", "must be a string or a list of blocks")
     # Results of tools come within a user's turn here; in the contract they are messages.
     said = pb.ChatMessage(role=pb.CHAT_ROLE_USER if role == "user" else pb.CHAT_ROLE_ASSISTANT)
+    parts: list[tuple[str, str]] = []
     for i, block in enumerate(blocks):
-        _block(block, f"{path}.content[{i}]", said, out)
+        parts += _block(block, f"{path}.content[{i}]", said, out, places)
+    if isinstance(content, str):
+        parts = [("content[0].text", f"{path}.content")]
     if said.content or said.tool_calls or said.reasoning:
+        here = f"messages[{len(out.messages)}]"
+        places.add(here, path)
+        for name, place in parts:
+            places.add(f"{here}.{name}", place)
         out.messages.append(said)
 
 
-def _block(block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest) -> None:
+def _block(
+    block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest, places: Places
+) -> list[tuple[str, str]]:
+    """Read a block; gives which parts of what is said came from where."""
     kind = block.get("type") if isinstance(block, dict) else None
+    here = f"content[{len(said.content)}]"
     if kind == "text":
         said.content.add(text=fields.text(block, "text", at=path))
-    elif kind == "image":
+        return [(here, path)]
+    if kind == "image":
         source = block.get("source")
         if not isinstance(source, dict):
             raise InvalidArgument.at(f"{path}.source", "an object is needed")
@@ -227,7 +247,8 @@ def _block(block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest) -> 
         else:
             url = source.get("url")
         generation.image(url, f"{path}.source", said.content.add().image)
-    elif kind == "tool_use":
+        return [(here, path), (f"{here}.image", f"{path}.source")]
+    if kind == "tool_use":
         given = block.get("input") or {}
         if not isinstance(given, dict):
             raise InvalidArgument.at(f"{path}.input", "an object is needed")
@@ -236,7 +257,12 @@ def _block(block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest) -> 
             name=fields.text(block, "name", at=path),
             arguments=orjson.dumps(given).decode(),
         )
-    elif kind == "tool_result":
+        call = f"tool_calls[{len(said.tool_calls) - 1}]"
+        return [(call, path), (f"{call}.arguments", f"{path}.input")]
+    if kind == "tool_result":
+        result_at = f"messages[{len(out.messages)}]"
+        places.add(result_at, path)
+        places.add(f"{result_at}.tool_call_id", f"{path}.tool_use_id")
         result = out.messages.add(
             role=pb.CHAT_ROLE_TOOL, tool_call_id=fields.text(block, "tool_use_id", at=path)
         )
@@ -246,13 +272,15 @@ def _block(block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest) -> 
         said.reasoning += fields.text(block, "thinking", "", path)
     else:
         raise InvalidArgument.at(f"{path}.type", f"is {kind!r:.40}, which is not supported here")
+    return []
 
 
-def _tools(body: dict[str, Any], out: pb.ChatRequest) -> None:
+def _tools(body: dict[str, Any], out: pb.ChatRequest, places: Places) -> None:
     for i, tool in enumerate(fields.items(body, "tools")):
         if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
             raise InvalidArgument.at(f"tools[{i}].type", "only tools of the caller are supported")
         schema, at = tool.get("input_schema") or {}, f"tools[{i}]"
+        places.add(f"{at}.parameters", f"{at}.input_schema")
         out.tools.add(
             name=fields.text(tool, "name", at=at),
             description=fields.text(tool, "description", "", at),
@@ -309,7 +337,9 @@ class _Blocks:
         return [_event("content_block_stop", {"index": self.index})]
 
 
-async def stream(upstream: Upstream, headers: Headers, message: pb.ChatRequest) -> Response:
+async def stream(
+    upstream: Upstream, headers: Headers, message: pb.ChatRequest, places: Places
+) -> Response:
     """The answer as Anthropic's events."""
     wrapped = pb.ChatStreamRequest(request=message)
     call, events, first = await generation.begin(upstream, STREAM, headers, wrapped)
@@ -357,5 +387,8 @@ async def stream(upstream: Upstream, headers: Headers, message: pb.ChatRequest) 
                 yield _event("message_delta", {"delta": delta, "usage": _usage(event.usage)})
         yield _event("message_stop", {})
 
+    def error_frame(status: status_pb2.Status) -> bytes:
+        return _error_frame(places.rename(status))
+
     beat = _event("ping", {})
-    return generation.event_stream(call, frames(), _error_frame, beat)
+    return generation.event_stream(call, frames(), error_frame, beat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,9 +11,11 @@ import orjson
 from forebay.errors import InvalidArgument
 from forebay.methods import methods
 from forebay.v1 import generation_pb2 as pb
+from google.rpc import status_pb2
 from starlette.requests import Request
 from starlette.responses import Response
 
+from forebay_gateway import rest
 from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields, generation
 from forebay_gateway.upstream import Upstream
@@ -54,6 +57,8 @@ MODES = {
     "required": pb.TOOL_MODE_REQUIRED,
 }
 
+_TOOL = re.compile(r"^(tools\[\d+\])(?=\.)")
+
 
 def endpoint(upstream: Upstream) -> Any:
     """POST /v1/chat/completions."""
@@ -61,6 +66,7 @@ def endpoint(upstream: Upstream) -> Any:
     async def chat(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
         message = read(body)
+        request.state.rename = words(body)
         if fields.flag(body, "stream"):
             return await stream(upstream, request, body, message)
         if body.get("stream_options") is not None:
@@ -70,6 +76,22 @@ def endpoint(upstream: Upstream) -> Any:
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return chat
+
+
+def words(body: dict[str, Any]) -> rest.Rename:
+    """The contract's field paths in the words of this body."""
+    longer = body.get("max_completion_tokens") is not None
+    most = "max_completion_tokens" if longer else "max_tokens"
+    out = generation.words(
+        body,
+        (
+            ("sampling.max_tokens", most),
+            ("sampling.logprobs", "top_logprobs"),
+            ("tool_choice.mode", "tool_choice"),
+            ("tool_choice.name", "tool_choice.function.name"),
+        ),
+    )
+    return lambda status: generation.rewritten(out(status), lambda p: _TOOL.sub(r"\1.function", p))
 
 
 def completion(answer: pb.ChatResponse, created: int) -> dict[str, Any]:
@@ -310,7 +332,10 @@ async def stream(
                 )
         yield b"data: [DONE]\n\n"
 
-    return generation.event_stream(call, frames(), generation.error_frame)
+    def error_frame(status: status_pb2.Status) -> bytes:
+        return generation.error_frame(request.state.rename(status))
+
+    return generation.event_stream(call, frames(), error_frame)
 
 
 def include_usage(body: dict[str, Any]) -> bool:

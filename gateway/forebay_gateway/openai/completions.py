@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 from forebay.errors import InvalidArgument
 from forebay.methods import methods
 from forebay.v1 import generation_pb2 as pb
+from google.rpc import status_pb2
 from starlette.requests import Request
 from starlette.responses import Response
 
+from forebay_gateway import rest
 from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields, generation
 from forebay_gateway.openai.chat import include_usage
@@ -38,6 +41,7 @@ KNOWN = (
 )
 #: OpenAI's own default for this door; chats go on to the context's end.
 MAX_TOKENS = 16
+_IDS = re.compile(r"^(prompt\[\d+\])\.ids")
 
 
 def endpoint(upstream: Upstream) -> Any:
@@ -46,6 +50,7 @@ def endpoint(upstream: Upstream) -> Any:
     async def completions(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
         message = read(body)
+        request.state.rename = words(body)
         if fields.flag(body, "stream"):
             return await stream(upstream, request, body, message)
         if body.get("stream_options") is not None:
@@ -55,6 +60,16 @@ def endpoint(upstream: Upstream) -> Any:
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return completions
+
+
+def words(body: dict[str, Any]) -> rest.Rename:
+    """The contract's field paths in the words of this body."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
+        out = generation.words(body, ())
+        return lambda status: generation.rewritten(out(status), lambda p: _IDS.sub(r"\1", p))
+    one = (("prompts[0]", "prompt"), ("token_ids[0].ids", "prompt"), ("token_ids[0]", "prompt"))
+    return generation.words(body, one)
 
 
 def completion(answer: pb.CompleteResponse, created: int) -> dict[str, Any]:
@@ -195,4 +210,7 @@ async def stream(
                 yield generation.data({**base, "choices": [choice]})
         yield b"data: [DONE]\n\n"
 
-    return generation.event_stream(call, frames(), generation.error_frame)
+    def error_frame(status: status_pb2.Status) -> bytes:
+        return generation.error_frame(request.state.rename(status))
+
+    return generation.event_stream(call, frames(), error_frame)

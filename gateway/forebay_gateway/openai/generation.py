@@ -42,7 +42,32 @@ NUMBERS = (
 WHOLE = ("n", "seed", "top_k", "min_tokens", "max_tokens")
 SAMPLING = (*NUMBERS, *WHOLE, "stop", "stop_token_ids", "ignore_eos", "logit_bias")
 #: The contract's paths in OpenAI's words.
-_PATHS = (("request.", ""), ("sampling.", ""), ("prompts", "prompt"), ("token_ids", "prompt"))
+_PATHS = (
+    ("request.", ""),
+    ("sampling.", ""),
+    ("prompts", "prompt"),
+    ("token_ids", "prompt"),
+    ("template_values", "chat_template_kwargs"),
+)
+
+
+#: vLLM's names of the forms.
+_FORMS = (
+    ("response_format.json_schema", "structured_outputs.json"),
+    ("response_format.choices", "structured_outputs.choice"),
+    ("response_format", "structured_outputs"),
+)
+
+
+def words(
+    body: Mapping[str, Any], first: Sequence[tuple[str, str]]
+) -> Callable[[status_pb2.Status], status_pb2.Status]:
+    """`renamed` for a body: in those of several words that its caller used. `first` is what its door
+    alone has."""
+    paths = [("request.", ""), *first]
+    if body.get("structured_outputs") is not None:
+        paths += _FORMS
+    return lambda status: renamed(status, (*paths, *_PATHS))
 
 
 def sampling(body: Mapping[str, Any], out: pb.Sampling) -> None:
@@ -233,6 +258,6 @@ def data(value: Any) -> bytes:
 
 
 def error_frame(status: status_pb2.Status) -> bytes:
-    """The event of an error."""
-    _, body = http_errors.error_object(renamed(status))
+    """The event of an error whose paths are in the caller's words."""
+    _, body = http_errors.error_object(status)
     return b"event: error\ndata: " + orjson.dumps(body) + b"\n\n"

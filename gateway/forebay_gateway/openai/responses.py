@@ -71,6 +71,8 @@ _PATHS = (
     ("response_format", "text.format"),
     ("previous_response", "previous_response_id"),
     ("tool_choice.mode", "tool_choice"),
+    ("template_values", "chat_template_kwargs"),
+    ("truncate_prompt", "truncation"),
 )
 _ITEM = re.compile(r"(input\[\d+\])\.(?:message|tool_call|tool_output|reasoning)\b")
 

@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 import pytest
-from forebay.errors import InvalidArgument
+from forebay.errors import InvalidArgument, http_error
 from forebay_gateway.anthropic import messages
-from forebay_gateway.openai import batch_lines, chat, responses
+from forebay_gateway.anthropic.places import Places
+from forebay_gateway.openai import batch_lines, chat, completions, responses
 
 USER = {"role": "user", "content": "Hello"}
 
@@ -85,7 +86,84 @@ def test_responses(given: dict[str, Any], path: str) -> None:
 )  # fmt: skip
 def test_messages(given: dict[str, Any], path: str) -> None:
     body = {"model": "m", "max_tokens": 5, "messages": [USER], **given}
-    assert refused(messages.read, body) == path
+    assert refused(lambda b: messages.read(b, Places()), body) == path
+
+
+@pytest.mark.parametrize(
+    ("given", "contract", "path"),
+    [
+        ({"logprobs": True, "top_logprobs": 5}, "sampling.logprobs", "top_logprobs"),
+        ({"max_completion_tokens": 5}, "sampling.max_tokens", "max_completion_tokens"),
+        ({"max_tokens": 5}, "request.sampling.max_tokens", "max_tokens"),
+        ({}, "template_values.messages", "chat_template_kwargs.messages"),
+        ({"structured_outputs": {"regex": "["}}, "response_format.regex",
+         "structured_outputs.regex"),
+        ({"structured_outputs": {"json": {}}}, "response_format.json_schema",
+         "structured_outputs.json"),
+        ({"response_format": {}}, "response_format.json_schema", "response_format.json_schema"),
+        ({}, "tools[1].parameters", "tools[1].function.parameters"),
+        ({}, "tool_choice.name", "tool_choice.function.name"),
+        ({}, "messages[0].content", "messages[0].content"),
+    ],
+)  # fmt: skip
+def test_the_servers_paths_are_in_the_words_of_a_chat(
+    given: dict[str, Any], contract: str, path: str
+) -> None:
+    status = chat.words(given)(InvalidArgument.at(contract, "is wrong").to_status())
+    error = http_error(status)
+    assert (error.param, error.message) == (path, f"{path}: is wrong")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "contract", "path"),
+    [
+        ("", "prompts[0]", "prompt"),
+        ([""], "prompts[0]", "prompt[0]"),
+        ([5, 6], "token_ids[0].ids", "prompt"),
+        ([[5], [6]], "token_ids[1].ids", "prompt[1]"),
+        ("a", "sampling.logprobs", "logprobs"),
+    ],
+)
+def test_the_servers_paths_are_in_the_words_of_a_completion(
+    prompt: Any, contract: str, path: str
+) -> None:
+    status = completions.words({"prompt": prompt})(InvalidArgument.at(contract, "x").to_status())
+    assert http_error(status).param == path
+
+
+def test_the_servers_paths_are_in_the_words_of_a_message() -> None:
+    picture = {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}}
+    used = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": "5"}
+    body = {
+        "model": "m",
+        "max_tokens": 5,
+        "system": "Be brief.",
+        "stop_sequences": ["x"],
+        "tools": [{"name": "f", "input_schema": {}}],
+        "messages": [
+            {"role": "user", "content": [picture]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "b"}, used]},
+            {"role": "user", "content": [result, {"type": "text", "text": "Well?"}]},
+        ],
+    }
+    places = Places()
+    made = messages.read(body, places)
+    assert len(made.messages) == 5
+    for contract, path in {
+        "messages[0].content[0].text": "system",
+        "messages[1].content": "messages[0].content",
+        "messages[1].content[0].image.url": "messages[0].content[0].source.url",
+        "messages[2].tool_calls[0].arguments": "messages[1].content[1].input",
+        "request.messages[3].tool_call_id": "messages[2].content[0].tool_use_id",
+        "messages[4].content[0].text": "messages[2].content[1].text",
+        "sampling.stop[0]": "stop_sequences[0]",
+        "sampling.max_tokens": "max_tokens",
+        "tools[0].parameters": "tools[0].input_schema",
+        "messages": "messages",
+    }.items():
+        status = places.rename(InvalidArgument.at(contract, "is wrong").to_status())
+        assert http_error(status).message == f"{path}: is wrong"
 
 
 def test_such_a_line_of_a_batch_leaves_the_others_alone() -> None:
