@@ -18,6 +18,7 @@ T = TypeVar("T")
 class _Local(threading.local):
     pending: dict[Collector[Any], list[Any]] | None = None
     engine_s: float = 0.0
+    only_answers: bool = False
 
 
 _local = _Local()
@@ -52,9 +53,15 @@ def pass_on() -> None:
 
 
 def engine_time() -> float | None:
-    """Seconds that engines took on this thread within the present `together()`; None outside of it:
-    the thread does not work through a batch of calls."""
-    return None if _local.pending is None else _local.engine_s
+    """Seconds that engines took on this thread within the present `together()`; None outside of it
+    (the thread does not work through a batch of calls), and where it is to run none."""
+    return None if _local.pending is None or _local.only_answers else _local.engine_s
+
+
+def only_answer() -> None:
+    """This thread passes answers on, and runs no engine: an engine's next batch waits for them, and
+    would wait for itself."""
+    _local.only_answers = True
 
 
 def add_engine_time(seconds: float) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from forebay.errors import ForebayError, Internal, InvalidArgument, Unavailable
 
-from forebay_server.core.collector import together
+from forebay_server.core.collector import only_answer, together
 from forebay_server.core.intake import Intake, quarantined, too_late
 from forebay_server.core.interfaces import Batch, Engine
 from forebay_server.core.lane import Entry, padded
@@ -95,7 +95,7 @@ class Slot:
         self._observer = observer
         self._hop_s = hop_s
         self._preparer = ThreadPoolExecutor(1, f"prepare {name}")
-        self._finisher = ThreadPoolExecutor(1, f"finish {name}")
+        self._finisher = ThreadPoolExecutor(1, f"finish {name}", only_answer)
         self._finishing: Future[None] | None = None
         self._finish_s = 0.0
         self._ahead: _Ahead | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,3 +133,40 @@ def test_many_threads_at_once(engine: Watched, client: BatchingEngineClient) -> 
     assert not any(t.is_alive() for t in threads)
     assert not wrong
     assert engine.clashes == 0
+
+
+class Held(Watched):
+    """Runs once it may."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.may = threading.Event()
+
+    def execute(self, inputs: Any) -> Any:
+        assert self.may.wait(10)
+        return super().execute(inputs)
+
+
+def test_what_an_answer_leads_to_is_not_run_by_the_thread_that_answers() -> None:
+    """The next batch of the slot waits for that thread, which would wait for itself."""
+    policy = BatchPolicy(max_batch_size=2, max_queue_delay_s=60.0)
+    options = {"answer": "echo", "base_s": 0.0}
+    engine = Held(EngineSpec("m", 1, "deterministic", "", "tokens", options=options, policy=policy))
+    engine.load()
+    client = BatchingEngineClient([engine], hop_s=0.0, here_s=60.0)
+    asked: list[Completion] = []
+    done = threading.Event()
+
+    def ask_again(_: Completion) -> None:
+        while not client._intake._idle:  # the slot's own thread is out of the way
+            time.sleep(0.001)
+        asked.extend(client.submit([request(5)]))
+        done.set()
+
+    # One that fills a batch, and one that waits for more: so the first is answered elsewhere.
+    first, second = client.submit([request(2, 3), request(4)])
+    first.add_done_callback(ask_again)
+    engine.may.set()
+    assert done.wait(10), "the thread that answers waits for itself"
+    assert [answer(c) for c in (first, second, *asked)] == [[2, 3], [4], [5]]
+    client.close(5.0)
