@@ -12,10 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from forebay_server.knowledge.docx_text import PARAGRAPH, TABLE, inside, text_of
+
 #: Characters of one document's text.
 MAX_CHARACTERS = 50_000_000
 #: Bytes that a DOCX may unpack to.
 MAX_UNPACKED = 256 << 20
+#: `code` of lxml's syntax error that is none: memory was at its end.
+XML_NO_MEMORY = 2
 
 
 class ParseError(Exception):
@@ -298,7 +302,7 @@ def _by_pypdf(data: bytes, password: str, number: int) -> str:
 
 def _docx(data: bytes, _: str) -> Parsed:
     import docx
-    from docx.table import Table
+    from docx.text.paragraph import Paragraph
 
     media = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
     try:
@@ -312,20 +316,21 @@ def _docx(data: bytes, _: str) -> Parsed:
         pieces: list[str] = []
         headings: list[tuple[int, int, str]] = []
         length = 0
-        for block in document.iter_inner_content():
-            if isinstance(block, Table):
-                text = "\n".join("\t".join(c.text for c in row.cells) for row in block.rows)
-            else:
-                text = block.text
-                style = (block.style.name if block.style is not None else "") or ""
+        for block in inside(document.element.body, PARAGRAPH, TABLE):
+            text = text_of(block)
+            if block.tag == PARAGRAPH:
+                named = Paragraph(block, document).style
+                style = (named.name if named is not None else "") or ""
                 level = re.fullmatch(r"Heading (\d)", style)
                 if text.strip() and (level or style == "Title"):
                     headings.append((length, int(level[1]) if level else 1, text.strip()))
             pieces.append(_clean(text) + "\n")
             length += len(pieces[-1])
-    except ParseError:
+    except (ParseError, MemoryError):  # what is too large to read is not broken
         raise
     except Exception as e:
+        if getattr(e, "code", None) == XML_NO_MEMORY:
+            raise MemoryError from None
         raise ParseError("BROKEN", f"it is no readable DOCX: {_brief(e)}") from None
     return Parsed(media, "".join(pieces), headings=headings)
 

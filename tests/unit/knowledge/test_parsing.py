@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
+import zipfile
 from pathlib import Path
 
+import docx
 import pytest
 import uvloop
 from forebay_server.knowledge.parsers import ParseError
@@ -54,6 +57,24 @@ async def test_limits_end_a_document_alone(
     assert caught.value.reason == reason
     small = put(tmp_path, "a.txt", b"some words")
     assert (await parser.parse(small, "a.txt")).text == "some words"
+    await parser.close()
+
+
+async def test_a_docx_that_takes_too_much_memory_is_not_broken(tmp_path: Path) -> None:
+    made = io.BytesIO()
+    docx.Document().save(made)
+    runs = b"<w:p><w:r><w:t>some words</w:t></w:r></w:p>" * 1_000_000
+    large = tmp_path / "large.docx"
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "word/document.xml":
+                data = data.replace(b"<w:body>", b"<w:body>" + runs)
+            new.writestr(name, data)
+    parser = DocumentParser(ParseLimits(memory_bytes=300 << 20))
+    with pytest.raises(ParseError) as caught:
+        await parser.parse(large, "large.docx")
+    assert caught.value.reason == "MEMORY"
     await parser.close()
 
 
