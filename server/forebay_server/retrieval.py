@@ -144,6 +144,7 @@ class Retrieval:
         """Finish what runs, save what has changed."""
         await self.evaluations.close()
         await self.ingest.close()
+        await self.bases.close()
         await self.collections.close()
         await asyncio.to_thread(self._client.close)
         await asyncio.to_thread(self._backends.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import grpc
 import pytest
 from forebay.v1 import collection_pb2, collection_pb2_grpc, knowledge_pb2_grpc
 from forebay.v1 import knowledge_pb2 as pb
+from forebay_server.knowledge.bases import BaseConfig
+from forebay_server.knowledge.ingest import internal_call
+from forebay_server.storage.database import Database
+from forebay_server.storage.knowledge import BaseRow, KnowledgeStore
 from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
@@ -190,6 +195,43 @@ def test_upload_again_is_a_duplicate_and_delete_leaves_no_trace(stub, live: Live
     with pytest.raises(grpc.RpcError) as caught:
         stub.GetKnowledgeBase(pb.GetKnowledgeBaseRequest(knowledge_base="traces"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+class Paused(KnowledgeStore):
+    """What was committed is said to be so a while later."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.committed = asyncio.Event()
+
+    async def create_base(self, name: str, config: str) -> BaseRow:
+        row = await super().create_base(name, config)
+        self.committed.set()
+        await asyncio.sleep(0.05)
+        return row
+
+
+def test_a_base_whose_caller_leaves_at_the_commit_is_there(stub, live: Live) -> None:
+    retrieval = live.server._retrieval
+    assert retrieval is not None
+    bases = retrieval.bases
+
+    async def cut_off() -> None:
+        usual = bases.store
+        bases.store = paused = Paused(usual._database)
+        try:
+            made = asyncio.create_task(bases.create(internal_call(), "cut", BaseConfig("minilm")))
+            await asyncio.wait_for(paused.committed.wait(), 10)
+            made.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await made
+            await asyncio.sleep(0.5)
+        finally:
+            bases.store = usual
+
+    live.run(cut_off())
+    found = stub.GetKnowledgeBase(pb.GetKnowledgeBaseRequest(knowledge_base="cut"))
+    assert found.knowledge_base.name == "cut"
 
 
 def test_ingest_again_replaces_every_chunk(stub) -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import orjson
-from forebay.errors import FailedPrecondition, InvalidArgument, NotFound
+from forebay.errors import InvalidArgument, NotFound
 from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
@@ -26,13 +26,13 @@ from forebay_server.dataplane.collection_config import check_filter, completed
 from forebay_server.dataplane.embedding import Embedded, TextEmbedder
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.upkeep import OpenCollection, Upkeep, discard
+from forebay_server.dataplane.writes import Writes
 from forebay_server.indexes import filters
 from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, IndexedPoint, text_at
 from forebay_server.storage.collections import CollectionStore, PointRow
 
 log = logging.getLogger("forebay.collections")
-T = TypeVar("T")
 
 #: Bytes of one point's payload as JSON.
 MAX_PAYLOAD = 1 << 20
@@ -78,8 +78,7 @@ class Collections:
         self._access = access
         self._embedder = embedder
         self._open: dict[str, OpenCollection] = {}
-        self._tasks: set[asyncio.Future[Any]] = set()
-        self._closing = False
+        self._writes = Writes()
 
     # Life.
 
@@ -98,8 +97,7 @@ class Collections:
 
     async def close(self) -> None:
         """Finish writes and save what has changed."""
-        self._closing = True
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._writes.close()
         await self.upkeep.close(self.all())
 
     # Reading.
@@ -135,13 +133,16 @@ class Collections:
         """A new collection; dimensions and the model's version are filled in."""
         config = await completed(self._access, call, config)
         self.upkeep.backends.check(config.dense)
+        return await self._writes.finish(self._create(name, config))
+
+    async def _create(self, name: str, config: CollectionConfig) -> OpenCollection:
         row = await self.store.create(name, orjson.dumps(asdict(config)).decode())
         c = self._open[name] = OpenCollection(row, config, self.upkeep.new_index(row, config))
         return c
 
     async def rename(self, name: str, new: str) -> OpenCollection:
         """Give a collection another name. Raises AlreadyExists."""
-        return await self._finish(self._rename(self.get(name), new))
+        return await self._writes.finish(self._rename(self.get(name), new))
 
     async def _rename(self, c: OpenCollection, new: str) -> OpenCollection:
         async with c.lock:
@@ -158,7 +159,7 @@ class Collections:
     async def delete(self, name: str) -> int:
         """Remove a collection with its files; gives the number of its points."""
         c = self.get(name)
-        return await self._finish(self._delete(c))
+        return await self._writes.finish(self._delete(c))
 
     async def _delete(self, c: OpenCollection) -> int:
         async with c.lock:
@@ -168,9 +169,7 @@ class Collections:
             c.deleted = True
             self._open.pop(c.name, None)
         # An index in training is waited for in the background; a start removes what a crash leaves.
-        cleaning = asyncio.ensure_future(self._clean(c))
-        self._tasks.add(cleaning)
-        cleaning.add_done_callback(self._tasks.discard)
+        self._writes.keep(self._clean(c))
         return count
 
     async def _clean(self, c: OpenCollection) -> None:
@@ -215,7 +214,7 @@ class Collections:
                     f"{path}[{i}].payload",
                     f"has {len(payload)} bytes as JSON; the limit is {MAX_PAYLOAD}",
                 )
-        replaced = await self._finish(self._write(c, points, vectors, rows, gone))
+        replaced = await self._writes.finish(self._write(c, points, vectors, rows, gone))
         return Written(len(points) - replaced, replaced, embedded)
 
     def _check(self, c: OpenCollection, points: Sequence[NewPoint], path: str) -> None:
@@ -275,7 +274,7 @@ class Collections:
     ) -> int:
         """Remove points by id, or those that match; gives how many."""
         c = self.get(name)
-        return await self._finish(self._remove(c, ids, condition))
+        return await self._writes.finish(self._remove(c, ids, condition))
 
     async def _remove(
         self, c: OpenCollection, ids: Sequence[str] | None, condition: filters.Filter | None
@@ -292,16 +291,6 @@ class Collections:
             await self.upkeep.apply(c, (), labels)
         self.upkeep.look_after(c)
         return len(labels)
-
-    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end, also when the caller goes away: truth and index must not part."""
-        if self._closing:
-            work.close()
-            raise FailedPrecondition("the server is shutting down", reason="DRAINING")
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
 
 
 def _remove_strangers(folder: Path, known: set[str]) -> None:

@@ -14,16 +14,17 @@ import secrets
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
-from forebay.errors import InvalidArgument, NotFound, TooLarge
+from forebay.errors import FailedPrecondition, InvalidArgument, NotFound, TooLarge
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane.collections import HIDDEN, Collections
+from forebay_server.dataplane.writes import Writes
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
 from forebay_server.indexes.filters import NoneOf, OneOf, tagged
 from forebay_server.knowledge.chunking import ChunkConfig
@@ -102,6 +103,7 @@ class KnowledgeBases:
         self.store = store
         self.collections = collections
         self._folder = folder
+        self._writes = Writes()
         self._bases: dict[str, Base] = {}
         self._texts: OrderedDict[tuple[int, str], str] = OrderedDict()
         self._characters = 0
@@ -124,6 +126,10 @@ class KnowledgeBases:
             stranger = NoneOf((OneOf("document", tuple(tagged(i) for i in known)),))
             await self.collections.remove(base.collection, None, stranger)
         await asyncio.to_thread(self._sweep, await self._known_files())
+
+    async def close(self) -> None:
+        """Finish writes. Before the collections are closed."""
+        await self._writes.close()
 
     def _has_collection(self, base: Base) -> bool:
         try:
@@ -181,6 +187,9 @@ class KnowledgeBases:
                 "config.chunks.overlap", f"is {overlap}; it must be less than tokens, {tokens}"
             )
         config = BaseConfig(model, config.language, config.chunks)
+        return await self._writes.finish(self._create(call, name, config))
+
+    async def _create(self, call: Call, name: str, config: BaseConfig) -> Base:
         row = await self.store.create_base(name, orjson.dumps(asdict(config)).decode())
         base = Base(row, config)
         try:
@@ -188,9 +197,8 @@ class KnowledgeBases:
                 TextFieldConfig("text", config.language),
                 TextFieldConfig("name", config.language, 0.5),
             )
-            await self.collections.create(
-                call, base.collection, CollectionConfig(None, fields, embedding_model=model)
-            )
+            chunks = CollectionConfig(None, fields, embedding_model=config.embedding_model)
+            await self.collections.create(call, base.collection, chunks)
         except BaseException:
             await self.store.delete_base(row.id)
             raise
@@ -199,9 +207,17 @@ class KnowledgeBases:
 
     async def delete(self, name: str) -> int:
         """Remove a knowledge base with every trace; gives the number of its documents."""
-        base = self.get(name)
-        self._bases.pop(name, None)
-        count = await self.store.delete_base(base.row.id)
+        return await self._writes.finish(self._delete(self.get(name)))
+
+    async def _delete(self, base: Base) -> int:
+        if self._bases.get(base.name) is not base:  # another call was quicker
+            raise NotFound("knowledge base", base.name)
+        del self._bases[base.name]
+        try:
+            count = await self.store.delete_base(base.row.id)
+        except BaseException:
+            self._bases[base.name] = base  # nothing was removed
+            raise
         await self.collections.delete(base.collection)
         await asyncio.to_thread(shutil.rmtree, self.folder(base.row.id), True)
         return count
@@ -211,9 +227,47 @@ class KnowledgeBases:
         return Upload(self.folder(base.row.id), name)
 
     async def add(
+        self,
+        base: Base,
+        upload: Upload,
+        metadata: Mapping[str, Any],
+        key_id: str,
+        on_new: Callable[[DocumentRow], None] = lambda row: None,
+    ) -> tuple[DocumentRow, bool]:
+        """Keep an uploaded file, which is the knowledge base's from now on, or leave nothing of it;
+        gives the document, and whether its content was there already.
+
+        Args:
+            on_new: hears of a document whose content was not, also when the caller has gone.
+        """
+        try:
+            return await self._writes.finish(self._add(base, upload, metadata, key_id, on_new))
+        except FailedPrecondition:  # it was not begun
+            upload.abort()
+            raise
+
+    async def _add(
+        self,
+        base: Base,
+        upload: Upload,
+        metadata: Mapping[str, Any],
+        key_id: str,
+        on_new: Callable[[DocumentRow], None],
+    ) -> tuple[DocumentRow, bool]:
+        try:
+            row, known = await self._stored(base, upload, metadata, key_id)
+        except BaseException:
+            upload.abort()
+            raise
+        if known:
+            upload.abort()
+        else:
+            on_new(row)
+        return row, known
+
+    async def _stored(
         self, base: Base, upload: Upload, metadata: Mapping[str, Any], key_id: str
     ) -> tuple[DocumentRow, bool]:
-        """Keep an uploaded file; gives the document, and whether its content was there already."""
         digest = await asyncio.to_thread(upload.commit)
         now = time.time()
         row = DocumentRow(
@@ -221,10 +275,7 @@ class KnowledgeBases:
             "queued", 0.0, "", "", [], 0, 0, 0, now, now,
         )  # fmt: skip
         earlier = await self.store.add(row)
-        if earlier is None:
-            return row, False
-        upload.abort()
-        return earlier, True
+        return (row, False) if earlier is None else (earlier, True)
 
     async def document(self, base: Base, document: str) -> DocumentRow:
         """The document. Raises NotFound."""
@@ -268,6 +319,9 @@ class KnowledgeBases:
     async def delete_document(self, base: Base, document: str) -> int:
         """Remove a document with every trace; gives the number of its chunks."""
         row = await self.document(base, document)
+        return await self._writes.finish(self._delete_document(base, row))
+
+    async def _delete_document(self, base: Base, row: DocumentRow) -> int:
         # The row first: an ingest that runs looks for it before it writes chunks.
         await self.store.delete(row.id)
         count = await self.collections.remove(base.collection, None, chunks_of(row.id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
 from forebay.errors import FailedPrecondition, InvalidArgument
@@ -111,10 +112,14 @@ class KnowledgeService(Service):
                 raise InvalidArgument.at("chunk", "is missing: the upload has no file")
             out = pb.UploadDocumentResponse()
             for upload in uploads:
-                row, known = await self._bases.add(base, upload, metadata, call.principal.key_id)
                 kept += 1
-                if not known:
-                    self._ingest.put(row, header.password)
+                row, known = await self._bases.add(
+                    base,
+                    upload,
+                    metadata,
+                    call.principal.key_id,
+                    partial(self._ingest.put, password=header.password),
+                )
                 out.documents.add(document=messages.document_message(row), duplicate=known)
             call.facts.items = len(uploads)
             return out
@@ -134,12 +139,12 @@ class KnowledgeService(Service):
         upload = self._bases.upload(base, name)
         try:
             await asyncio.to_thread(upload.write, request.text.encode())
-            row, known = await self._bases.add(base, upload, metadata, call.principal.key_id)
         except BaseException:
             upload.abort()
             raise
-        if not known:
-            self._ingest.put(row)
+        row, known = await self._bases.add(
+            base, upload, metadata, call.principal.key_id, self._ingest.put
+        )
         call.facts.items = 1
         return pb.IngestTextResponse(document=messages.document_message(row), duplicate=known)
 
