@@ -329,6 +329,25 @@ def test_streams_write_and_search(stub) -> None:
     assert pages == [f"p{i}" for i in range(3000)]
 
 
+def test_a_line_of_a_file_is_blamed_for_its_own_point(stub) -> None:
+    create(stub, "lines", dimensions=2)
+    lines = [
+        b'{"id": "a", "vector": [1, 0]}',
+        b"",
+        b'{"id": "b"}',
+        b'{"id": "c", "vector": [0, 1]}',
+    ]
+
+    def messages() -> Iterator[pb.UpsertStreamRequest]:
+        yield pb.UpsertStreamRequest(header={"collection": "lines"})
+        yield pb.UpsertStreamRequest(chunk={"path": "p.ndjson", "data": b"\n".join(lines)})
+
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.UpsertStream(messages())
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(violations(caught.value)) == {"p.ndjson:3.vector"}
+
+
 def batches(live: Live) -> tuple[float, float]:
     """(batches, searches) so far."""
     text = live.server.metrics.exposition().decode()

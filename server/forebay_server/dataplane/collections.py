@@ -186,13 +186,13 @@ class Collections:
         call: Call,
         name: str,
         points: Sequence[NewPoint],
-        path: str = "points",
+        path: str | Sequence[str] = "points",
         gone: Sequence[str] = (),
     ) -> Written:
         """Write points, and remove those in `gone`, all or nothing.
 
         Args:
-            path: the request's field that the points came from, for errors.
+            path: the request's field that the points came from, or the place of each, for errors.
         """
         c = self.get(name)
         self._check(c, points, path)
@@ -200,7 +200,7 @@ class Collections:
         missing = [i for i, v in enumerate(vectors) if v is None] if c.config.dense else []
         embedded = None
         if missing:
-            texts = [self._text_to_embed(c, points[i], f"{path}[{i}]") for i in missing]
+            texts = [self._text_to_embed(c, points[i], _place(path, i)) for i in missing]
             embedded = await self._embedder.embed(call, c.config.embedding_model, texts)
             for i, vector in zip(missing, embedded.vectors, strict=True):
                 vectors[i] = vector
@@ -211,21 +211,23 @@ class Collections:
         for i, (_, payload, _) in enumerate(rows):
             if len(payload) > MAX_PAYLOAD:
                 raise InvalidArgument.at(
-                    f"{path}[{i}].payload",
+                    f"{_place(path, i)}.payload",
                     f"has {len(payload)} bytes as JSON; the limit is {MAX_PAYLOAD}",
                 )
         replaced = await self._writes.finish(self._write(c, points, vectors, rows, gone))
         return Written(len(points) - replaced, replaced, embedded)
 
-    def _check(self, c: OpenCollection, points: Sequence[NewPoint], path: str) -> None:
+    def _check(
+        self, c: OpenCollection, points: Sequence[NewPoint], path: str | Sequence[str]
+    ) -> None:
         seen: set[str] = set()
         for i, p in enumerate(points):
             if p.id in seen:
-                raise InvalidArgument.at(f"{path}[{i}].id", f"{p.id!r} is there twice")
+                raise InvalidArgument.at(f"{_place(path, i)}.id", f"{p.id!r} is there twice")
             seen.add(p.id)
             if p.vector is None:
                 continue
-            at = f"{path}[{i}].vector"
+            at = f"{_place(path, i)}.vector"
             if c.config.dense is None:
                 raise InvalidArgument.at(at, "is given; the collection has no vectors")
             if len(p.vector) != c.config.dense.dimensions:
@@ -291,6 +293,10 @@ class Collections:
             await self.upkeep.apply(c, (), labels)
         self.upkeep.look_after(c)
         return len(labels)
+
+
+def _place(path: str | Sequence[str], i: int) -> str:
+    return f"{path}[{i}]" if isinstance(path, str) else path[i]
 
 
 def _remove_strangers(folder: Path, known: set[str]) -> None:

@@ -106,12 +106,12 @@ class CollectionService(Service):
                 points = await asyncio.to_thread(new_points, request.points.points, "points.points")
                 total.add(await self._collections.upsert(call, name, points, "points.points"))
             elif part == "chunk":
-                for points in lines.feed(request.chunk.path, request.chunk.data):
-                    total.add(await self._collections.upsert(call, name, points, lines.where))
+                for group in lines.feed(request.chunk.path, request.chunk.data):
+                    total.add(await self._collections.upsert(call, name, *group))
             else:
                 raise InvalidArgument.at("header", "may only be the first message")
-        for points in lines.end():
-            total.add(await self._collections.upsert(call, name, points, lines.where))
+        for group in lines.end():
+            total.add(await self._collections.upsert(call, name, *group))
         return cast(pb.UpsertStreamResponse, total.message(pb.UpsertStreamResponse))
 
     async def get_points(self, call: Call) -> twin.GetPointsResponse:

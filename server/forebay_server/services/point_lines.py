@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import orjson
 from forebay import proto_json
 from forebay.constraints import Validator
@@ -18,6 +20,13 @@ NDJSON_POINTS = 1000
 MAX_LINE = 4 << 20
 
 
+class Group(NamedTuple):
+    """Points that are written together, with the line that each stood in."""
+
+    points: list[NewPoint]
+    places: list[str]
+
+
 class PointLines:
     """See the module."""
 
@@ -26,12 +35,11 @@ class PointLines:
         self._rest = b""
         self._path = ""
         self._line = 0
-        self._points: list[NewPoint] = []
-        self.where = "files"
+        self._group = Group([], [])
 
-    def feed(self, path: str, data: bytes) -> list[list[NewPoint]]:
+    def feed(self, path: str, data: bytes) -> list[Group]:
         """Full groups of points after one more piece."""
-        out: list[list[NewPoint]] = []
+        out: list[Group] = []
         if path != self._path:
             self._take(self._rest, out)
             self._path, self._line, self._rest = path, 0, b""
@@ -43,21 +51,21 @@ class PointLines:
             raise InvalidArgument.at(where, f"is a line of more than {MAX_LINE} bytes")
         return out
 
-    def end(self) -> list[list[NewPoint]]:
+    def end(self) -> list[Group]:
         """What is left."""
-        out: list[list[NewPoint]] = []
+        out: list[Group] = []
         self._take(self._rest, out)
         self._rest = b""
-        if self._points:
-            out.append(self._points)
-            self._points = []
+        if self._group.points:
+            out.append(self._group)
+            self._group = Group([], [])
         return out
 
-    def _take(self, line: bytes, out: list[list[NewPoint]]) -> None:
+    def _take(self, line: bytes, out: list[Group]) -> None:
         self._line += 1
         if not line.strip():
             return
-        where = self.where = f"{self._path}:{self._line}"
+        where = f"{self._path}:{self._line}"
         message = pb.Point()
         try:
             proto_json.parse(orjson.loads(line), message)
@@ -67,7 +75,8 @@ class PointLines:
         except InvalidArgument as e:
             raise InvalidArgument.at(where, e.message) from None
         double = twin.Point.FromString(message.SerializeToString())
-        self._points.append(new_point(double, where))
-        if len(self._points) >= NDJSON_POINTS:
-            out.append(self._points)
-            self._points = []
+        self._group.points.append(new_point(double, where))
+        self._group.places.append(where)
+        if len(self._group.points) >= NDJSON_POINTS:
+            out.append(self._group)
+            self._group = Group([], [])
