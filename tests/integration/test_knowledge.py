@@ -23,6 +23,7 @@ from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
 from tests.integration.test_gateway import Gateway
+from tests.integration.test_inference import violations
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,18 @@ def test_filters_choose_by_name_and_metadata(stub, office: str) -> None:
         request = pb.RetrieveRequest(knowledge_base=office, query="price limit for hotels")
         json_format.ParseDict(one, request.retrieval.filter)
         assert {c.name for c in stub.Retrieve(request).chunks} == {"cats.txt"}
+
+
+def test_a_filter_of_no_text_field_is_blamed_where_it_stands(stub, office: str) -> None:
+    retrieval = {"filter": {"none_of": {"filters": [{"text": {"key": "z", "text": "a"}}]}}}
+    for ask, request in [
+        (stub.Retrieve, pb.RetrieveRequest(query="cats", retrieval=retrieval)),
+        (stub.Ask, pb.AskRequest(question="cats?", retrieval=retrieval)),
+    ]:
+        request.knowledge_base = office
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(request)
+        assert set(violations(caught.value)) == {"retrieval.filter.none_of.filters[0].text.key"}
 
 
 def test_rerank_and_mmr_are_steps(stub, office: str) -> None:

@@ -63,6 +63,7 @@ class SearchSpec:
     boosts: Mapping[str, float] = field(default_factory=dict)
     with_payload: bool = True
     with_vectors: bool = False
+    condition_path: str = "filter"
 
 
 @dataclass(slots=True)
@@ -179,7 +180,7 @@ class SearchPipeline:
                 "vector", f"has {len(spec.vector)} numbers; {dense.dimensions} are needed"
             )
         if spec.condition is not None:
-            check_filter(c.config, spec.condition)
+            check_filter(c.config, spec.condition, spec.condition_path)
         known = [f.path for f in c.config.text_fields]
         for path in spec.boosts:
             if path not in known:

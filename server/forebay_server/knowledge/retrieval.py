@@ -39,7 +39,8 @@ class Expansion:
 @dataclass(frozen=True, slots=True)
 class RetrievalSpec:
     """How chunks are chosen. `rerank` is a model's name, empty = the default one, None = no step;
-    `mmr` the weight of relevance, None = no step; `expand` and `hyde` (a model's name) likewise."""
+    `mmr` the weight of relevance, None = no step; `expand` and `hyde` (a model's name) likewise.
+    `path` is the request's field that says all this, for errors."""
 
     top_k: int = TOP_K
     mode: Mode | None = None
@@ -50,6 +51,7 @@ class RetrievalSpec:
     mmr: float | None = None
     expand: Expansion | None = None
     hyde: str | None = None
+    path: str = "retrieval"
 
     @property
     def depth(self) -> int:
@@ -155,12 +157,12 @@ class Retriever:
 
         searches = [_search_of(base, query, spec)]
         if spec.expand is not None:
-            model = self._writer.model(spec.expand.model, "retrieval.expand.model")
+            model = self._writer.model(spec.expand.model, f"{spec.path}.expand.model")
             count = spec.expand.queries
             work = self._writer.wordings(call, model, query, count, written)
             searches += [_search_of(base, w, spec) for w in await writing("expand", work)]
         if spec.hyde is not None:
-            model = self._writer.model(spec.hyde, "retrieval.hyde.model")
+            model = self._writer.model(spec.hyde, f"{spec.path}.hyde.model")
 
             async def passage() -> list[str]:
                 return [await self._writer.passage(call, model, query, written)]
@@ -219,6 +221,7 @@ def _search_of(base: Base, query: str, spec: RetrievalSpec) -> SearchSpec:
         condition=spec.condition,
         fusion=spec.fusion,
         with_vectors=spec.mmr is not None,
+        condition_path=f"{spec.path}.filter",
     )
 
 

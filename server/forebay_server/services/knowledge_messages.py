@@ -112,6 +112,7 @@ def spec_of(m: pb.RetrievalConfig, path: str = "retrieval") -> RetrievalSpec:
         mmr,
         Expansion(m.expand.model, m.expand.queries or 3) if m.HasField("expand") else None,
         m.hyde.model if m.HasField("hyde") else None,
+        path,
     )
 
 
