@@ -147,3 +147,42 @@ def test_an_import_does_not_hide_a_model_without_version_folders(
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "flat/1" in str(caught.value.details())
     assert served_version(live, "flat@1") == 1
+
+
+def test_aliases_of_a_model_that_is_added_lead_to_it(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    live = start(models, models__poll_s=0.05)
+    for name in ("seen", "loaded"):
+        new = tmp_path / name
+        shutil.copytree(starters / "iris" / "1", new / "1")
+        (new / "model.yaml").write_text("aliases: {stable: 1}\nexecution: {preload: true}\n")
+        new.rename(models / name)
+        if name == "loaded":
+            stub_of(live).LoadModel(pb.LoadModelRequest(model=name))
+        deadline = time.monotonic() + 10
+        while name not in live.server.repository.catalogue.folders:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert served_version(live, f"{name}@stable") == 1
+    # What is removed stays so: the file is asked once.
+    stub_of(live).SetAlias(pb.SetAliasRequest(model="seen", alias="stable"))
+    live.run(live.server.repository.refresh())
+    with pytest.raises(grpc.RpcError) as caught:
+        served_version(live, "seen@stable")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_start_removes_what_uploads_have_left(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    alone, beside = models / "new" / ".upload-1-7-8", models / "iris" / ".upload-2-7-9"
+    for left in (alone, beside):
+        left.mkdir(parents=True)
+        (left / "model.onnx").write_bytes(b"half of it")
+    live = start(models)
+    assert served_version(live) == 1
+    assert not alone.parent.exists()
+    assert not beside.exists()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from forebay.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from forebay.errors import FailedPrecondition
 
 from forebay_server.core.statistics import EngineStatistics
 from forebay_server.engines.process import resident_bytes
 from forebay_server.repository import LoadedModel, ModelRepository
-from forebay_server.repository.inspect import describe
-from forebay_server.repository.manifest import ModelConfig, check_files
+from forebay_server.repository.manifest import ModelConfig
 from forebay_server.repository.state import Routing
 
 _OIP_STATES = {
@@ -159,74 +156,6 @@ class Registry:
         for model in self._repository.pool.loaded.values():
             pids.update(int(e.info().get("pid", 0)) for e in model.client.engines)
         return sum(resident_bytes(p) for p in pids if p)
-
-
-class VersionUpload:
-    """A version that arrives file by file, in a hidden folder that is renamed when it is whole."""
-
-    def __init__(self, root: Path, model: str, version: int, max_bytes: int) -> None:
-        self.model = model
-        self.version = version
-        self.bytes_written = 0
-        self._max = max_bytes
-        self._final = root / model / str(version)
-        self._folder = root / model / f".upload-{version}-{os.getpid()}-{id(self)}"
-        self._open: dict[str, Any] = {}
-        if self._final.exists():
-            raise AlreadyExists(f"version {model}@{version} is there already")
-        self._folder.mkdir(parents=True)
-
-    def write(self, path: str, data: bytes) -> None:
-        """Append a piece to a file of the version."""
-        file = self._open.get(path)
-        if file is None:
-            if "\0" in path:
-                raise InvalidArgument.at("chunk.path", f"{path!r} is no file's name")
-            target = (self._folder / path).resolve()
-            if self._folder.resolve() not in target.parents or path.startswith((".", "/")):
-                raise InvalidArgument.at(
-                    "chunk.path", f"{path!r} lies outside of the version's folder"
-                )
-            if target.suffix in (".pkl", ".joblib", ".pt", ".bin", ".so"):
-                raise InvalidArgument.at(
-                    "chunk.path", f"{path!r}: the server reads ONNX, JSON and tokenizer files only"
-                )
-            if len(self._open) >= 256:
-                raise InvalidArgument.at("chunk.path", "a version has at most 256 files")
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file = self._open[path] = target.open("xb")
-            except (FileExistsError, NotADirectoryError):
-                raise InvalidArgument.at(
-                    "chunk.path", f"{path!r} is, or lies in, what another path of this version is"
-                ) from None
-        file.write(data)
-        self.bytes_written += len(data)
-        if self.bytes_written > self._max:
-            raise InvalidArgument.at(
-                "chunk.data", f"the version has more than {self._max} bytes", reason="TOO_LARGE"
-            )
-
-    def commit(self) -> None:
-        """Check it and make it appear. Raises FailedPrecondition naming what is wrong."""
-        for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        manifest = describe(self._folder)
-        check_files(self._folder, manifest)
-        if self._final.exists():
-            raise AlreadyExists(f"version {self.model}@{self.version} is there already")
-        self._folder.rename(self._final)
-
-    def abort(self) -> None:
-        """Leave nothing behind."""
-        for file in self._open.values():
-            file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        parent = self._folder.parent
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
 
 
 async def in_thread(function: Any, *args: Any) -> Any:

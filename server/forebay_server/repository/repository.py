@@ -20,6 +20,7 @@ from forebay_server.repository.pool import ModelPool
 from forebay_server.repository.resolver import Resolver
 from forebay_server.repository.routing_table import RoutingTable
 from forebay_server.repository.state import RepositoryState
+from forebay_server.repository.uploads import remove_unfinished
 
 log = logging.getLogger("forebay.repository")
 
@@ -59,11 +60,14 @@ class ModelRepository:
         self.started = False
         #: Models, and versions, that were unloaded by name: no refresh loads them.
         self._stopped: set[str | tuple[str, int]] = set()
+        #: Models whose model.yaml has been asked for aliases: what was removed later stays so.
+        self._suggested: set[str] = set()
 
     async def start(self) -> None:
         """Read state and folders, load what is to be preloaded. A bad model hurts no other."""
+        await asyncio.to_thread(remove_unfinished, self.catalogue.root)
         await self.routing.load()
-        await self.refresh(first=True)
+        await self.refresh()
         gc.collect()
         gc.freeze()  # what was made at start lives as long as the server: no need to look at it again
         # Calls leave hardly a cycle behind; looking for them every 700 objects cost 3% of the time.
@@ -83,17 +87,15 @@ class ModelRepository:
             except Exception:
                 log.exception("refreshing the model repository failed")
 
-    async def refresh(self, first: bool = False) -> None:
+    async def refresh(self) -> None:
         """Read the folders anew; load versions that should serve and do not."""
-        await self.catalogue.read()
+        await self._read()
         # What a call has loaded since is not stopped any more.
         self._stopped -= {*self.pool.loaded, *(name for name, _ in self.pool.loaded)}
         for name, folder in self.catalogue.folders.items():
             config = self.catalogue.configs.get(name)
             if config is None or name in self._stopped:
                 continue
-            if first:
-                self.routing.suggest(name, config.aliases)
             serving = any(k[0] == name for k in self.pool.loaded)
             if not (config.execution.preload or serving):
                 continue
@@ -111,9 +113,17 @@ class ModelRepository:
         for name in {k[0] for k in self.pool.loaded} - set(self.catalogue.folders):
             await self.unload(name, None)
 
+    async def _read(self) -> None:
+        await self.catalogue.read()
+        self._suggested &= set(self.catalogue.folders)
+        for name, config in self.catalogue.configs.items():
+            if name not in self._suggested:
+                self._suggested.add(name)
+                self.routing.suggest(name, config.aliases)
+
     async def load(self, name: str, version: int | None) -> None:
         """Load a version, or what the policy says. Raises why it could not be loaded."""
-        await self.catalogue.read()
+        await self._read()
         folder = self.catalogue.folder(name)
         self._stopped.discard(name)
         if version:

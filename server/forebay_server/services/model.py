@@ -13,11 +13,11 @@ from forebay_server.core.call import Call
 from forebay_server.dataplane.registry import (
     ModelView,
     Registry,
-    VersionUpload,
     VersionView,
     in_thread,
 )
 from forebay_server.repository import ModelRepository
+from forebay_server.repository.uploads import VersionUpload
 from forebay_server.services.base import Service
 from forebay_server.services.paging import page, page_size
 
