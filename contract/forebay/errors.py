@@ -116,6 +116,11 @@ class InvalidArgument(ForebayError):
         text = message or "; ".join(f"{v.field}: {v.description}" for v in self.violations[:5])
         super().__init__(text, reason=reason, metadata=metadata)
 
+    @property
+    def description(self) -> str:
+        """What is wrong, without the paths: for whoever knows a better one."""
+        return "; ".join(v.description for v in self.violations[:5]) or self.message
+
     @classmethod
     def at(cls, path: str, description: str, **kwargs: str | None) -> InvalidArgument:
         """One violation at `path`."""

@@ -417,7 +417,7 @@ class Slot:
         for entry, fault in guilty:
             if isinstance(fault, InvalidArgument):
                 told: ForebayError = fault
-                reason = fault.message
+                reason = fault.description
             else:
                 log.error("an item failed on %s", self._intake.name, exc_info=fault)
                 told = Internal("the model failed on this input", reason="ITEM_FAILED")

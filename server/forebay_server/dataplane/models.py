@@ -254,7 +254,7 @@ def jobs_of(calls: Sequence[Call], make: Callable[[Call], T]) -> list[T]:
 def located(error: BaseException, path: str | None) -> ForebayError:
     """An engine's error as the caller sees it: with the path of the item that is to blame."""
     if isinstance(error, InvalidArgument) and path is not None:
-        return InvalidArgument.at(path, error.message, reason=error.reason)
+        return InvalidArgument.at(path, error.description, reason=error.reason)
     if isinstance(error, ForebayError):
         return error
     return Internal("the model failed on this input", reason="ITEM_FAILED")

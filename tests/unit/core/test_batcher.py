@@ -27,6 +27,7 @@ from forebay_server.core.interfaces import (
     Item,
     TokenInput,
 )
+from forebay_server.dataplane.models import located
 from forebay_server.engines.deterministic import DeterministicEngine
 
 BAD, KILLER, STUCK = 13, 666, 99
@@ -223,6 +224,11 @@ def test_an_input_that_the_engine_refuses_keeps_its_own_error(bench: Bench) -> N
     assert isinstance(end(bad), InvalidArgument)
     assert "must not hold 13" in str(bad.error())
     assert bad.failed_item == 1
+    again = send(client, item(BAD))  # it is known by now; the path is said once all the same
+    assert reason(again) == "ITEM_QUARANTINED"
+    for refused in (bad, again):
+        error = located(refused.error() or RuntimeError(), "texts[1]")
+        assert error.message == "texts[1]: must not hold 13"
 
 
 def test_when_all_items_of_a_batch_fail_none_is_quarantined(bench: Bench) -> None:
