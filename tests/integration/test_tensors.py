@@ -22,15 +22,22 @@ from tests.integration.test_inference import violations
 Floats = NDArray[np.float32]
 
 
-def write_model(root: Path, name: str, nodes: Sequence[Any], shape: Any, out: Any) -> None:
-    """A model from `x` of that shape to `y`, of floats."""
+def write_model(
+    root: Path,
+    name: str,
+    nodes: Sequence[Any],
+    shape: Any,
+    out: Any,
+    kind: int = TensorProto.FLOAT,
+) -> None:
+    """A model from `x` of that shape to `y`, of floats or of another kind."""
     folder = root / name / "1"
     folder.mkdir(parents=True)
     graph = helper.make_graph(
         nodes,
         name,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)],
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, out)],
     )
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), folder / "model.onnx")
@@ -41,6 +48,7 @@ def tensors(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
     root = tmp_path_factory.mktemp("tensors")
     same = [helper.make_node("Identity", ["x"], ["y"])]
     write_model(root, "same", same, ["rows", "columns"], ["rows", "columns"])
+    write_model(root, "words", same, ["rows", 2], ["rows", 2], TensorProto.STRING)
     # One number for all rows; one for each positive element, however many that are.
     mean = [helper.make_node("ReduceMean", ["x"], ["y"], keepdims=0)]
     write_model(root, "mean", mean, ["rows", 2], [])
@@ -97,6 +105,26 @@ def test_a_shape_that_no_array_has_is_refused_by_its_path(
 @pytest.mark.parametrize("raw", [True, False])
 def test_rows_without_columns_are_answered(tensors: Live, raw: bool) -> None:
     assert infer(tensors, request("same", np.zeros((2, 0), np.float32), raw=raw)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_string_that_is_not_utf8_is_refused_by_its_place(tensors: Live, raw: bool) -> None:
+    def ask(*values: bytes) -> oip.ModelInferResponse:
+        made = oip.ModelInferRequest(model_name="words")
+        tensor = made.inputs.add(name="x", datatype="BYTES", shape=[len(values) // 2, 2])
+        if raw:
+            parts = [len(v).to_bytes(4, "little") + v for v in values]
+            made.raw_input_contents.append(b"".join(parts))
+        else:
+            tensor.contents.bytes_contents.extend(values)
+        return oip_grpc.GRPCInferenceServiceStub(tensors.channel).ModelInfer(made, timeout=10)
+
+    word = "Größe".encode()
+    assert ask(b"a", word).raw_output_contents[0].endswith(word)
+    with pytest.raises(grpc.RpcError) as caught:
+        ask(b"a", word, b"c", b"\xff\xfe")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violations(caught.value) == {"inputs[0] element 3": "is not UTF-8"}
 
 
 def test_a_bad_shape_ends_its_own_call_alone(tensors: Live) -> None:

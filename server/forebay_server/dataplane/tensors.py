@@ -126,6 +126,27 @@ def check_against(
             )
 
 
+def decoded(
+    tensors: Mapping[str, NDArray[Any]], path: Callable[[str], str]
+) -> Mapping[str, NDArray[Any]]:
+    """The tensors with texts in place of byte strings, as models take them. Raises InvalidArgument
+    for the first element that is not UTF-8."""
+    if all(a.dtype != object for a in tensors.values()):
+        return tensors
+    return {k: _texts(a, path(k)) if a.dtype == object else a for k, a in tensors.items()}
+
+
+def _texts(array: NDArray[Any], path: str) -> NDArray[Any]:
+    texts: list[Any] = array.reshape(-1).tolist()
+    for i, value in enumerate(texts):
+        if isinstance(value, bytes):
+            try:
+                texts[i] = value.decode()
+            except UnicodeDecodeError:
+                raise InvalidArgument.at(f"{path} element {i}", "is not UTF-8") from None
+    return np.array(texts, object).reshape(array.shape)
+
+
 @dataclass(slots=True)
 class TensorJob:
     """One call's tensors. `done` gets the model's outputs by name."""
@@ -150,6 +171,7 @@ class TensorPipeline:
             spec = job.model.client.spec
             try:
                 check_against(spec.inputs, job.tensors, job.path)
+                job.tensors = decoded(job.tensors, job.path)
                 rows = _rows(job.tensors) if spec.batches else None
             except ForebayError as e:
                 job.call.fail(e)

@@ -77,7 +77,7 @@ def _plain(array: NDArray[Any]) -> NDArray[Any]:
     flat = array.reshape(-1).tolist()
     if bytes not in set(map(type, flat)):
         return array
-    plain = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in flat]
+    plain = [v.decode() if isinstance(v, bytes) else v for v in flat]
     return np.array(plain, object).reshape(array.shape)
 
 
