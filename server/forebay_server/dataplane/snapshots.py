@@ -52,16 +52,21 @@ class Snapshots:
         count = 0
         try:
             async with c.lock:
+                _check_there(c)
                 async for rows in self._collections.store.points_from(c.row.id, 0):
                     await asyncio.to_thread(_add, writer, rows)
                     count += len(rows)
             digest = await asyncio.to_thread(_seal, writer, temporary, path)
-        except BaseException:
+            async with c.lock:
+                _check_there(c)
+                row = SnapshotRow(name, count, path.stat().st_size, digest, time.time())
+                await self._collections.store.add_snapshot(c.row.id, row)
+        except BaseException as e:
             writer.close()
             temporary.unlink(missing_ok=True)
+            if isinstance(e, Exception):
+                _check_there(c)  # the files go with it
             raise
-        row = SnapshotRow(name, count, path.stat().st_size, digest, time.time())
-        await self._collections.store.add_snapshot(c.row.id, row)
         return row
 
     async def all(self, collection: str) -> list[SnapshotRow]:
@@ -100,6 +105,11 @@ class Snapshots:
         except BaseException:
             await self._collections.delete(hidden)
             raise
+
+
+def _check_there(c: OpenCollection) -> None:
+    if c.deleted:  # since it was looked up
+        raise NotFound("collection", c.name)
 
 
 def _remove_unknown(folder: Path, known: set[str]) -> None:

@@ -274,7 +274,10 @@ class KnowledgeBases:
             upload.id, base.row.id, upload.name, "", upload.size, digest, metadata, key_id,
             "queued", 0.0, "", "", [], 0, 0, 0, now, now,
         )  # fmt: skip
-        earlier = await self.store.add(row)
+        try:
+            earlier = await self.store.add(row)
+        except NotFound:
+            raise NotFound("knowledge base", base.name) from None
         return (row, False) if earlier is None else (earlier, True)
 
     async def document(self, base: Base, document: str) -> DocumentRow:

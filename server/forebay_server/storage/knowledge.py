@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import sqlalchemy as sa
-from forebay.errors import AlreadyExists
+from forebay.errors import AlreadyExists, NotFound
 from sqlalchemy.exc import IntegrityError
 
 from forebay_server.storage.database import Database
@@ -17,6 +17,8 @@ from forebay_server.storage.tables import knowledge_bases, knowledge_documents
 
 #: Statuses of documents whose work is not done.
 UNFINISHED = ("queued", "parsing", "embedding")
+#: Times that a document is stored whose duplicate is there when it comes and gone when it is looked for.
+ATTEMPTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +83,38 @@ class KnowledgeStore:
         """Remove a knowledge base and its documents' rows; gives their number."""
         d, b = knowledge_documents, knowledge_bases
         async with self._database.begin() as db:
-            gone = await db.execute(sa.delete(d).where(d.c.base_id == base_id))
+            # The base first: documents that are being added hold it, and those after them see it gone.
             await db.execute(sa.delete(b).where(b.c.id == base_id))
+            gone = await db.execute(sa.delete(d).where(d.c.base_id == base_id))
             return gone.rowcount
 
     async def add(self, row: DocumentRow) -> DocumentRow | None:
-        """Store a new document; when its content is there already, that document is given."""
+        """Store a new document; when its content is there already, that document is given.
+
+        Raises:
+            NotFound: its knowledge base is gone.
+        """
         values = {name: getattr(row, name) for name in DocumentRow.__slots__}
         values["metadata"] = orjson.dumps(row.metadata).decode()
         values["pages"] = orjson.dumps(row.pages).decode()
-        try:
-            async with self._database.begin() as db:
-                await db.execute(knowledge_documents.insert().values(values))
-            return None
-        except IntegrityError:
-            d = knowledge_documents
-            found = await self._select(d.c.base_id == row.base_id, d.c.sha256 == row.sha256)
-            return found[0] if found else None
+        b, d = knowledge_bases, knowledge_documents
+        # A row of a base that is being removed would stay for ever: the base's own is held meanwhile.
+        base = sa.select(b.c.name).where(b.c.id == row.base_id).with_for_update(read=True)
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                async with self._database.begin() as db:
+                    if (await db.execute(base)).first() is None:
+                        raise NotFound("knowledge base", str(row.base_id))
+                    await db.execute(d.insert().values(values))
+                return None
+            except IntegrityError:
+                same = await self._select(d.c.base_id == row.base_id, d.c.sha256 == row.sha256)
+                if same:
+                    return same[0]
+                if not left:
+                    raise
+                # Its duplicate has been removed meanwhile: there is room for this one.
+        raise AssertionError
 
     async def get(self, base_id: int, document: str) -> DocumentRow | None:
         """The document; None when there is none."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from forebay.errors import NotFound
 from forebay_server.dataplane.collections import Collections, NewPoint
+from forebay_server.dataplane.snapshots import Snapshots
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
 from forebay_server.knowledge.bases import Base, BaseConfig, KnowledgeBases
 from forebay_server.storage.collections import CollectionRow, CollectionStore
@@ -157,6 +158,56 @@ async def test_a_document_whose_caller_leaves_when_it_is_stored_is_worked_on(ben
     await bench.close()
     assert [r.id for r in queued] == [upload.id]
     assert upload.path.exists()
+
+
+class LateLook(KnowledgeStore):
+    """Whatever it looks for is removed just before."""
+
+    async def _select(self, *conditions: Any, **bounds: Any) -> list[DocumentRow]:
+        for row in await super()._select(*conditions, **bounds):
+            await self.delete(row.id)
+        return await super()._select(*conditions, **bounds)
+
+
+async def test_a_document_whose_duplicate_is_removed_meanwhile_is_stored(
+    database: Database, tmp_path: Path
+) -> None:
+    store = LateLook(database)
+    bases = KnowledgeBases(store, NOTHING, tmp_path)
+    base = Base(await store.create_base("b", "{}"), BaseConfig())
+    for _ in range(2):
+        upload = bases.upload(base, "a.txt")
+        upload.write(b"some words")
+        row, known = await bases.add(base, upload, {}, "")
+        assert not known
+        assert await store.ids(base.row.id) == [row.id] == [upload.id]
+
+
+async def test_an_upload_into_a_base_that_is_removed_is_refused(bench: Bench) -> None:
+    base = await bench.start()
+    upload = bench.bases.upload(base, "a.txt")
+    upload.write(b"some words")
+    await bench.bases.delete("b")
+    with pytest.raises(NotFound, match="'b'"):
+        await bench.bases.add(base, upload, {}, "")
+    assert not await bench.store.unfinished()
+    assert not upload.path.exists()
+
+
+async def test_a_collection_that_is_removed_meanwhile_leaves_no_snapshot(bench: Bench) -> None:
+    base = await bench.start()
+    collection = bench.collections.get(base.collection)
+    async with collection.lock:
+        removing = asyncio.create_task(bench.collections.delete(base.collection))
+        while not collection.lock._waiters:
+            await asyncio.sleep(0)
+        making = asyncio.create_task(Snapshots(bench.collections).make(base.collection))
+        while len(collection.lock._waiters) < 2:
+            await asyncio.sleep(0)
+    assert await removing == 0
+    with pytest.raises(NotFound):
+        await making
+    assert not await bench.collections.store.snapshots(collection.row.id)
 
 
 async def test_of_two_that_remove_a_base_one_is_told_that_there_is_none(bench: Bench) -> None:
