@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file with se
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of all state.")]
 GrpcPort = Annotated[int | None, typer.Option("--grpc-port", help="0 = any free port.")]
 HttpPort = Annotated[int | None, typer.Option("--http-port", help="0 = any free port.")]
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
 @app.command()
@@ -40,14 +42,20 @@ def up(
 
 
 @app.command()
-def serve(config: Config = None, home: Home = None, grpc_port: GrpcPort = None) -> None:
+def serve(
+    config: Config = None,
+    home: Home = None,
+    grpc_port: GrpcPort = None,
+    supervised: Supervised = False,
+) -> None:
     """Serve gRPC."""
     from forebay_cli import huge_pages
     from forebay_cli.serve import run
 
     huge_pages.ensure()
 
-    sys.exit(run(settings_of(config, serves=True, home=home, grpc__port=grpc_port).settings))
+    loaded = settings_of(config, serves=True, home=home, grpc__port=grpc_port)
+    sys.exit(run(loaded.settings, supervised))
 
 
 @app.command()
@@ -56,6 +64,7 @@ def gateway(
     http_port: HttpPort = None,
     upstream: Annotated[str | None, typer.Option(help="gRPC target, host:port.")] = None,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+    supervised: Supervised = False,
 ) -> None:
     """Serve HTTP: REST, Open Inference Protocol, OpenAI-compatible routes."""
     loaded = settings_of(config, serves=True, http__port=http_port, http__upstream=upstream)
@@ -64,6 +73,11 @@ def gateway(
         from forebay_cli.up import run_gateway
 
         run_gateway(settings, config)
+    if supervised:
+        from forebay_cli.supervised import listen
+
+        # It has no health of its own: /readyz passes on the server's.
+        listen(lambda: None, lambda: os.kill(os.getpid(), signal.SIGTERM))
     if worker:
         from forebay_cli.up import metrics_folder
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from forebay.settings import Settings
 
+from forebay_cli.supervised import listen
+
 if TYPE_CHECKING:
     from forebay_server.transport.http_port import HttpPort
 
@@ -38,8 +40,12 @@ def http_port(settings: Settings) -> HttpPort | None:
     )
 
 
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once."""
+def run(settings: Settings, supervised: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once.
+
+    Args:
+        supervised: drain when the supervisor is gone, too.
+    """
     from forebay_server.core.allocator import bound_arenas
 
     bound_arenas()  # before what follows starts threads
@@ -56,6 +62,11 @@ def run(settings: Settings) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         server = Server(settings, http_port(settings))
+        if supervised:
+            listen(
+                lambda: asyncio.run_coroutine_threadsafe(server.leave(), loop),
+                lambda: loop.call_soon_threadsafe(stop.set),
+            )
         starting = asyncio.create_task(server.start())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -3,6 +3,9 @@
 It is run by its path, `python -I -S supervise.py SPEC`, and uses the standard library alone: 6 MB
 stay resident, where `up` with its settings and command line held 32.
 
+A process's standard input is a pipe whose other end is here alone: a line on it says that the end
+is near (see supervised), and its end, that this process is gone, by kill -9 too.
+
 SPEC is JSON: `commands` (lists of arguments, in the order of their start; ended in reverse),
 `environment`, `patience_s` (from a signal to SIGKILL), `ready` (see `answers`), `said` (printed
 when `ready` answers), `since` (seconds of the monotonic clock), `remove` (a folder, at the end).
@@ -67,7 +70,9 @@ def main() -> int:
     environment = {**os.environ, **spec["environment"]}
     # Sessions of their own: the terminal's Ctrl-C reaches this process alone, which ends them in order.
     processes = [
-        subprocess.Popen(command, env=environment, start_new_session=True)
+        subprocess.Popen(
+            command, env=environment, start_new_session=True, stdin=subprocess.PIPE, bufsize=0
+        )
         for command in spec["commands"]
     ]
     said, status = False, 0

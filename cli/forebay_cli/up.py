@@ -36,7 +36,7 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     metrics_port = settings.observability.metrics_port or free_port()
     flags = ["--config", str(config)] if config else []
     folder, sockets = _sockets(settings)
-    commands = [[sys.executable, "-m", "forebay_cli", "serve", *flags]]
+    commands = [[sys.executable, "-m", "forebay_cli", "serve", "--supervised", *flags]]
     if settings.http.enabled:
         commands += gateways(settings, http_port, flags)
     url = f"http://{settings.http.host}:{http_port}"
@@ -111,7 +111,7 @@ def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
 
 def gateways(settings: Settings, port: int, flags: list[str]) -> list[list[str]]:
     """The commands of the gateway's workers."""
-    command = [sys.executable, "-m", "forebay_cli", "gateway", *flags]
+    command = [sys.executable, "-m", "forebay_cli", "gateway", "--supervised", *flags]
     if settings.http.workers == 1:
         return [command]
     folder = metrics_folder(settings, port)

@@ -262,9 +262,13 @@ class Server:
         """Until the server has stopped."""
         await self.lanes.wait()
 
+    async def leave(self) -> None:
+        """Say NOT_SERVING, for good, and serve on: balancers take their calls elsewhere meanwhile."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self) -> None:
         """Say NOT_SERVING, let running calls end, then close everything."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.leave()
         await self.lanes.stop()
         for task in self._background:
             task.cancel()

@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 import trustme
 from forebay_cli import huge_pages
 from forebay_cli.main import app
-from forebay_cli.up import free_port
+from forebay_cli.up import free_port, taken
 from prometheus_client.mmap_dict import MmapedDict
 from typer.testing import CliRunner
 
@@ -157,6 +158,28 @@ def test_its_gateway_and_commands_reach_a_server_on_ipv6(
         run = CliRunner().invoke(app, ["models", "list"])
     assert run.exit_code == 0, run.output
     assert run.output.startswith("iris@1")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_server_and_gateway_do_not_outlive_a_kill(
+    starters: Path, tmp_path: Path, workers: str
+) -> None:
+    port = free_port()
+    more = {"FOREBAY_GRPC_PORT": str(port), "FOREBAY_HTTP__WORKERS": workers}
+    with up(starters, tmp_path, **more) as (process, _):
+        parts = children(process.pid)
+        assert len(parts) == 1 + int(workers)
+        process.kill()
+        process.wait(10)
+        until(lambda: not any(alive(p) for p in parts))
+    assert not taken("127.0.0.1", port), "the next `forebay up` would refuse to start"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Path) -> None:
