@@ -25,6 +25,15 @@ import time
 
 READY_TIMEOUT_S = 300.0
 POLL_S = 0.1
+#: What tells a process that it will be ended soon: who balances is to send no more calls.
+LEAVE = b"leave\n"
+
+
+def tell(process: subprocess.Popen[bytes], line: bytes) -> None:
+    """Write to a process's standard input. One that has ended hears nothing."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.write(line)
 
 
 def end(process: subprocess.Popen[bytes], patience_s: float) -> int:
@@ -88,6 +97,9 @@ def main() -> int:
             print(f"forebay: a process ended with status {status}", file=sys.stderr, flush=True)
             break
         time.sleep(POLL_S)
+    # Health says NOT_SERVING from now on, and not only once the server's own turn has come.
+    for process in processes:
+        tell(process, LEAVE)
     # The gateway first, all its workers at once: their calls in flight need the server.
     for process in processes[1:]:
         if process.poll() is None:

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 import trustme
+from forebay.v1 import model_pb2, model_pb2_grpc
 from forebay_cli import huge_pages
 from forebay_cli.main import app
 from forebay_cli.up import free_port, taken
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.mmap_dict import MmapedDict
 from typer.testing import CliRunner
 
@@ -173,6 +176,34 @@ def test_server_and_gateway_do_not_outlive_a_kill(
         process.wait(10)
         until(lambda: not any(alive(p) for p in parts))
     assert not taken("127.0.0.1", port), "the next `forebay up` would refuse to start"
+
+
+def test_health_says_at_once_that_it_leaves_and_calls_are_answered_meanwhile(
+    starters: Path, tmp_path: Path
+) -> None:
+    """A stream through the gateway keeps that from its end, and the server serves until then."""
+    port = free_port()
+    more = {"FOREBAY_GRPC_PORT": str(port), "FOREBAY_GRPC__DRAIN_S": "30"}
+    with (
+        up(starters, tmp_path, **more) as (process, url),
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        models = model_pb2_grpc.ModelServiceStub(channel)
+        asked = health_pb2.HealthCheckRequest()
+
+        def status() -> int:
+            return health.Check(asked, timeout=5).status
+
+        assert status() == health_pb2.HealthCheckResponse.SERVING
+        with urllib.request.urlopen(f"{url}/api/v1/models:watch", timeout=30) as stream:
+            stream.readline()
+            process.terminate()
+            until(lambda: status() == health_pb2.HealthCheckResponse.NOT_SERVING)
+            answer = models.ListModels(model_pb2.ListModelsRequest(), timeout=5)
+            assert answer.models[0].name == "iris"
+            assert process.poll() is None
+        assert process.wait(60) == 0
 
 
 def until(condition: Callable[[], bool]) -> None:
