@@ -120,7 +120,7 @@ class Server:
                 if isinstance(x.client, GenerationClient)
             ]
         )
-        self.budgets = Budgets(self.keys.limits, self.ledger)
+        self.budgets = Budgets(self.keys.limits, self.ledger, loop=asyncio.get_running_loop())
         self._tracer = Tracer(s.observability.otlp_endpoint)
         limiter = self._limiter()
         self._admission = Admission(self.keys, limiter, self.budgets)

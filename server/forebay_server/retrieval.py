@@ -71,6 +71,7 @@ class Retrieval:
         def on_embedded(key_id: str, found: Embedded, items: int) -> None:
             used = (0, items, found.tokens, 0, 0, 0, 0.0, 0.0)
             ledger.record({(key_id, found.model, found.version): used})
+            budgets.spend(key_id, found.tokens)
 
         self._backends = backends(settings)
         store = CollectionStore(database)

@@ -19,6 +19,8 @@ from forebay.v1 import (
     key_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    rerank_pb2,
+    rerank_pb2_grpc,
     usage_pb2,
     usage_pb2_grpc,
 )
@@ -269,3 +271,49 @@ def test_concurrent_calls_with_one_idempotency_key_act_once(guarded: Live, admin
         t.join()
     assert len(set(ids)) == 1
     assert set(codes) <= {grpc.StatusCode.ABORTED}
+
+
+@pytest.mark.parametrize("method", ["embed", "classify", "rerank", "embed_stream"])
+def test_a_spent_budget_stops_calls_that_reserve_nothing(
+    guarded: Live, admin: str, method: str
+) -> None:
+    limits = key_pb2.KeyLimits(budget_tokens=10, budget_period=key_pb2.BUDGET_PERIOD_DAY)
+    number, secret = make_key(
+        guarded, admin, limits=limits, scopes=[key_pb2.KEY_SCOPE_INFER, key_pb2.KEY_SCOPE_READ]
+    )
+    embedding = embedding_pb2_grpc.EmbeddingServiceStub(guarded.channel)
+    ask, request = {
+        "embed": (embedding.Embed, EMBED),
+        "embed_stream": (
+            lambda r, metadata: list(embedding.EmbedStream(iter([r]), metadata=metadata)),
+            embedding_pb2.EmbedStreamRequest(request=EMBED),
+        ),
+        "classify": (
+            classification_pb2_grpc.ClassificationServiceStub(guarded.channel).Classify,
+            classification_pb2.ClassifyRequest(texts=["a"]),
+        ),
+        "rerank": (
+            rerank_pb2_grpc.RerankServiceStub(guarded.channel).Rerank,
+            rerank_pb2.RerankRequest(query="a", documents=["b"]),
+        ),
+    }[method]
+    usage = usage_pb2_grpc.UsageServiceStub(guarded.channel)
+    answered, refused = 0, None
+    while refused is None:
+        try:
+            ask(request, metadata=bearer(secret))
+            answered += 1
+            assert answered <= 10, "the budget stops nobody"
+            time.sleep(0.05)  # what was spent before is read after the first call
+        except grpc.RpcError as e:
+            refused = e
+    assert answered
+    assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "no tokens are left of 10" in str(refused.details())
+    assert 0 < retry_delay(refused) <= 86400
+    budget = usage.GetBudget(usage_pb2.GetBudgetRequest(key_id=number), metadata=bearer(secret))
+    assert budget.spent_tokens >= 10
+    # What takes no tokens goes on.
+    model_pb2_grpc.ModelServiceStub(guarded.channel).ListModels(
+        model_pb2.ListModelsRequest(), metadata=bearer(secret)
+    )

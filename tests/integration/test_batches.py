@@ -278,6 +278,12 @@ def test_usage_and_budgets_are_charged_once_and_batches_are_their_keys_own(
     assert now.spent_tokens == spent.usage.prompt_tokens + spent.usage.completion_tokens
     assert now.spent_tokens <= tokens // 2 and now.reserved_tokens == 0
 
+    _, small = key(Limits(budget_tokens=1, budget_period="total"))
+    texts = [pb.BatchItem(custom_id="e", embed={"model": "minilm-int8", "texts": ["a"]})]
+    assert until_ended(stub, batch(stub, texts, small).id, small).counts.completed == 1
+    (refused,) = results(stub, until_ended(stub, batch(stub, texts, small).id, small).id, small)
+    assert refused.error.reason == "BUDGET_SPENT"
+
     gone_id, gone = key()
     long = [chat(f"c{i}", f"Hi {i}", max_tokens=400, ignore_eos=True) for i in range(300)]
     lost = batch(stub, long, gone)

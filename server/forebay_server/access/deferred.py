@@ -13,7 +13,7 @@ from collections.abc import Callable
 from forebay.methods import Method
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from forebay_server.access.budgets import Budgets
+from forebay_server.access.budgets import SPENDING, Budgets
 from forebay_server.access.keys import KeyStore, require_scope
 from forebay_server.access.usage import UsageKey, UsageLedger
 from forebay_server.core.call import Call
@@ -50,6 +50,14 @@ class DeferredWork:
     def check(self, key_id: str) -> None:
         """Raise Unauthenticated when the key may no longer do anything."""
         self._keys.principal(key_id)
+
+    def admit(self, call: Call) -> None:
+        """Raise RateLimited when the call takes tokens and none are left of its key's budget."""
+        key_id = call.principal.key_id
+        limits = self._budgets.limits(key_id)
+        refusal = self._budgets.refusal(key_id, limits) if call.method.path in SPENDING else None
+        if refusal is not None:
+            raise refusal
 
     def settle(self, call: Call) -> None:
         """The work has ended: give back what its budget had reserved and not used."""

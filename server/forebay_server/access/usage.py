@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ class Counters:
             setattr(self, name, getattr(self, name) + value)
 
 
+_NOTHING = Counters()
+
+
 @dataclass(frozen=True, slots=True)
 class UsageRow:
     """Counters of one key, model, version, day (UTC, YYYY-MM-DD) and user of the key's owner."""
@@ -99,6 +102,7 @@ class UsageLedger:
         self._torn = False
         self._pending: list[Path] = []
         self._today = (0, "")
+        self._watched: dict[str, Counters] = {}
         self._write: Callable[[int, bytes], int] = os.write
 
     async def start(self) -> None:
@@ -120,6 +124,10 @@ class UsageLedger:
             # One write per record with O_APPEND: a kill leaves whole lines, or a torn last one.
             if not self._append(line):
                 self._keep(line)
+            elif self._watched:
+                for key, values in sums.items():
+                    if key[0] in self._watched:
+                        self._watched[key[0]].add(values)
 
     def _append(self, data: bytes) -> bool:
         """Write all of it, or False: then what is there of it is a torn line."""
@@ -192,19 +200,26 @@ class UsageLedger:
             Unavailable: the database is away. The records stay on disk for the next flush.
         """
         async with self._flushing:
+            await self._flush()
+
+    async def _flush(self, watched: str = "") -> Counters:
+        """As `flush`. What is in the database then of what was recorded of a watched key."""
+        with self._lock:
+            if self._unwritten:
+                self._write_waiting()
+            empty = os.fstat(self._file).st_size == 0
+            seen = replace(self._watched.get(watched, _NOTHING))
+        if not empty:
+            path, file = self._new()  # outside the lock: calls don't wait for this
             with self._lock:
-                if self._unwritten:
-                    self._write_waiting()
-                empty = os.fstat(self._file).st_size == 0
-            if not empty:
-                path, file = self._new()  # outside the lock: calls don't wait for this
-                with self._lock:
-                    old_file, old_path = self._file, self._path
-                    self._path, self._file = path, file
-                    self._torn = False
-                os.close(old_file)
-                self._pending.append(old_path)
-            await self._commit_pending()
+                old_file, old_path = self._file, self._path
+                self._path, self._file = path, file
+                self._torn = False
+                seen = replace(self._watched.get(watched, _NOTHING))
+            os.close(old_file)
+            self._pending.append(old_path)
+        await self._commit_pending()
+        return seen
 
     async def close(self) -> None:
         """Flush and close. What the database does not take now stays for the next start."""
@@ -219,6 +234,26 @@ class UsageLedger:
     async def total(self, key_id: str, from_day: str, to_day: str) -> Counters:
         """Sums of one key over days, inclusive."""
         await self.flush()
+        return await self._sum(key_id, from_day, to_day)
+
+    def watch(self, key_id: str) -> None:
+        """Add up what is recorded of a key from now on, until `unwatch`: see `spent`."""
+        with self._lock:
+            self._watched.setdefault(key_id, Counters())
+
+    def unwatch(self, key_id: str) -> None:
+        """End it."""
+        with self._lock:
+            self._watched.pop(key_id, None)
+
+    async def spent(self, key_id: str, from_day: str) -> tuple[Counters, Counters]:
+        """Sums of a watched key from a day on, and how much of that was recorded since `watch`: who
+        knows what else was spent meanwhile can tell what the sums lack."""
+        async with self._flushing:  # nothing more comes into the database meanwhile
+            seen = await self._flush(key_id)
+            return await self._sum(key_id, from_day, "9999-99-99"), seen
+
+    async def _sum(self, key_id: str, from_day: str, to_day: str) -> Counters:
         sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0) for name in COUNTERS]
         query = sa.select(*sums).where(
             usage.c.key_id == key_id, usage.c.day >= from_day, usage.c.day <= to_day

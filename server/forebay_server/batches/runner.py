@@ -297,6 +297,7 @@ class BatchRunner:
             call: Call | None = None
             try:
                 call = await self._executor.call(self._work, batch.row, item)
+                self._work.admit(call)
                 done = await self._executor.run(call, item)
                 code = "OK"
             except asyncio.CancelledError:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from forebay.errors import ForebayError
 
-from forebay_server.access.budgets import Budgets
+from forebay_server.access.budgets import SPENDING, Budgets
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.access.limits import Limiter
 from forebay_server.access.usage import UsageKey, UsageLedger
@@ -241,7 +241,7 @@ class Authentication:
 
 
 class Admission:
-    """The limits of keys."""
+    """The limits of keys, and of their budgets what the methods themselves do not see to."""
 
     def __init__(self, keys: KeyStore, limiter: Limiter, budgets: Budgets) -> None:
         self._keys = keys
@@ -256,7 +256,11 @@ class Admission:
                 by_key.setdefault(call.principal.key_id, []).append(call)
         for key_id, own in by_key.items():
             limits = self._keys.limits(key_id)
-            if limits is None or _without_budget(limits) == _NO_LIMITS:
+            if limits is None:
+                continue
+            if limits.budget_tokens is not None:
+                own = self._covered(key_id, limits, own)
+            if not own or _without_budget(limits) == _NO_LIMITS:
                 continue
             admitted = self._limiter.admit(key_id, limits, len(own))
             headers = tuple(admitted.standing.headers())
@@ -267,6 +271,16 @@ class Admission:
             for call in own[admitted.calls :]:
                 assert admitted.refusal is not None
                 call.fail(admitted.refusal)
+
+    def _covered(self, key_id: str, limits: Limits, calls: list[Call]) -> list[Call]:
+        """End the calls that take tokens where none are left; gives the others."""
+        spending = [c for c in calls if c.method.path in SPENDING]
+        refusal = self._budgets.refusal(key_id, limits) if spending else None
+        if refusal is None:
+            return calls
+        for call in spending:
+            call.fail(refusal)
+        return [c for c in calls if c.code is None]
 
     def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Give the permits back, and take what was used from the tokens' bucket."""

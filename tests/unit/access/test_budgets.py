@@ -23,12 +23,16 @@ class Ledger:
 
     def __init__(self, tokens: int = 0, cost: float = 0.0) -> None:
         self._counters = Counters(tokens=tokens, cost=cost)
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[str] = []
 
-    async def total(self, key_id: str, from_day: str, to_day: str) -> Counters:
-        self.asked.append((from_day, to_day))
+    def watch(self, key_id: str) -> None: ...
+
+    def unwatch(self, key_id: str) -> None: ...
+
+    async def spent(self, key_id: str, from_day: str) -> tuple[Counters, Counters]:
+        self.asked.append(from_day)
         await asyncio.sleep(0)  # others run while the database answers
-        return self._counters
+        return self._counters, Counters()
 
 
 def call(key_id: str = "k") -> Call:
