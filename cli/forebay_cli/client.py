@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import grpc
 import typer
+from forebay.channels import credentials, options
+from forebay.settings import Settings, SettingsError
 
-from forebay_cli.settings import settings_of
+from forebay_cli.settings import fail, settings_of
 
 
 @contextmanager
@@ -23,9 +25,21 @@ def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
     metadata = [("authorization", f"Bearer {key}")] if key else []
     target = settings.grpc.address
     try:
-        with grpc.insecure_channel(target) as open_channel:
+        with _open(settings, target) as open_channel:
             yield open_channel, metadata
     except grpc.RpcError as e:
         code, text = e.code(), e.details()
         typer.secho(f"forebay: {target}: {code.name}: {text}", fg="red", err=True)
         raise typer.Exit(1) from None
+
+
+def _open(settings: Settings, target: str) -> grpc.Channel:
+    # A certificate in the same settings is that of the server which is called.
+    secure = settings.client.secure or settings.grpc.tls_key is not None
+    if not secure or target.startswith("unix:"):
+        return grpc.insecure_channel(target)
+    try:
+        given = credentials(settings.client)
+    except SettingsError as e:
+        fail(str(e))
+    return grpc.secure_channel(target, given, options(settings.client))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from forebay.settings import SettingsError
 
-from forebay_cli.settings import settings_of
+from forebay_cli.settings import fail, settings_of
 
 # gRPC's fork handlers are for forks that go on in Python; ours start a program at once. gRPC looks
 # at it when it is imported.
@@ -85,7 +86,10 @@ def gateway(
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder(settings, settings.http.port))
     from forebay_gateway.serve import run
 
-    run(settings, worker)
+    try:
+        run(settings, worker)
+    except SettingsError as e:
+        fail(str(e))
 
 
 @app.command("config")

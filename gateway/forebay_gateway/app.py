@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from forebay.errors import ForebayError, NotFound, Unimplemented
 from forebay.methods import methods
-from forebay.settings import HttpSettings
+from forebay.settings import ClientSettings, HttpSettings
 from forebay.v1 import server_pb2
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
@@ -51,13 +51,20 @@ Metrics = Callable[[], Awaitable[bytes]]
 
 
 def create_app(
-    settings: HttpSettings, target: str, server_metrics: Metrics | None = None
+    settings: HttpSettings,
+    target: str,
+    server_metrics: Metrics | None = None,
+    client: ClientSettings | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
         target: host:port of the gRPC server.
         server_metrics: gives the gRPC server's exposition, which /metrics puts behind its own.
+        client: how to call that server by TLS; None = in the clear.
+
+    Raises:
+        SettingsError: a file of TLS cannot be read.
     """
 
     @contextlib.asynccontextmanager
@@ -73,7 +80,7 @@ def create_app(
         lifespan=lifespan,
     )
     upstream = Upstream(
-        target, settings.timeout_s, settings.max_body_bytes, settings.max_upload_bytes
+        target, settings.timeout_s, settings.max_body_bytes, settings.max_upload_bytes, client
     )
     registry = CollectorRegistry()
     routes = [*rest.routes(upstream), *connect.routes(upstream)]

@@ -20,6 +20,9 @@ def run(settings: Settings, shared: bool = False) -> None:
 
     Args:
         shared: other workers listen on the same port; the kernel gives each its share of connections.
+
+    Raises:
+        SettingsError: a file of TLS cannot be read.
     """
     http = settings.http
     target = http.upstream or settings.grpc.address
@@ -28,7 +31,10 @@ def run(settings: Settings, shared: bool = False) -> None:
         # Whether one of several workers is ready says nothing of the others: a channel that was refused
         # once waits before it tries again, and its worker would answer 503 meanwhile.
         _wait_for(settings.grpc.host.strip("[]"), settings.grpc.port)
-    app = create_app(http, target, scraper(port) if port > 0 else None)
+    # Without an upstream it is this machine's server, whose settings are these. Sockets are in the clear.
+    secure = settings.client.secure if http.upstream else settings.grpc.tls_key is not None
+    client = settings.client if secure and not target.startswith("unix:") else None
+    app = create_app(http, target, scraper(port) if port > 0 else None, client)
     config = uvicorn.Config(
         app,
         http=Http1,

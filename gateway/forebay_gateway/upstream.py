@@ -9,8 +9,10 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
+from forebay import channels
 from forebay.errors import InvalidArgument, TooLarge
 from forebay.methods import Method
+from forebay.settings import ClientSettings
 from grpc import aio
 from grpc._cython import cygrpc
 from starlette.datastructures import FormData, Headers
@@ -46,11 +48,22 @@ class Upstream:
         timeout_s: deadline of calls whose caller names none.
         max_body_bytes: bound of request bodies.
         max_upload_bytes: bound of multipart forms, which go to disk.
+        client: how to call by TLS; None = in the clear.
+
+    Raises:
+        SettingsError: a file of TLS cannot be read.
     """
 
     def __init__(
-        self, target: str, timeout_s: float, max_body_bytes: int, max_upload_bytes: int
+        self,
+        target: str,
+        timeout_s: float,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        client: ClientSettings | None = None,
     ) -> None:
+        self._credentials = channels.credentials(client) if client is not None else None
+        self._options = channels.options(client) if client is not None else []
         self._timeout_s = timeout_s
         self._max_body = max_body_bytes
         self._max_upload = max_upload_bytes
@@ -62,17 +75,19 @@ class Upstream:
     def channel(self) -> aio.Channel:
         """The channel, made at first use: it belongs to the event loop that serves."""
         if self._channel is None:
-            self._channel = aio.insecure_channel(
-                self._target,
-                options=[
-                    ("grpc.max_receive_message_length", -1),
-                    ("grpc.max_send_message_length", -1),
-                    ("grpc.initial_reconnect_backoff_ms", 100),
-                    ("grpc.max_reconnect_backoff_ms", 1000),
-                    # A name with several addresses is a pool: calls spread over all of it.
-                    ("grpc.lb_policy_name", "round_robin"),
-                ],
-            )
+            options = [
+                *self._options,
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                # A name with several addresses is a pool: calls spread over all of it.
+                ("grpc.lb_policy_name", "round_robin"),
+            ]
+            if self._credentials is None:
+                self._channel = aio.insecure_channel(self._target, options)
+            else:
+                self._channel = aio.secure_channel(self._target, self._credentials, options)
         return self._channel
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ are passed over.
 from forebay.settings.sections import (
     AuthSettings,
     BatchSettings,
+    ClientSettings,
     FileSettings,
     GenerationSettings,
     GrpcSettings,
@@ -31,6 +32,7 @@ from forebay.settings.sources import Loaded, load_settings
 __all__ = [
     "AuthSettings",
     "BatchSettings",
+    "ClientSettings",
     "FileSettings",
     "GenerationSettings",
     "GrpcSettings",

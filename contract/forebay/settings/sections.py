@@ -126,6 +126,33 @@ class HttpSettings(Section):
     )
 
 
+class ClientSettings(Section):
+    """How commands, and a gateway with `http.upstream`, call a gRPC server."""
+
+    tls: bool = Field(default=False, description="call by TLS; the files below imply it")
+    tls_ca: Path | None = Field(
+        default=None, description="who vouches for the server; default: whom gRPC's library trusts"
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="for servers with grpc.tls_client_ca"
+    )
+    tls_key: Path | None = None
+    tls_name: str = Field(
+        default="", description="name in the server's certificate, where its address has another"
+    )
+
+    @property
+    def secure(self) -> bool:
+        """Whether servers are called by TLS."""
+        return self.tls or self.tls_ca is not None or self.tls_key is not None
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> ClientSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; one of them is missing")
+        return self
+
+
 class ModelSettings(Section):
     """The model repository."""
 
@@ -275,6 +302,7 @@ class Settings(Section):
     data: Path | None = Field(default=None, description="folder with data for the starter models")
     grpc: GrpcSettings = GrpcSettings()
     http: HttpSettings = HttpSettings()
+    client: ClientSettings = ClientSettings()
     models: ModelSettings = ModelSettings()
     generation: GenerationSettings = GenerationSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()

@@ -115,6 +115,7 @@ def test_text_stays_text_and_lists_are_yaml() -> None:
         ({"FOREBAY_NONSENSE": "1"}, ["FOREBAY_NONSENSE"]),
         ({"FOREBAY_GRPC__TLS_KEY": "/k"}, ["FOREBAY_GRPC__TLS_KEY", "tls_certificate"]),
         ({"FOREBAY_GRPC__TLS_CLIENT_CA": "/c"}, ["tls_client_ca", "tls_key"]),
+        ({"FOREBAY_CLIENT__TLS_KEY": "/k"}, ["FOREBAY_CLIENT__TLS_KEY", "tls_certificate"]),
     ],
 )
 def test_a_wrong_variable_is_named(environ: dict[str, str], words: list[str]) -> None:
