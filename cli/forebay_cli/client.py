@@ -22,6 +22,8 @@ def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
     """
     settings = settings_of().settings
     key = os.environ.get("FOREBAY_KEY", "")
+    if not (key.isascii() and key.isprintable()):
+        fail("FOREBAY_KEY is no key: a key is one line of ASCII characters")
     metadata = [("authorization", f"Bearer {key}")] if key else []
     target = settings.grpc.address
     try:

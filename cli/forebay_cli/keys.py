@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from forebay.settings import SettingsError
 
-from forebay_cli.settings import settings_of
+from forebay_cli.settings import fail, settings_of
 
 app = typer.Typer(no_args_is_help=True)
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
 
 
 def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> Any:
+    from forebay.errors import Unavailable
     from forebay_server.access.keys import KeyStore
-    from forebay_server.storage.database import Database
+    from forebay_server.storage.database import Database, SchemaError
 
     settings = settings_of(config).settings
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as e:
+        fail(f"home is {str(settings.home)!r}, which is no folder that can be used: {e.strerror}")
 
     async def run() -> Any:
         database = await Database.open(settings.database_url)
@@ -31,7 +36,10 @@ def _with_store(config: Path | None, work: Callable[[Any], Awaitable[Any]]) -> A
         finally:
             await database.close()
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except (OSError, SettingsError, SchemaError, Unavailable) as e:
+        fail(str(e))
 
 
 @app.command()

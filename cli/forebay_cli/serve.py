@@ -7,7 +7,8 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
-from forebay.settings import Settings
+from forebay.errors import ForebayError
+from forebay.settings import Settings, SettingsError
 
 from forebay_cli.supervised import listen
 
@@ -52,6 +53,7 @@ def run(settings: Settings, supervised: bool = False) -> int:
     import uvloop
     from forebay_server.app import Server
     from forebay_server.observability.logs import configure
+    from forebay_server.storage.database import SchemaError
 
     o = settings.observability
     listener = configure(o.log_format, o.log_level, o.access_log)
@@ -75,7 +77,7 @@ def run(settings: Settings, supervised: bool = False) -> int:
             return 0
         try:
             await starting
-        except OSError as e:
+        except (OSError, SettingsError, SchemaError, ForebayError) as e:
             log.error("%s", e)
             return 1
         await stopping

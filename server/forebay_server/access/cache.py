@@ -15,6 +15,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from forebay_server.access.shared import connect
+
 log = logging.getLogger("forebay.access")
 
 #: What an entry costs beside its value: key, dictionary slot, object headers. Measured.
@@ -106,9 +108,9 @@ class RedisCache:
         clock: Callable[[], float] = time.monotonic,
         bypassed: Callable[[], None] = lambda: None,
     ) -> None:
+        self._redis: Any = connect(url, 0.1)
         import redis
 
-        self._redis: Any = redis.Redis.from_url(url, socket_timeout=0.1, socket_connect_timeout=0.1)
         self._error = redis.RedisError
         self._ttl = ttl_s
         self._observe = observe

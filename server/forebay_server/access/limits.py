@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from forebay.errors import QuotaViolation, RateLimited
 
 from forebay_server.access.keys import Limits
+from forebay_server.access.shared import connect
 
 log = logging.getLogger("forebay.access")
 
@@ -295,13 +296,11 @@ class RedisLimiter:
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[], None] = lambda: None,
     ) -> None:
+        self._redis: Any = connect(url, 0.25)
         import redis
 
         self._clock = clock
         self._observe = observe
-        self._redis: Any = redis.Redis.from_url(
-            url, socket_timeout=0.25, socket_connect_timeout=0.25
-        )
         self._admit = self._redis.register_script(_ADMIT)
         self._release = self._redis.register_script(_RELEASE)
         self._error = redis.RedisError

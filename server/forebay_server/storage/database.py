@@ -8,6 +8,7 @@ one waits for the other.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from forebay.errors import Unavailable
+from forebay.settings import SettingsError
 from sqlalchemy import event
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -24,6 +26,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 HEAD = "0004_doors"
 #: PostgreSQL's advisory lock that holds migrations apart. Any fixed number will do.
 MIGRATION_LOCK = 0x464F5245
+_URLS = "allowed are sqlite+aiosqlite:///PATH and postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
 
 
 class SchemaError(Exception):
@@ -42,8 +45,10 @@ class Database:
 
         Raises:
             SchemaError: a newer server has migrated it further.
+            SettingsError: the URL is of no database that can be used here.
+            OSError: the database cannot be reached, or not be used.
         """
-        engine = create_async_engine(url)
+        engine = _engine(url)
         if engine.dialect.name == "sqlite":
             event.listen(engine.sync_engine, "connect", _sqlite_pragmas)
             event.listen(engine.sync_engine, "begin", _sqlite_begin)
@@ -53,8 +58,14 @@ class Database:
                     lock = sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK))
                     await connection.execute(lock)
                 await connection.run_sync(_migrate)
-        except SchemaError:
+        except DBAPIError as e:
             await engine.dispose()
+            await asyncio.sleep(0.05)  # SQLite's driver has a thread that ends by this loop
+            raise OSError(f"the database cannot be used: {e.orig}") from None
+        except Exception as e:
+            await engine.dispose()
+            if type(e).__module__.startswith("asyncpg."):  # what it says while it connects
+                raise OSError(f"the database cannot be used: {e}") from None
             raise
         return cls(engine)
 
@@ -84,6 +95,19 @@ class Database:
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
+
+
+def _engine(url: str) -> AsyncEngine:
+    """The engine for a URL, of which no error shows anything: it may hold a password."""
+    try:
+        return create_async_engine(url)
+    except ModuleNotFoundError as e:
+        extra = " (install the extra `postgres`)" if e.name == "asyncpg" else ""
+        raise SettingsError(
+            f"storage.database needs the driver {e.name}, which is not installed{extra}; {_URLS}"
+        ) from None
+    except (SQLAlchemyError, ValueError):  # ValueError: a port that is no number
+        raise SettingsError(f"storage.database is no URL of a database; {_URLS}") from None
 
 
 @contextmanager
