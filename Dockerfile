@@ -11,7 +11,7 @@ COPY gateway gateway
 COPY exporters exporters
 COPY cli cli
 RUN uv venv /opt/forebay \
- && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[up,redis,otel]" pip
+ && uv pip install --no-cache --python /opt/forebay/bin/python -c constraints.txt ".[up,postgres,redis,otel]" pip
 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 forebay
@@ -20,7 +20,8 @@ ENV PATH=/opt/forebay/bin:$PATH \
     FOREBAY_HOME=/data \
     FOREBAY_GRPC__HOST=0.0.0.0 \
     FOREBAY_HTTP__HOST=0.0.0.0
-RUN mkdir /data && chown forebay /data
+# With the models' folder: a new volume that is mounted there takes its owner over.
+RUN mkdir -p /data/models && chown -R forebay /data
 # By number: Kubernetes' runAsNonRoot cannot see that a name is not root's.
 USER 10001
 VOLUME /data

@@ -65,6 +65,15 @@ def test_extras_are_known(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_the_images_have_what_deploy_needs(name: str) -> None:
+    """Databases and caches that replicas share."""
+    installed = next(w for words in steps(name, "uv pip install") for w in words if "[" in w)
+    assert {"postgres", "redis"} <= set(installed[2:-1].split(","))
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^asyncpg==", pinned, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_it_does_not_run_as_root(name: str) -> None:
     users = [a for i, a in instructions(name) if i == "USER"]
     assert users and users[-1].isdigit() and int(users[-1]) > 0
@@ -109,7 +118,9 @@ def test_the_cpu_images_install_gives_a_command_that_runs(tmp_path: Path) -> Non
             text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    imports = "import openvino, faiss, onnxruntime, forebay_gateway, forebay_exporters.starters"
+    imports = (
+        "import asyncpg, openvino, faiss, onnxruntime, forebay_gateway, forebay_exporters.starters"
+    )
     python = [str(target / "bin" / "python"), "-c", imports]
     done = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

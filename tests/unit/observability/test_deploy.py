@@ -130,6 +130,30 @@ def test_compose_mounts_files_that_are_there() -> None:
             assert name in services
 
 
+def test_one_replica_writes_models_and_into_no_folder_that_docker_made_as_root() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
+    mounts = {
+        name: next(v for v in service["volumes"] if ":/data/models" in v)
+        for name, service in compose["services"].items()
+        if name.startswith("forebay-")
+    }
+    writers = [name for name, mount in mounts.items() if not mount.endswith(":ro")]
+    assert len(mounts) == 2 and writers == ["forebay-0"]
+    readers = compose["services"]["forebay-1"]
+    assert readers["environment"]["FOREBAY_MODELS__STARTERS"] == "false"
+    assert readers["environment"].items() >= compose["x-forebay"]["environment"].items()
+    # A volume that is new takes over its owner from the image.
+    assert {re.sub(r".*:-(\w+)}.*", r"\1", mount) for mount in mounts.values()} == {"models"}
+    assert "models" in compose["volumes"]
+    image = (DEPLOY.parent / "Dockerfile").read_text()
+    assert "mkdir -p /data/models && chown -R forebay /data" in image
+
+
+def test_nginx_bounds_no_upload_that_forebay_takes() -> None:
+    text = (DEPLOY / "nginx/nginx.conf").read_text()
+    assert re.search(r"client_max_body_size\s+0;", text)
+
+
 def test_whoever_stops_a_replica_waits_for_gateway_and_server_to_drain() -> None:
     """One after the other, each for grpc.drain_s; what is killed before loses calls."""
     pod = yaml.safe_load((DEPLOY / "kubernetes/base/deployment.yaml").read_text())
