@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import importlib.util
 import socket
 import ssl
@@ -179,6 +180,35 @@ def test_lengths_that_are_said_keep_nobody_out(hardened: Live) -> None:
     with grpc.insecure_channel(hardened.target) as channel:
         assert channel.unary_unary(EMBED)(GOOD, timeout=5)
     client.socket.close()
+    while hardened.server.lanes.stats()["held_bytes"]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_messages_that_unpack_to_much_hold_nobody_up(hardened: Live) -> None:
+    """15 KB become 15 MB each, and are refused for it. What came after them need not wait for all."""
+    client = Client(hardened)
+    for _ in client.events():  # until the server's windows are known
+        if client.h2.outbound_flow_control_window >= 1 << 20:
+            break
+    bomb = framed(gzip.compress(bytes(15_000_000), mtime=0), flag=1)
+    bombs = range(1, 41, 2)
+    for stream in bombs:
+        client.h2.send_headers(stream, client.headers(("grpc-encoding", "gzip")))
+        client.h2.send_data(stream, bomb, end_stream=True)
+    client.h2.send_headers(41, client.headers())
+    client.h2.send_data(41, framed(GOOD), end_stream=True)
+    client.flush()
+    ended: list[int] = []
+    for event in client.events(20):
+        if isinstance(event, h2.events.StreamEnded):
+            ended.append(event.stream_id or 0)
+            if len(ended) == len(bombs) + 1:
+                break
+    assert sorted(ended) == [*bombs, 41]
+    assert ended.index(41) < len(bombs) / 2
+    client.socket.close()
+    until = time.monotonic() + 5
     while hardened.server.lanes.stats()["held_bytes"]:
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -19,6 +19,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{oneshot, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::call::{Call, Caller, Outcome};
@@ -34,6 +35,9 @@ use crate::stream::{LATE_GRACE, Stream};
 
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Compressed messages that turn out to be longer are unpacked on a thread that no others wait for: they
+/// may be a thousand times as long as they look.
+const UNPACKED_HERE: usize = 64 << 10;
 /// Answers that one stream may have unsent.
 const SEND_BUFFER: usize = 1 << 20;
 
@@ -233,7 +237,6 @@ async fn receive(
     let gzip = metadata::is_gzip(headers);
     let mut receiver = Receiver::new(limit, gzip);
     let mut room = shared.inbox.room();
-    let overload = || shared.config.overload.clone();
     loop {
         let next = poll_fn(|c| Pin::new(&mut body).poll_frame(c)).await;
         let Some(frame) = next else { break };
@@ -244,13 +247,26 @@ async fn receive(
         let size = piece.len();
         receiver.push(piece)?;
         if !room.grow(size, receiver.expected()) {
-            return Err(overload());
+            return Err(shared.config.overload.clone());
         }
     }
-    let message = receiver.finish()?;
+    if !receiver.is_packed() {
+        return Ok((receiver.finish()?, room));
+    }
+    let message = if let Some(short) = receiver.short(UNPACKED_HERE) {
+        short
+    } else {
+        let turn = shared.unpacking.clone().acquire_owned().await;
+        let gone = |_| Refusal::new(Code::Unavailable, "the server is shutting down");
+        // Its turn and its room last until it is done, also when nobody waits for it any more.
+        let unpack = move || (receiver.finish(), room, turn);
+        let (message, own, _) = spawn_blocking(unpack).await.map_err(gone)?;
+        room = own;
+        message?
+    };
     // What compression hid counts too.
-    if gzip && !room.grow(message.len(), 0) {
-        return Err(overload());
+    if !room.grow(message.len(), 0) {
+        return Err(shared.config.overload.clone());
     }
     Ok((message, room))
 }

@@ -43,16 +43,35 @@ impl Receiver {
             }
             self.head.put(piece);
         }
-        self.check(self.whole.as_deref().unwrap_or(&self.head))
+        self.check(self.body())
     }
 
     /// Bytes of the whole body; 0 before its prefix has come.
     pub fn expected(&self) -> usize {
-        let body = self.whole.as_deref().unwrap_or(&self.head);
+        let body = self.body();
         if body.len() < PREFIX {
             return 0;
         }
         PREFIX + length_of(body)
+    }
+
+    /// Whether the message is compressed, in a way that is known here.
+    pub fn is_packed(&self) -> bool {
+        self.gzip && self.body().first() == Some(&1)
+    }
+
+    /// A compressed message, when the body has ended, if it has no more than `most` bytes. Else `finish`
+    /// says what it is, and may take long.
+    pub fn short(&self, most: usize) -> Option<Bytes> {
+        let body = self.body();
+        if !self.is_packed() || body.len() < PREFIX || body.len() != PREFIX + length_of(body) {
+            return None;
+        }
+        gunzip(&body[PREFIX..], most.min(self.limit)).ok()
+    }
+
+    fn body(&self) -> &[u8] {
+        self.whole.as_deref().unwrap_or(&self.head)
     }
 
     fn check(&self, body: &[u8]) -> Result<(), Refusal> {
@@ -217,6 +236,25 @@ mod tests {
         assert_eq!(bomb.code, Code::ResourceExhausted);
         let broken = receive(&[framed(1, b"no gzip")], 100, true).unwrap_err();
         assert_eq!(broken.code, Code::InvalidArgument);
+    }
+
+    #[test]
+    fn what_unpacks_to_little_is_told_from_what_may_take_long() {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(&[7; 1000]).unwrap();
+        let body = framed(1, &encoder.finish().unwrap());
+        let short = |body: &Bytes, most, gzip| {
+            let mut receiver = Receiver::new(1 << 20, gzip);
+            receiver.push(body.clone()).unwrap();
+            receiver.short(most)
+        };
+        assert_eq!(short(&body, 1000, true).unwrap().len(), 1000);
+        assert!(short(&body, 999, true).is_none());
+        assert!(short(&body, 1000, false).is_none());
+        for end in 0..body.len() {
+            assert!(short(&body.slice(..end), 1000, true).is_none());
+        }
+        assert!(short(&framed(0, &[7; 1000]), 1000, true).is_none());
     }
 
     #[test]

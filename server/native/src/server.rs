@@ -70,6 +70,9 @@ pub struct Shared {
     pub shed: Shed,
     /// Calls that were refused here because too much waits, by method, then by route of HTTP, since
     /// somebody asked.
+    /// The right to unpack a message that may be long: at a time, as many are as the transport has
+    /// threads.
+    pub unpacking: Arc<Semaphore>,
     pub refusals: Vec<AtomicUsize>,
     pub connections: AtomicUsize,
     pub refused_connections: AtomicUsize,
@@ -171,6 +174,7 @@ impl Server {
             shed: Shed::new(methods.iter().map(|m| m.fields.clone()).collect()),
             inbox: Arc::new(Inbox::new(config.bounds)),
             connections: AtomicUsize::new(0),
+            unpacking: Arc::new(Semaphore::new(threads)),
             refused_connections: AtomicUsize::new(0),
             tls: RwLock::new(tls),
             config,
