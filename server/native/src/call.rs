@@ -10,6 +10,7 @@ use http::{HeaderMap, StatusCode};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::inbox::Room;
 use crate::metadata;
 
 /// How a call ends.
@@ -106,6 +107,8 @@ pub struct Call {
     /// Whatever Python wants to find again when it hears that the call is gone.
     pub owner: Mutex<Option<Box<dyn Any + Send>>>,
     state: AtomicU8,
+    /// The room of its message, where nobody else keeps it.
+    room: Mutex<Option<Room>>,
     answer: Mutex<Option<Back>>,
     /// Bytes of its stream that nobody has read yet.
     unread: AtomicUsize,
@@ -161,6 +164,7 @@ impl Call {
             deadline,
             owner: Mutex::new(None),
             state: AtomicU8::new(WAITING),
+            room: Mutex::new(None),
             answer: Mutex::new(Some(back)),
             unread: AtomicUsize::new(0),
             behind: AtomicBool::new(false),
@@ -214,6 +218,11 @@ impl Call {
     /// The client leaves. False when Python has taken the call, and has to be told.
     pub(crate) fn abandon(&self) -> bool {
         self.leaves_waiting(DROPPED)
+    }
+
+    /// Keeps the room of its message for as long as there is the message.
+    pub(crate) fn keep(&self, room: Option<Room>) {
+        *self.room.lock() = room;
     }
 
     fn leaves_waiting(&self, to: u8) -> bool {

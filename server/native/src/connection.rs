@@ -25,7 +25,7 @@ use tokio::time::{sleep, timeout, timeout_at};
 use crate::call::{Call, Caller, Outcome};
 use crate::cork::Cork;
 use crate::frame::Receiver;
-use crate::inbox::{Gone, Inbox, Room};
+use crate::inbox::{Inbox, Room};
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal, streamed};
@@ -202,7 +202,7 @@ async fn fast(
     if !shared.inbox.put(call.clone()) {
         return Err(shared.config.overload.clone());
     }
-    let leaving = Leaving::new(&shared.inbox, &call);
+    let leaving = Leaving::new(&shared.inbox, &call, room);
     let outcome = wait(outcome, deadline, &leaving).await;
     drop(leaving);
     outcome.map(answer)
@@ -221,7 +221,7 @@ pub async fn wait(
     if let Ok(outcome) = timeout_at(deadline.into(), &mut answer).await {
         return outcome.map_err(gone);
     }
-    leaving.inbox.leave(leaving.call, Gone::Late);
+    leaving.inbox.late(leaving.call);
     match timeout(LATE_GRACE, answer).await {
         Ok(outcome) => outcome.map_err(gone),
         Err(_) => Err(Refusal::new(Code::DeadlineExceeded, "the deadline passed")),
@@ -278,14 +278,19 @@ pub struct Leaving<'a> {
 }
 
 impl<'a> Leaving<'a> {
-    pub fn new(inbox: &'a Inbox, call: &'a Arc<Call>) -> Self {
-        Self { inbox, call }
+    pub fn new(inbox: &'a Inbox, call: &'a Arc<Call>, room: Room) -> Self {
+        Self {
+            inbox,
+            call,
+            room: Some(room),
+        }
     }
 }
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        self.inbox.leave(self.call, Gone::Cancelled);
+        self.inbox.leave(self.call, self.room.take());
+    room: Option<Room>,
     }
 }
 

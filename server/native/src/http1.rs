@@ -300,13 +300,13 @@ impl Direct {
         let body = request.into_body();
         let receiving = receive(body, shared, config.max_body_bytes);
         let received = timeout(shared.config.receive_timeout, receiving).await;
-        let (message, _room) = received.map_err(|_| Code::DeadlineExceeded as u8)??;
+        let (message, room) = received.map_err(|_| Code::DeadlineExceeded as u8)??;
         let method = u32::try_from(method).unwrap_or(u32::MAX);
         let (call, outcome) = Call::new(method, message, self.caller, deadline, self.places);
         if !shared.inbox.put(call.clone()) {
             return Err(Code::ResourceExhausted as u8);
         }
-        let leaving = Leaving::new(&shared.inbox, &call);
+        let leaving = Leaving::new(&shared.inbox, &call, room);
         let outcome = wait(outcome, deadline, &leaving).await;
         outcome.map_err(|refusal| refusal.code as u8)
     }

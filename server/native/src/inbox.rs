@@ -92,16 +92,29 @@ impl Inbox {
         true
     }
 
-    /// Says that nobody waits for this call's answer, or that it is late.
-    pub fn leave(&self, call: &Arc<Call>, why: Gone) {
-        if call.answered() {
-            return;
+    /// Says that this call's deadline has passed.
+    pub fn late(&self, call: &Arc<Call>) {
+        if !call.answered() {
+            self.tell(call, Gone::Late);
         }
-        if why == Gone::Cancelled && call.abandon() {
+    }
+
+    /// Says that nobody waits for this call's answer. `room`: of its message.
+    pub fn leave(&self, call: &Arc<Call>, room: Option<Room>) {
+        if !call.answered() && !self.abandon(call, room) {
+            self.tell(call, Gone::Cancelled);
+        }
+    }
+
+    /// Keeps a call from Python. Its message is there until Python would have taken it, and so long it
+    /// has its room. False when Python has taken the call, and may answer it.
+    pub fn abandon(&self, call: &Arc<Call>, room: Option<Room>) -> bool {
+        let left = call.abandon();
+        if left {
             self.abandoned.fetch_add(1, Ordering::Relaxed);
-            return;
+            call.keep(room);
         }
-        self.tell(call, why);
+        left
     }
 
     /// So many bytes of a call's stream have left.
@@ -258,13 +271,27 @@ mod tests {
         let (early, _e) = call();
         let (late, _l) = call();
         inbox.put(early.clone());
-        inbox.leave(&early, Gone::Cancelled);
+        inbox.leave(&early, None);
         inbox.put(late.clone());
         let (taken, gone) = inbox.take(9, Duration::ZERO);
         assert!(taken.len() == 1 && Arc::ptr_eq(&taken[0], &late) && gone.is_empty());
-        inbox.leave(&late, Gone::Cancelled);
+        inbox.leave(&late, None);
         let (taken, gone) = inbox.take(9, Duration::ZERO);
         assert!(taken.is_empty() && gone.len() == 1 && gone[0].1 == Gone::Cancelled);
+    }
+
+    #[test]
+    fn the_message_of_a_call_that_was_left_has_its_room_while_it_waits() {
+        let inbox = inbox(9);
+        let (call, answer) = call();
+        let mut room = inbox.room();
+        assert!(room.grow(60, 60) && inbox.put(call.clone()));
+        inbox.leave(&call, Some(room));
+        drop((call, answer));
+        assert_eq!(inbox.held(), 60);
+        assert!(!inbox.room().grow(60, 60));
+        assert!(inbox.take(9, Duration::ZERO).0.is_empty());
+        assert_eq!(inbox.held(), 0);
     }
 
     #[test]
@@ -272,7 +299,7 @@ mod tests {
         let inbox = inbox(1);
         let (call, _answer) = call();
         call.end(Outcome::new(None, HeaderMap::new()));
-        inbox.leave(&call, Gone::Cancelled);
+        inbox.leave(&call, None);
         assert!(inbox.take(1, Duration::ZERO).1.is_empty());
     }
 

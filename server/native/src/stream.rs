@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::call::{Call, Event, Outcome};
 use crate::frame::frame;
-use crate::inbox::{Gone, Inbox, Room};
+use crate::inbox::{Inbox, Room};
 use crate::status::{Code, Refusal};
 
 /// After the deadline, the time for Python to say where the call was when it passed.
@@ -32,7 +32,7 @@ pub struct Stream {
     until: Option<Pin<Box<Sleep>>>,
     late: bool,
     ended: bool,
-    _room: Room,
+    room: Option<Room>,
 }
 
 impl Stream {
@@ -53,7 +53,7 @@ impl Stream {
             until,
             late: false,
             ended: false,
-            _room: room,
+            room: Some(room),
         };
         match poll_fn(|context| stream.poll_event(context)).await {
             Event::End(outcome) => {
@@ -109,7 +109,7 @@ impl Stream {
                 return Poll::Ready(end(Code::DeadlineExceeded, "the deadline passed"));
             }
             self.late = true;
-            self.inbox.leave(&self.call, Gone::Late);
+            self.inbox.late(&self.call);
             until.as_mut().reset(Instant::now() + LATE_GRACE);
         }
         Poll::Pending
@@ -122,8 +122,11 @@ fn end(code: Code, message: &str) -> Event {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if !self.ended {
-            self.inbox.leave(&self.call, Gone::Cancelled);
+        let room = self.room.take();
+        if self.ended {
+            self.inbox.abandon(&self.call, room); // its time may be over while it still waits
+        } else {
+            self.inbox.leave(&self.call, room);
         }
     }
 }
