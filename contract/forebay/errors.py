@@ -145,6 +145,20 @@ class TooLarge(InvalidArgument):
         )
 
 
+class MessageTooLarge(ForebayError):
+    """A message above gRPC's own limit, with the code that gRPC's libraries give it. Its reason tells it
+    from a queue that is full: to send it again is of no use."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "TOO_LARGE"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the message has more than {limit} bytes, which is the limit",
+            metadata={"limit": str(limit), "unit": "bytes"},
+        )
+
+
 class Unauthenticated(ForebayError):
     """No key, or a key that is not known, revoked or expired."""
 

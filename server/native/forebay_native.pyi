@@ -29,6 +29,8 @@ class Server:
         ordinary: path of the Unix socket of a gRPC server that serves all methods.
         overload: message and serialised google.rpc.Status of the refusal (RESOURCE_EXHAUSTED) when
             too much waits.
+        too_large: serialised google.rpc.Status, without its message, of the refusal
+            (RESOURCE_EXHAUSTED) of a message beyond `max_message_bytes`.
         tls: contents of PEM files: certificate chain, key, authority of client certificates.
         http: a second port, for HTTP/1.1: `address`; `gateway`, the Unix socket that other requests
             go to; `routes`, paths with `{places}` whose POST requests `take` gives, each with
@@ -65,6 +67,7 @@ class Server:
         age_grace_s: float,
         receive_timeout_s: float,
         overload: tuple[str, bytes],
+        too_large: bytes,
         tls: tuple[bytes, bytes, bytes | None] | None = None,
         http: Mapping[str, object] | None = None,
     ) -> None: ...

@@ -15,7 +15,7 @@ from forebay.settings import load_settings
 from forebay.v1 import classification_pb2 as cl
 from forebay.v1 import embedding_pb2 as em
 from forebay.v1 import model_pb2, tabular_pb2
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live
 
@@ -133,6 +133,27 @@ def test_messages_beyond_the_limit_are_refused(both: list[Live]) -> None:
     for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
         codes = {call(live, EMBED, data, compression=compression).code for live in both}
         assert codes == {"RESOURCE_EXHAUSTED"}
+
+
+@pytest.mark.parametrize("packed", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_a_message_beyond_the_limit_is_told_from_a_queue_that_is_full(
+    both: list[Live], packed: grpc.Compression
+) -> None:
+    """Clients that retry RESOURCE_EXHAUSTED would send it again and again."""
+    registry = both[0].server.metrics.registry
+    labels = {"reason": "QUEUE_FULL"}
+    before = registry.get_sample_value("forebay_rpc_server_rejected_total", labels)
+    refused = call(both[0], EMBED, embed(texts=["x" * LIMIT]), compression=packed)
+    status = status_pb2.Status.FromString(refused.trailers["grpc-status-details-bin"])
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.metadata["limit"]) == ("TOO_LARGE", str(LIMIT))
+    assert status.message == refused.message
+    assert refused.message.endswith(f" bytes; the limit is {LIMIT}")
+    assert refused.trailers["x-request-id"] == "one"
+    time.sleep(1.2)  # refusals are counted twice a second
+    call(both[0], EMBED, embed(texts=["a"]))
+    assert registry.get_sample_value("forebay_rpc_server_rejected_total", labels) == before
 
 
 def test_answers_larger_than_a_window_arrive_whole(both: list[Live]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
-from forebay.errors import QueueFull
+from forebay.errors import MessageTooLarge, QueueFull
 from forebay.methods import Method
 from forebay.settings import GrpcSettings
 
@@ -106,6 +106,7 @@ class FastLane:
             age_grace_s=settings.drain_s,
             receive_timeout_s=settings.receive_timeout_s,
             overload=(full.message, full.to_status().SerializeToString()),
+            too_large=_too_large(settings.max_message_bytes),
             tls=_tls(settings),
             http=http.config() if http is not None else None,
         )
@@ -268,6 +269,12 @@ class FastLane:
                 continue
             seen = stamps
             log.info("TLS certificates reloaded")
+
+
+def _too_large(limit: int) -> bytes:
+    status = MessageTooLarge(limit).to_status()
+    status.ClearField("message")  # the extension says how large each is
+    return status.SerializeToString()
 
 
 def _telling(method: Method) -> list[int]:

@@ -155,13 +155,23 @@ async fn route(
     if request.method() != Method::POST || !kind.starts_with(b"application/grpc") {
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE);
     }
-    match fast(method, request, shared, callers).await {
+    let (head, body) = request.into_parts();
+    match fast(method, body, &head.headers, shared, callers).await {
         Ok(response) => response,
-        Err(error) => {
-            if error.code == Code::ResourceExhausted && !error.details.is_empty() {
-                shared.refusals[method as usize].fetch_add(1, Ordering::Relaxed);
+        Err(mut error) => {
+            if error.code == Code::ResourceExhausted {
+                if error.details.is_empty() {
+                    // Of such refusals only that of a message beyond the limit has none yet.
+                    error = error.with_details(&shared.config.too_large);
+                } else {
+                    shared.refusals[method as usize].fetch_add(1, Ordering::Relaxed);
+                }
             }
-            refusal(error.trailers())
+            let mut trailers = error.trailers();
+            if let Some(id) = metadata::request_id(&head.headers) {
+                trailers.insert(metadata::REQUEST_ID, id.clone());
+            }
+            refusal(trailers)
         }
     }
 }
@@ -169,13 +179,13 @@ async fn route(
 /// A call of the fast lane, from its headers to its answer, or to the first piece of it.
 async fn fast(
     method: u32,
-    request: Request<Incoming>,
+    body: Incoming,
+    headers: &HeaderMap,
     shared: &Arc<Shared>,
     callers: &Callers,
 ) -> Result<Response<Reply>, Refusal> {
-    let (head, body) = request.into_parts();
-    let deadline = metadata::timeout(&head.headers).and_then(|t| Instant::now().checked_add(t));
-    let receiving = receive(body, &head.headers, shared);
+    let deadline = metadata::timeout(headers).and_then(|t| Instant::now().checked_add(t));
+    let receiving = receive(body, headers, shared);
     let (message, room) = match timeout(shared.config.receive_timeout, receiving).await {
         Ok(received) => received?,
         Err(_) => {
@@ -189,7 +199,7 @@ async fn fast(
     if let Some(full) = shared.shed.refusal(method, &message, deadline, behind) {
         return Err(full);
     }
-    let caller = callers.of(&head.headers);
+    let caller = callers.of(headers);
     if shared.config.methods[method as usize].streams {
         let (call, events) = Call::streamed(method, message, caller, deadline);
         if !shared.inbox.put(call.clone()) {
@@ -271,10 +281,12 @@ async fn receive(
     Ok((message, room))
 }
 
-/// Dropped with the call's future: when the client resets the stream, or the connection ends.
+/// Dropped with the call's future: when the client resets the stream, or the connection ends. It has
+/// the room of the call's message.
 pub struct Leaving<'a> {
     inbox: &'a Inbox,
     call: &'a Arc<Call>,
+    room: Option<Room>,
 }
 
 impl<'a> Leaving<'a> {
@@ -290,7 +302,6 @@ impl<'a> Leaving<'a> {
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         self.inbox.leave(self.call, self.room.take());
-    room: Option<Room>,
     }
 }
 

@@ -6,6 +6,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 pub const TIMEOUT: &str = "grpc-timeout";
 pub const ENCODING: &str = "grpc-encoding";
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The time that `grpc-timeout` gives: up to eight digits and a unit. None when absent or malformed,
 /// as gRPC's own servers take it.
@@ -25,6 +26,13 @@ pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
         "n" => Some(Duration::from_nanos(n)),
         _ => None,
     }
+}
+
+/// The id that the caller gives this call, if it is one that Python would take.
+pub fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let known = |b: &u8| b.is_ascii_alphanumeric() || b"._:-".contains(b);
+    let id = headers.get(REQUEST_ID)?;
+    ((1..=128).contains(&id.len()) && id.as_bytes().iter().all(known)).then_some(id)
 }
 
 /// Whether the messages of this call are compressed by gzip.
@@ -88,6 +96,13 @@ mod tests {
             assert_eq!(timeout(&with(TIMEOUT, text)), None, "{text:?}");
         }
         assert_eq!(timeout(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn ids_that_are_none_are_not_repeated() {
+        let given = |id: &str| request_id(&with("x-request-id", id)).is_some();
+        assert!(given("a.B_7:-") && given(&"a".repeat(128)));
+        assert!(!given("") && !given("a b") && !given(&"a".repeat(129)));
     }
 
     #[test]

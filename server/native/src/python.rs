@@ -134,7 +134,7 @@ impl PyServer {
     #[new]
     #[pyo3(signature = (address, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
         max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
-        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, tls = None, http = None))]
+        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, too_large, tls = None, http = None))]
     #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     fn new(
         py: Python<'_>,
@@ -155,6 +155,7 @@ impl PyServer {
         age_grace_s: f64,
         receive_timeout_s: f64,
         overload: (String, Vec<u8>),
+        too_large: Vec<u8>,
         tls: Option<(Vec<u8>, Vec<u8>, Option<Vec<u8>>)>,
         http: Option<http::PyHttp>,
     ) -> PyResult<Self> {
@@ -187,6 +188,7 @@ impl PyServer {
                 message: overload.0,
                 details: overload.1,
             },
+            too_large,
             http: http.map(http::PyHttp::config).transpose()?,
         };
         let tls = tls

@@ -58,6 +58,8 @@ pub struct Config {
     pub receive_timeout: Duration,
     /// The answer when too much waits.
     pub overload: Refusal,
+    /// What is said of a message beyond the limit: a serialised google.rpc.Status without a message.
+    pub too_large: Vec<u8>,
     /// A second port, for HTTP/1.1.
     pub http: Option<http1::Config>,
 }
@@ -68,11 +70,11 @@ pub struct Shared {
     pub methods: HashMap<String, u32>,
     pub inbox: Arc<Inbox>,
     pub shed: Shed,
-    /// Calls that were refused here because too much waits, by method, then by route of HTTP, since
-    /// somebody asked.
     /// The right to unpack a message that may be long: at a time, as many are as the transport has
     /// threads.
     pub unpacking: Arc<Semaphore>,
+    /// Calls that were refused here because too much waits, by method, then by route of HTTP, since
+    /// somebody asked.
     pub refusals: Vec<AtomicUsize>,
     pub connections: AtomicUsize,
     pub refused_connections: AtomicUsize,
@@ -172,9 +174,9 @@ impl Server {
                 .collect(),
             methods: methods.iter().map(|m| m.path.clone()).zip(0..).collect(),
             shed: Shed::new(methods.iter().map(|m| m.fields.clone()).collect()),
+            unpacking: Arc::new(Semaphore::new(threads)),
             inbox: Arc::new(Inbox::new(config.bounds)),
             connections: AtomicUsize::new(0),
-            unpacking: Arc::new(Semaphore::new(threads)),
             refused_connections: AtomicUsize::new(0),
             tls: RwLock::new(tls),
             config,

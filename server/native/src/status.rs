@@ -40,6 +40,21 @@ impl Refusal {
         }
     }
 
+    /// With these details: a serialised google.rpc.Status without a message, for it is added here.
+    #[must_use]
+    pub fn with_details(mut self, status: &[u8]) -> Self {
+        self.details = status.to_vec();
+        self.details.push(2 << 3 | 2); // the field `message`, a string
+        let mut length = self.message.len();
+        while length > 0x7f {
+            self.details.push(length as u8 | 0x80);
+            length >>= 7;
+        }
+        self.details.push(length as u8);
+        self.details.extend(self.message.as_bytes());
+        self
+    }
+
     pub fn trailers(&self) -> HeaderMap {
         trailers(
             self.code as u8,
@@ -70,6 +85,16 @@ pub fn trailers(code: u8, message: &str, details: &[u8], mut more: HeaderMap) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn details_have_the_message_of_the_refusal() {
+        let long = "x".repeat(300);
+        for (text, length) in [("much", &[4][..]), (&long, &[0xac, 2])] {
+            let refusal = Refusal::new(Code::ResourceExhausted, text).with_details(b"\x08\x08");
+            let expected = [&[8, 8, 0x12], length, text.as_bytes()].concat();
+            assert_eq!(refusal.details, expected);
+        }
+    }
 
     #[test]
     fn any_text_makes_a_header() {

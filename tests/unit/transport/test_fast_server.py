@@ -44,6 +44,7 @@ def serving(address: str = LOCAL, **more: Any) -> Iterator[forebay_native.Server
         "age_grace_s": 5.0,
         "receive_timeout_s": 5.0,
         "overload": ("full", b""),
+        "too_large": b"",
     }
     server = forebay_native.Server(address, [(METHOD, [], False)], "/nowhere", **settings | more)
     try:
