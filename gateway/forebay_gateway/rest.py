@@ -6,7 +6,7 @@ form fields are the header message and whose files are sent as chunks. Bidirecti
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -101,32 +101,50 @@ async def read(upstream: Upstream, binding: Binding, request: Request) -> Messag
 
 def with_places(method: Method, data: dict[str, Any], places: Mapping[str, str]) -> Message:
     """The request message of a body and its path. Raises InvalidArgument."""
+    known = cast(Any, method.request.DESCRIPTOR).fields_by_name
     for name, value in places.items():
-        given = data.get(name)
-        if given not in (None, "", value):
-            raise InvalidArgument.at(name, f"is {given!r} in the body and {value!r} in the path")
+        for own in (name, known[name].json_name):
+            given = data.pop(own, None)
+            if given not in (None, "", value):
+                raise InvalidArgument.at(own, f"is {given!r} in the body and {value!r} in the path")
         data[name] = value
     return to_message(method.request, data)
 
 
 def _from_query(method: Method, request: Request) -> dict[str, Any]:
-    fields = cast(Any, method.request.DESCRIPTOR).fields_by_name
+    fields = cast(Any, method.request.DESCRIPTOR).fields
+    by_name = _by_name(fields)
     out: dict[str, Any] = {}
     for name in request.query_params:
-        field = fields.get(name)
+        field = by_name.get(name)
         if field is None:
-            known = ", ".join(fields) or "none"
+            known = ", ".join(f.name for f in fields) or "none"
             raise InvalidArgument.at(name, f"is no parameter of this method; known are {known}")
+        _once(field, name, out)
         values = request.query_params.getlist(name)
         if field.message_type is not None:
             raise InvalidArgument.at(name, "cannot be given in the query")
         if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
-            wrong = [v for v in values if v not in ("true", "false")]
-            if wrong:
-                raise InvalidArgument.at(name, f"is {wrong[0]!r}; allowed are true and false")
-            values = [v == "true" for v in values]
+            values = [_boolean(name, v) for v in values]
         out[name] = values if field.is_repeated else values[-1]
     return out
+
+
+def _by_name(fields: Iterable[FieldDescriptor]) -> dict[str, FieldDescriptor]:
+    """Fields by the contract's names and by protobuf's own for JSON, as bodies have them."""
+    return {name: f for f in fields for name in (f.name, f.json_name)}
+
+
+def _once(field: FieldDescriptor, name: str, given: Mapping[str, Any]) -> None:
+    for other in (field.name, field.json_name):
+        if other != name and other in given:
+            raise InvalidArgument.at(name, f"is given beside {other}; one of them is allowed")
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise InvalidArgument.at(name, f"is {text!r:.40}; allowed are true and false")
+    return text == "true"
 
 
 def server_stream(upstream: Upstream, binding: Binding) -> Endpoint:
@@ -198,7 +216,8 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
     """Multipart: the form's fields are the header message, its files follow as chunks."""
     method = binding.method
     parts = cast(Any, method.request.DESCRIPTOR).fields_by_name
-    header_fields = parts["header"].message_type.fields_by_name
+    header_fields = parts["header"].message_type.fields
+    by_name = _by_name(header_fields)
     header_kind = type(cast(Any, method.request()).header)
 
     async def endpoint(request: Request) -> Response:
@@ -208,12 +227,13 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
             files = []
             for name, value in form.multi_items():
                 if isinstance(value, str):
-                    if name not in header_fields:
-                        known = ", ".join(header_fields)
+                    if name not in by_name:
+                        known = ", ".join(f.name for f in header_fields)
                         raise InvalidArgument.at(
                             name, f"is no field of this upload; known are {known}"
                         )
-                    header[name] = _form_value(header_fields[name], value)
+                    _once(by_name[name], name, header)
+                    header[name] = _form_value(by_name[name], name, value)
                 else:
                     files.append((value.filename or name, value))
             first = method.request(header=to_message(header_kind, header)).SerializeToString()
@@ -234,7 +254,7 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
     return endpoint
 
 
-def _form_value(field: FieldDescriptor, text: str) -> Any:
+def _form_value(field: FieldDescriptor, name: str, text: str) -> Any:
     """A form field as JSON has it; messages are written as JSON objects."""
     if field.message_type is not None:
         if field.message_type.full_name in _TEXTS:
@@ -242,8 +262,8 @@ def _form_value(field: FieldDescriptor, text: str) -> Any:
         try:
             return parse_json(text.encode())
         except InvalidArgument as e:
-            raise InvalidArgument.at(field.name, e.violations[0].description) from None
-    return text == "true" if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL else text
+            raise InvalidArgument.at(name, e.violations[0].description) from None
+    return _boolean(name, text) if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL else text
 
 
 def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awaitable[None]]:
