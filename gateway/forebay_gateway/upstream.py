@@ -23,7 +23,9 @@ FORWARDED = {
     name.encode(): name
     for name in ("authorization", "x-request-id", "traceparent", "tracestate", "idempotency-key")
 }
-_READ = {*FORWARDED, b"grpc-timeout", b"x-forebay-timeout-ms", b"connect-timeout-ms"}
+#: Names of a time in milliseconds; the first that is given counts.
+_TIMES = ("x-forebay-timeout-ms", "connect-timeout-ms")
+_READ = {*FORWARDED, *(name.encode() for name in ("grpc-timeout", *_TIMES))}
 #: Trailing metadata that becomes headers of the answer.
 RETURNED = re.compile(r"x-request-id|x-ratelimit-.*")
 #: Seconds after which a call's client is watched.
@@ -129,10 +131,12 @@ class Upstream:
             if match is None:
                 raise InvalidArgument.at("grpc-timeout", "is not a number and one of H M S m u n")
             return min(int(match[1]) * _UNITS[match[2]], LONGEST_S)
-        text = headers.get(b"x-forebay-timeout-ms") or headers.get(b"connect-timeout-ms")
-        if text is not None:
+        for name in _TIMES:
+            text = headers.get(name.encode())
+            if not text:
+                continue
             if not text.isascii() or not text.isdigit() or len(text) > 10:
-                raise InvalidArgument.at("x-forebay-timeout-ms", "is not a number of milliseconds")
+                raise InvalidArgument.at(name, "is not a number of milliseconds")
             return int(text) / 1e3
         return self._timeout_s
 

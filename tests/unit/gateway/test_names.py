@@ -72,3 +72,9 @@ def test_booleans_of_forms_are_those_of_queries(door: TestClient, value: str) ->
     assert refused.status_code == 400
     error = refused.json()["error"]
     assert (error["param"], "allowed are true and false" in error["message"]) == ("load", True)
+
+
+@pytest.mark.parametrize("name", ["x-forebay-timeout-ms", "connect-timeout-ms"])
+def test_a_time_that_is_none_is_refused_by_its_own_name(door: TestClient, name: str) -> None:
+    refused = door.get("/api/v1/models", headers={name: "x"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
