@@ -116,6 +116,7 @@ class KeyStore:
                 )
             return None
         kind, _, token = authorization.partition(" ")
+        token = token.lstrip(" ")  # there may be several (RFC 6750, 2.1)
         # Without keys in force, SDKs that insist on sending one may send anything.
         if not self.required and not token.startswith("fbk_"):
             return None

@@ -61,6 +61,13 @@ async def test_everybody_else_is_refused(database: Database, clock: Clock, heade
     assert secret not in e.value.message
 
 
+async def test_several_spaces_may_stand_before_the_key(database: Database, clock: Clock) -> None:
+    store = KeyStore(database, True, clock)
+    key, secret = await store.create("shop", ("infer",))
+    principal = store.authenticate(f"Bearer   {secret}")
+    assert principal is not None and principal.key_id == key.id
+
+
 async def test_where_no_key_is_needed_a_wrong_one_is_refused_all_the_same(
     database: Database,
 ) -> None:
