@@ -47,6 +47,17 @@ from forebay_gateway.upstream import Upstream
 
 INFO = methods()["/forebay.v1.ServerService/GetServerInfo"]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+#: Headers of answers that pages of other origins may read.
+EXPOSED = [
+    "x-request-id",
+    "retry-after",
+    "retry-after-ms",
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+]
 Metrics = Callable[[], Awaitable[bytes]]
 
 
@@ -145,7 +156,7 @@ def create_app(
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=EXPOSED,
         )
     return app
 
@@ -243,7 +254,7 @@ async def _our_fault(request: Request, error: Exception) -> Response:
 
 
 class Measured:
-    """Duration and status of every HTTP request, by route."""
+    """Duration and status of every HTTP request, by route; also of those that end by a fault of ours."""
 
     def __init__(self, app: Any, registry: CollectorRegistry) -> None:
         self._app = app
@@ -273,6 +284,11 @@ class Measured:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception as e:
+            # Here, for what Starlette answers has no headers of CORS: no page could read it.
+            if not status:
+                await (await _our_fault(Request(scope), e))(scope, receive, watched)
+            raise  # to the log
         finally:
             route = scope.get("route")
             name = getattr(route, "path", "unknown")
