@@ -18,14 +18,14 @@ from forebay_gateway import http_errors, open_inference, rest
 from forebay_gateway.contract import Binding, bindings
 from forebay_gateway.json_codec import dumps, parse_json, response_json
 from forebay_gateway.openai import embeddings, rerank
-from forebay_gateway.upstream import FORWARDED, RETURNED
+from forebay_gateway.upstream import API_KEY, FORWARDED, RETURNED
 
 Written = tuple[Mapping[str, str], bytes]
 #: From a response's bytes and the request's id.
 Writer = Callable[[bytes, str], Written]
 _ENCODING = "accept-encoding"
 #: Headers that become metadata of the calls: the gateway's, and what the Open Inference Protocol reads.
-HEADERS = (*FORWARDED.values(), open_inference.HEADER, _ENCODING)
+HEADERS = (*FORWARDED.values(), API_KEY, open_inference.HEADER, _ENCODING)
 JSON: Mapping[str, str] = {"content-type": "application/json"}
 
 

@@ -23,9 +23,11 @@ FORWARDED = {
     name.encode(): name
     for name in ("authorization", "x-request-id", "traceparent", "tracestate", "idempotency-key")
 }
+#: A key as Anthropic's clients send it, where there is no `authorization`.
+API_KEY = "x-api-key"
 #: Names of a time in milliseconds; the first that is given counts.
 _TIMES = ("x-forebay-timeout-ms", "connect-timeout-ms")
-_READ = {*FORWARDED, *(name.encode() for name in ("grpc-timeout", *_TIMES))}
+_READ = {*FORWARDED, *(name.encode() for name in ("grpc-timeout", API_KEY, *_TIMES))}
 #: Trailing metadata that becomes headers of the answer.
 RETURNED = re.compile(r"x-request-id|x-ratelimit-.*")
 #: Seconds after which a call's client is watched.
@@ -113,6 +115,8 @@ class Upstream:
         """Begin a call. `messages` is the message's bytes, or an iterator of them for streams."""
         # One look through them: each `headers.get` would be one. Of a name given twice the first counts.
         known = {k: v.decode("latin-1") for k, v in reversed(headers.raw) if k in _READ}
+        if (key := known.get(API_KEY.encode())) and not known.get(b"authorization"):
+            known[b"authorization"] = f"Bearer {key}"
         metadata = [
             (name, v) for k, name in FORWARDED.items() if (v := known.get(k)) and _printable(v)
         ]

@@ -106,12 +106,9 @@ def endpoint(upstream: Upstream) -> Any:
     async def messages(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
         message = read(body, request.state.places)
-        headers = request.headers
-        if "x-api-key" in headers and "authorization" not in headers:
-            headers = Headers({**headers, "authorization": f"Bearer {headers['x-api-key']}"})
         if fields.flag(body, "stream"):
-            return await stream(upstream, headers, message, request.state.places)
-        call = upstream.start(CHAT, headers, message.SerializeToString())
+            return await stream(upstream, request.headers, message, request.state.places)
+        call = upstream.start(CHAT, request.headers, message.SerializeToString())
         data = await unless_gone(request, call)
         answer = pb.ChatResponse.FromString(data)
         choice = answer.choices[0]

@@ -222,7 +222,9 @@ class Authentication:
             scope = call.method.scope
             if scope == "public":
                 continue
-            given = call.metadata.get("authorization", "")
+            given = call.metadata.get("authorization") or ""
+            if not given and (key := call.metadata.get("x-api-key")):
+                given = f"Bearer {key}"  # as Anthropic's clients send it
             principal = known.get((given, scope))
             if principal is not None:
                 call.principal = principal

@@ -1,0 +1,66 @@
+"""Who calls by HTTP, where keys are required: what a key may stand in, and what is said when it is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from forebay_server.access.keys import Limits
+
+from tests.conftest import Start
+from tests.integration.test_gateway import Gateway
+
+CONNECT = "/forebay.v1.EmbeddingService/Embed"
+#: Served by the gateway, and on the fast lane straight by the server.
+DIRECT = "/v1/embeddings"
+INPUT = {"model": "minilm", "input": "a"}
+
+
+class Door(NamedTuple):
+    """A gateway and keys."""
+
+    http: httpx.Client
+    good: str
+    scarce: str
+
+
+@pytest.fixture(scope="module")
+def door(starters: Path, start: Start) -> Iterator[Door]:
+    server = start(starters, auth__required="always")
+    keys = server.server.keys
+    _, good = server.run(keys.create("good", ("infer", "read")))
+    one = Limits(requests_per_second=0.01, burst=1)
+    _, scarce = server.run(keys.create("scarce", ("infer",), limits=one))
+    gateway = Gateway(server)
+    yield Door(gateway.http, good, scarce)
+    gateway.stop()
+
+
+def statuses(door: Door, headers: dict[str, str]) -> set[int]:
+    """What each kind of door says."""
+    return {
+        door.http.get("/v1/models", headers=headers).status_code,
+        door.http.get("/api/v1/models", headers=headers).status_code,
+        door.http.get("/v2/models/minilm", headers=headers).status_code,
+        door.http.post(DIRECT, json=INPUT, headers=headers).status_code,
+        door.http.post(CONNECT, json={"texts": ["a"]}, headers=headers).status_code,
+    }
+
+
+def test_a_key_as_anthropics_clients_send_it(door: Door) -> None:
+    assert statuses(door, {}) == {401}
+    assert statuses(door, {"x-api-key": door.good}) == {200}
+    assert statuses(door, {"x-api-key": "fbk_0_x"}) == {401}
+
+
+def test_the_bearer_counts_where_both_are_there(door: Door) -> None:
+    bearer = {"authorization": f"Bearer {door.good}"}
+    assert statuses(door, {**bearer, "x-api-key": "fbk_0_x"}) == {200}
+    assert statuses(door, {"authorization": "Bearer fbk_0_x", "x-api-key": door.good}) == {401}
+
+
+def test_several_spaces_before_a_key(door: Door) -> None:
+    assert statuses(door, {"authorization": f"Bearer  {door.good}"}) == {200}
