@@ -10,7 +10,7 @@ import base64
 from typing import Any
 
 import orjson
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, http_error
 from forebay.methods import Method, methods
 from google.protobuf import json_format
 from google.rpc import code_pb2, status_pb2
@@ -97,5 +97,5 @@ def _error(status: status_pb2.Status, headers: dict[str, str]) -> Response:
         orjson.dumps(body),
         status_code=HTTP.get(name, 500),
         media_type="application/json",
-        headers=headers,
+        headers={**headers, **http_errors.headers_of(http_error(status))},
     )

@@ -64,3 +64,13 @@ def test_the_bearer_counts_where_both_are_there(door: Door) -> None:
 
 def test_several_spaces_before_a_key(door: Door) -> None:
     assert statuses(door, {"authorization": f"Bearer  {door.good}"}) == {200}
+
+
+def test_every_door_says_when_to_come_back(door: Door) -> None:
+    headers = {"authorization": f"Bearer {door.scarce}"}
+    assert door.http.post(DIRECT, json=INPUT, headers=headers).status_code == 200
+    for path, body in ((DIRECT, INPUT), (CONNECT, {"texts": ["a"]})):
+        refused = door.http.post(path, json=body, headers=headers)
+        assert refused.status_code == 429
+        assert 60 < int(refused.headers["retry-after"]) <= 100
+        assert int(refused.headers["retry-after-ms"]) > 60_000
