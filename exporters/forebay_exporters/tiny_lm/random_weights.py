@@ -40,7 +40,7 @@ def make(out: Path, seed: int = 0) -> None:
     chance = random.Random(seed)
     template = TEMPLATE.read_text()
     made = [dialogue(chance) for _ in range(1000)]
-    texts = [render(template, d["messages"], tools=d.get("tools")) for d in made]
+    texts = [render(template, d["messages"], {"tools": d.get("tools")}) for d in made]
     tokenizer = train_tokenizer(texts)
     write_tokenizer(part, tokenizer)
     end = tokenizer.token_to_id("<|im_end|>")

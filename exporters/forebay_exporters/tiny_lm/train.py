@@ -68,8 +68,10 @@ class Examples:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = render(self._template, messages[:i], add_generation_prompt=True, **extra)
-            whole = render(self._template, messages[: i + 1], add_generation_prompt=False, **extra)
+            asked = {**extra, "add_generation_prompt": True}
+            prompt = render(self._template, messages[:i], asked)
+            asked["add_generation_prompt"] = False
+            whole = render(self._template, messages[: i + 1], asked)
             for part, mine in ((prompt[len(before) :], False), (whole[len(prompt) :], True)):
                 piece = self._tokenizer.encode(part).ids
                 ids += piece
@@ -149,7 +151,7 @@ def train(
     r = random.Random(seed + 1)
     template = TEMPLATE.read_text()
     dialogues = [
-        render(template, d["messages"], tools=d.get("tools"))
+        render(template, d["messages"], {"tools": d.get("tools")})
         for d in (dialogue(r) for _ in range(4000))
     ]
     if base is None:
