@@ -260,12 +260,19 @@ def test_requests_are_counted_and_logged_like_calls(
 
 
 def test_where_no_gateway_listens_its_routes_are_unavailable(server: Live) -> None:
-    Path(server.gateway_socket).unlink(missing_ok=True)
-    url = f"http://127.0.0.1:{server.server.lanes.http_port}"
-    answer = httpx.get(f"{url}/api/v1/models")
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "unavailable"
-    assert httpx.post(f"{url}{EMBED}", content=TEXTS).status_code == 200
+    listening = Path(server.gateway_socket)
+    away = listening.with_suffix(".away")
+    if listening.exists():
+        listening.rename(away)
+    try:
+        url = f"http://127.0.0.1:{server.server.lanes.http_port}"
+        answer = httpx.get(f"{url}/api/v1/models")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "unavailable"
+        assert httpx.post(f"{url}{EMBED}", content=TEXTS).status_code == 200
+    finally:
+        if away.exists():
+            away.rename(listening)
 
 
 def reply_to(port: int, sent: bytes, wait_s: float = 10) -> bytes:
