@@ -52,9 +52,10 @@ def starters() -> Path:
 @contextmanager
 def repository(name: str, model_yaml: str) -> Iterator[Path]:
     """The starter models with another model.yaml for one of them."""
+    models = starters()  # first: it makes the folder, which the links must share a file system with
     with tempfile.TemporaryDirectory(dir=KEPT) as folder:
         root = Path(folder) / "models"
-        shutil.copytree(starters(), root, copy_function=os.link)
+        shutil.copytree(models, root, copy_function=os.link)
         (root / name / "model.yaml").unlink(missing_ok=True)
         (root / name / "model.yaml").write_text(model_yaml)
         yield root

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::inbox::Room;
 use crate::metadata;
+use crate::status::Refusal;
 
 /// How a call ends.
 #[derive(Debug)]
@@ -110,6 +111,8 @@ pub struct Call {
     /// The room of its message, where nobody else keeps it.
     room: Mutex<Option<Room>>,
     answer: Mutex<Option<Back>>,
+    /// Why it ends without an outcome.
+    refused: Mutex<Option<Refusal>>,
     /// Bytes of its stream that nobody has read yet.
     unread: AtomicUsize,
     /// Python has been told that the reader is behind, and waits to hear the contrary.
@@ -166,6 +169,7 @@ impl Call {
             state: AtomicU8::new(WAITING),
             room: Mutex::new(None),
             answer: Mutex::new(Some(back)),
+            refused: Mutex::default(),
             unread: AtomicUsize::new(0),
             behind: AtomicBool::new(false),
         })
@@ -174,6 +178,19 @@ impl Call {
     /// Ends the call. False when it has ended before, or when nobody waits.
     pub fn end(&self, outcome: Outcome) -> bool {
         self.ending().is_some_and(|back| back.end(outcome))
+    }
+
+    /// Ends the call, if it has not ended, with what its connection is to say.
+    pub fn refuse(&self, why: Refusal) {
+        if let Some(back) = self.ending() {
+            *self.refused.lock() = Some(why);
+            drop(back);
+        }
+    }
+
+    /// Why it ended without an outcome, for who waited for one.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.refused.lock().take()
     }
 
     /// The right to end the call; None when it has ended, or somebody else has it.
@@ -240,6 +257,7 @@ impl Call {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::Code;
 
     fn call() -> (Arc<Call>, oneshot::Receiver<Outcome>) {
         Call::new(0, Bytes::new(), Arc::default(), None, Vec::new())
@@ -255,6 +273,19 @@ mod tests {
         assert!(!call.answered());
         assert!(call.end(ended()) && !call.end(ended()));
         assert!(call.answered() && answer.try_recv().is_ok());
+    }
+
+    #[test]
+    fn a_refused_call_has_no_outcome_and_says_why() {
+        let full = || Refusal::new(Code::ResourceExhausted, "full");
+        let (call, mut answer) = call();
+        call.refuse(full());
+        assert!(answer.try_recv().is_err() && !call.end(ended()));
+        assert_eq!(call.refusal().unwrap().message, "full");
+        let (call, mut answer) = super::tests::call();
+        call.end(ended());
+        call.refuse(full());
+        assert!(answer.try_recv().is_ok() && call.refusal().is_none());
     }
 
     #[test]

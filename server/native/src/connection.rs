@@ -224,7 +224,10 @@ pub async fn wait(
     deadline: Option<Instant>,
     leaving: &Leaving<'_>,
 ) -> Result<Outcome, Refusal> {
-    let gone = |_| Refusal::new(Code::Unavailable, "the server is shutting down");
+    let gone = |_| {
+        let ending = || Refusal::new(Code::Unavailable, "the server is shutting down");
+        leaving.call.refusal().unwrap_or_else(ending)
+    };
     let Some(deadline) = deadline else {
         return answer.await.map_err(gone);
     };

@@ -24,6 +24,10 @@ pub enum Gone {
 /// What `take` gives: calls that start, and calls that were taken and are gone.
 pub type Taken = (Vec<Arc<Call>>, Vec<(Arc<Call>, Gone)>);
 
+/// Python takes calls of so many bytes at once. Large ones take it long to read: those behind would
+/// wait for all of them before they hear that the queue is full.
+const MOST_BYTES: usize = 256 << 10;
+
 /// Bounds of all that waits at once, over all connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
@@ -40,6 +44,15 @@ struct State {
     waiting: VecDeque<Arc<Call>>,
     gone: Vec<(Arc<Call>, Gone)>,
     closed: bool,
+}
+
+impl State {
+    fn end_waiting(&mut self) {
+        let error = Refusal::new(Code::Unavailable, "the server is shutting down");
+        for call in self.waiting.drain(..) {
+            call.end(Outcome::new(None, error.trailers()));
+        }
+    }
 }
 
 /// See the module.
@@ -138,11 +151,13 @@ impl Inbox {
         let mut state = self.state.lock();
         loop {
             let mut taken = Vec::with_capacity(most.min(state.waiting.len()));
-            while taken.len() < most {
+            let mut bytes = 0;
+            while taken.len() < most && bytes < MOST_BYTES {
                 let Some(call) = state.waiting.pop_front() else {
                     break;
                 };
                 if call.take() {
+                    bytes += call.message.len();
                     taken.push(call);
                 }
             }
@@ -159,14 +174,34 @@ impl Inbox {
         }
     }
 
+    /// Ends the calls that wait and get a refusal; the others keep their order.
+    pub fn refuse(&self, why: impl Fn(&Call) -> Option<Refusal>) {
+        // Looked at aside, so that nobody who brings a call has to wait for it.
+        let mut waiting = std::mem::take(&mut self.state.lock().waiting);
+        waiting.retain(|call| {
+            let Some(refusal) = why(call) else {
+                return true;
+            };
+            if call.take() {
+                call.refuse(refusal);
+            }
+            false
+        });
+        let mut state = self.state.lock();
+        waiting.append(&mut state.waiting);
+        state.waiting = waiting;
+        if state.closed {
+            state.end_waiting();
+        } else if !state.waiting.is_empty() {
+            self.ready.notify_one();
+        }
+    }
+
     /// No more calls: those that wait end as UNAVAILABLE.
     pub fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
-        let error = Refusal::new(Code::Unavailable, "the server is shutting down");
-        for call in state.waiting.drain(..) {
-            call.end(Outcome::new(None, error.trailers()));
-        }
+        state.end_waiting();
         self.ready.notify_all();
     }
 
@@ -341,6 +376,34 @@ mod tests {
             !inbox.room().grow(5, 95),
             "it would not fit beside the 6 that came"
         );
+    }
+
+    #[test]
+    fn large_calls_are_taken_a_few_at_a_time() {
+        let inbox = inbox(9);
+        for _ in 0..3 {
+            let message = Bytes::from(vec![0; MOST_BYTES / 2]);
+            inbox.put(Call::new(0, message, Arc::default(), None, Vec::new()).0);
+        }
+        assert_eq!(inbox.take(9, Duration::ZERO).0.len(), 2);
+        assert_eq!(inbox.take(9, Duration::ZERO).0.len(), 1);
+    }
+
+    #[test]
+    fn calls_that_wait_can_be_refused_and_the_others_keep_their_order() {
+        let inbox = inbox(9);
+        let calls: Vec<_> = (0..4)
+            .map(|n| Call::new(n % 2, Bytes::new(), Arc::default(), None, Vec::new()))
+            .collect();
+        for (call, _) in &calls {
+            inbox.put(call.clone());
+        }
+        let full = || Refusal::new(Code::ResourceExhausted, "full");
+        inbox.refuse(|call| (call.method == 1).then(full));
+        let (taken, _) = inbox.take(9, Duration::ZERO);
+        assert!(taken.len() == 2 && Arc::ptr_eq(&taken[0], &calls[0].0));
+        assert!(Arc::ptr_eq(&taken[1], &calls[2].0));
+        assert_eq!(calls[1].0.refusal().unwrap().message, "full");
     }
 
     #[test]

@@ -325,6 +325,7 @@ impl PyServer {
     #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)] // PyO3 makes it for the call
     fn refuse_alike(
         &self,
+        py: Python<'_>,
         call: PyRef<'_, PyCall>,
         hold_s: f64,
         gap_s: f64,
@@ -344,8 +345,12 @@ impl PyServer {
             message,
             details,
         };
-        let shed = &self.server.shared.shed;
+        let (shed, inbox) = (&self.server.shared.shed, &self.server.shared.inbox);
         shed.refuse(&call.call, like_it, refusal);
+        // Also those that wait for Python already: nobody comes in behind them.
+        py.detach(|| {
+            inbox.refuse(|c| shed.refusal(c.method, &c.message, c.deadline, || Duration::MAX));
+        });
     }
 
     /// Calls that were refused here because too much waits, by method, since the last time.

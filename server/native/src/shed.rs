@@ -22,6 +22,9 @@ const BEHIND: Duration = Duration::from_micros(1500);
 /// Where size matters, a message counts as no smaller with this share of its bytes less: as many rows
 /// with shorter words in them would be refused as well, one after the other, each by Python.
 const NEARLY: usize = 8;
+/// An overload goes on where for `STILL` calls that were let through at least one had to be kept back;
+/// it is looked at when a rule would end, which then goes on for as long again.
+const STILL: usize = 2;
 /// More are not kept: the next call is refused by Python, as without.
 const MOST_RULES: usize = 64;
 
@@ -29,33 +32,64 @@ struct Rule {
     method: u32,
     key: Vec<u8>,
     until: Instant,
-    /// From `until` to `slowly`, a call is let through at `next`, and then after each `gap`.
+    /// From `until` to `slowly`, a call is let through after each `gap`; then, for `again`, as they come
+    /// while Python is not behind.
     slowly: Instant,
-    /// From `slowly` to here, as they come while Python is not behind.
-    ends: Instant,
+    again: Duration,
     gap: Duration,
-    next: Mutex<Instant>,
+    pace: Mutex<Pace>,
     within: Option<Duration>,
     /// Bytes of a message; smaller ones are let through.
     least: usize,
     refusal: Refusal,
 }
 
+/// How a rule goes on.
+struct Pace {
+    /// Until `slowly`: when the next call is let through.
+    next: Instant,
+    ends: Instant,
+    /// Calls since `slowly`, or since the rule would have ended.
+    let_through: usize,
+    kept_back: usize,
+}
+
 impl Rule {
     /// Whether a call that it is about may pass nevertheless.
     fn lets_through(&self, now: Instant, behind: impl Fn() -> Duration) -> bool {
-        if now < self.until || behind() >= BEHIND {
+        if now < self.until {
             return false;
         }
+        let keeps_up = behind() < BEHIND;
+        let mut pace = self.pace.lock();
         if now >= self.slowly {
+            if keeps_up {
+                pace.let_through += 1;
+            } else {
+                pace.kept_back += 1;
+            }
+            return keeps_up;
+        }
+        let passes = keeps_up && now >= pace.next;
+        if passes {
+            pace.next = now + self.gap;
+        }
+        passes
+    }
+
+    /// Whether it has ended. Ended while the overload lasts, it would let in at once all that comes
+    /// while Python reads one call, and most of those would wait long to be refused.
+    fn over(&self, now: Instant) -> bool {
+        let mut pace = self.pace.lock();
+        if now < pace.ends {
+            return false;
+        }
+        if pace.kept_back * STILL < pace.let_through.max(1) || now >= pace.ends + self.again {
             return true;
         }
-        let mut next = self.next.lock();
-        if now < *next {
-            return false;
-        }
-        *next = now + self.gap;
-        true
+        pace.ends = now + self.again;
+        (pace.let_through, pace.kept_back) = (0, 0);
+        false
     }
 }
 
@@ -99,16 +133,21 @@ impl Shed {
         let now = Instant::now();
         let slowly = holds.time * if holds.gap.is_zero() { 0 } else { SLOWLY };
         let mut rules = self.rules.write();
-        rules.retain(|r| r.ends > now && !(r.method == like.method && r.key == key));
+        rules.retain(|r| !(r.over(now) || r.method == like.method && r.key == key));
         if rules.len() < MOST_RULES {
             rules.push(Rule {
                 method: like.method,
                 key,
                 until: now + holds.time,
                 slowly: now + holds.time + slowly,
-                ends: now + holds.time + slowly * 2,
+                again: slowly,
                 gap: holds.gap,
-                next: Mutex::new(now),
+                pace: Mutex::new(Pace {
+                    next: now,
+                    ends: now + holds.time + slowly * 2,
+                    let_through: 0,
+                    kept_back: 0,
+                }),
                 within: holds.within,
                 least: if holds.by_size {
                     like.message.len() - like.message.len() / NEARLY
@@ -137,7 +176,7 @@ impl Shed {
         let mut lapsed = 0;
         let mut key = None;
         for rule in rules.iter() {
-            if rule.ends <= now {
+            if rule.over(now) {
                 lapsed += 1;
                 continue;
             }
@@ -160,7 +199,7 @@ impl Shed {
         drop(rules);
         if all {
             let mut rules = self.rules.write();
-            rules.retain(|r| r.ends > now);
+            rules.retain(|r| !r.over(now));
             self.live.store(rules.len(), Ordering::Relaxed);
         }
         None
@@ -332,10 +371,31 @@ mod tests {
         std::thread::sleep(time * SLOWLY);
         assert!(told(&shed, 0, AB, None).is_none());
         assert!(told(&shed, 0, AB, None).is_none(), "as they come");
-        let behind = shed.refusal(0, AB, None, || BEHIND);
-        assert!(behind.is_some(), "but not behind others");
+        assert!(told(&shed, 0, AB, None).is_none());
+        let behind = || shed.refusal(0, AB, None, || BEHIND);
+        assert!(behind().is_some(), "but not behind others");
         std::thread::sleep(time * SLOWLY);
-        assert!(shed.refusal(0, AB, None, || BEHIND).is_none());
+        assert!(behind().is_none());
+    }
+
+    #[test]
+    fn it_goes_on_while_a_good_part_of_what_comes_is_kept_back() {
+        let shed = shed();
+        let (call, _) = Call::new(0, Bytes::from_static(AB), Arc::default(), None, Vec::new());
+        let time = Duration::from_millis(100);
+        let slowly = Holds {
+            gap: time,
+            ..holds(time, None)
+        };
+        shed.refuse(&call, slowly, Refusal::new(Code::ResourceExhausted, "full"));
+        let behind = || shed.refusal(0, AB, None, || BEHIND);
+        std::thread::sleep(time * (1 + SLOWLY) + Duration::from_millis(10));
+        assert!(told(&shed, 0, AB, None).is_none() && behind().is_some());
+        std::thread::sleep(time * SLOWLY);
+        assert!(behind().is_some(), "it would have ended");
+        assert!(told(&shed, 0, AB, None).is_none());
+        std::thread::sleep(time * SLOWLY * 2);
+        assert!(behind().is_none(), "nothing came meanwhile");
     }
 
     #[test]
