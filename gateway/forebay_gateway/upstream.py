@@ -178,9 +178,10 @@ class Upstream:
         except ClientDisconnect:
             raise ClientGone from None
         encoding = request.headers.get("content-encoding", "identity")
-        return self._decoded(encoding, b"".join(parts))
+        return self.unpacked(encoding, b"".join(parts))
 
-    def _decoded(self, encoding: str, body: bytes) -> bytes:
+    def unpacked(self, encoding: str, body: bytes) -> bytes:
+        """A body, or a part of it, without its encoding. Raises InvalidArgument, TooLarge."""
         if encoding == "identity":
             return body
         if encoding not in ("gzip", "deflate"):

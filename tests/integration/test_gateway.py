@@ -219,18 +219,6 @@ def test_an_upload_refused_at_its_header_keeps_the_servers_status(gateway: Gatew
         assert (refused.status_code, error_of(refused)["param"]) == (400, "header.model")
 
 
-def test_connect_protocol(gateway: Gateway) -> None:
-    path = "/forebay.v1.ServerService/GetServerInfo"
-    answer = gateway.http.post(path, json={})
-    assert answer.json()["contractVersion"]
-    bad = gateway.http.post("/forebay.v1.EmbeddingService/Embed", json={"texts": []})
-    assert bad.status_code == 400
-    assert bad.json()["code"] == "invalid_argument"
-    assert bad.json()["details"]
-    plain = gateway.http.post(path, content=b"", headers={"content-type": "text/plain"})
-    assert plain.status_code == 415
-
-
 def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:
     import openai
 
