@@ -274,9 +274,11 @@ def test_anthropic_messages(gateway: Gateway, said: str) -> None:
         final = stream.get_final_message()
     assert text == said
     assert final.stop_reason in ("end_turn", "max_tokens") and final.usage.output_tokens > 3
+    cached: Any = {"type": "ephemeral"}  # as Claude Code and LangChain send it by default
     tool: Any = {
         "name": "get_weather",
         "input_schema": TOOL["function"]["parameters"],
+        "cache_control": cached,
     }
     question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
     with sdk.messages.stream(
@@ -295,11 +297,24 @@ def test_anthropic_messages(gateway: Gateway, said: str) -> None:
         {"role": "assistant", "content": [b.model_dump(exclude_none=True) for b in final.content]},
         {
             "role": "user",
-            "content": [{"type": "tool_result", "tool_use_id": used.id, "content": "sunny"}],
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": used.id,
+                    "content": "sunny",
+                    "cache_control": cached,
+                }
+            ],
         },
     ]
     after = sdk.messages.create(
-        model="tiny", max_tokens=30, messages=question, tools=[tool], extra_body={"temperature": 0}
+        model="tiny",
+        max_tokens=30,
+        system=[{"type": "text", "text": "Be brief.", "cache_control": cached}],
+        messages=question,
+        tools=[tool],
+        cache_control=cached,
+        extra_body={"temperature": 0},
     )
     assert after.content
     with pytest.raises(anthropic.BadRequestError) as caught:

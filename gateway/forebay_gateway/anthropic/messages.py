@@ -1,4 +1,4 @@
-"""/v1/messages: GenerationService.Chat and ChatStream in Anthropic's shape."""
+"""/v1/messages: GenerationService.Chat and ChatStream in Anthropic's shape. Bodies are read in requests.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
-from forebay.errors import ForebayError, InvalidArgument
+from forebay.errors import ForebayError
 from forebay.methods import methods
 from forebay.v1 import generation_pb2 as pb
 from google.rpc import status_pb2
@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from forebay_gateway import http_errors
+from forebay_gateway.anthropic import requests
 from forebay_gateway.anthropic.places import Places
 from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields, generation
@@ -23,20 +24,6 @@ from forebay_gateway.upstream import ClientGone, Upstream, returned, unless_gone
 
 CHAT = methods()["/forebay.v1.GenerationService/Chat"]
 STREAM = methods()["/forebay.v1.GenerationService/ChatStream"]
-KNOWN = (
-    "model",
-    "messages",
-    "system",
-    "max_tokens",
-    "stop_sequences",
-    "temperature",
-    "top_p",
-    "top_k",
-    "tools",
-    "tool_choice",
-    "stream",
-    "metadata",
-)
 STOP = {
     pb.FINISH_REASON_STOP: "end_turn",
     pb.FINISH_REASON_LENGTH: "max_tokens",
@@ -105,7 +92,7 @@ def endpoint(upstream: Upstream) -> Any:
 
     async def messages(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
-        message = read(body, request.state.places)
+        message = requests.read(body, request.state.places)
         if fields.flag(body, "stream"):
             return await stream(upstream, request.headers, message, request.state.places)
         call = upstream.start(CHAT, request.headers, message.SerializeToString())
@@ -155,154 +142,6 @@ def _content(message: pb.ChatMessage) -> list[dict[str, Any]]:
             value = {}
         out.append({"type": "tool_use", "id": call.id, "name": call.name, "input": value})
     return out
-
-
-def read(body: dict[str, Any], places: Places) -> pb.ChatRequest:
-    """The request, and where its parts came from. Raises InvalidArgument that names what is wrong, or
-    not supported."""
-    fields.only(body, KNOWN)
-    out = pb.ChatRequest(model=fields.text(body, "model"))
-    if body.get("max_tokens") is None:
-        raise InvalidArgument.at("max_tokens", "is required")
-    generation.sampling(
-        {k: body.get(k) for k in ("max_tokens", "temperature", "top_p", "top_k")}, out.sampling
-    )
-    if body.get("stop_sequences"):
-        out.sampling.stop.extend(fields.texts(body, "stop_sequences"))
-    metadata = body.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise InvalidArgument.at("metadata", "an object is needed")
-    out.user = fields.text(metadata, "user_id", "", "metadata")
-    system = body.get("system")
-    if system:
-        said = out.messages.add(role=pb.CHAT_ROLE_SYSTEM)
-        places.add("messages[0]", "system")
-        places.add("messages[0].content", "system")
-        if isinstance(system, str):
-            places.add("messages[0].content[0].text", "system")
-        for part in _texts(body, "system"):
-            said.content.add(text=part)
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidArgument.at("messages", "must be a list of messages that is not empty")
-    for i, one in enumerate(messages):
-        _message(one, f"messages[{i}]", out, places)
-    _tools(body, out, places)
-    return out
-
-
-def _texts(value: dict[str, Any], name: str, at: str = "") -> list[str]:
-    """A string, or text blocks."""
-    if isinstance(value.get(name), str):
-        return [value[name]]
-    out, path = [], f"{at}.{name}" if at else name
-    for i, part in enumerate(fields.items(value, name, at)):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise InvalidArgument.at(f"{path}[{i}]", "must be a text block")
-        out.append(fields.text(part, "text", at=f"{path}[{i}]"))
-    return out
-
-
-def _message(value: Any, path: str, out: pb.ChatRequest, places: Places) -> None:
-    role = value.get("role") if isinstance(value, dict) else None
-    if role not in ("user", "assistant"):
-        raise InvalidArgument.at(f"{path}.role", f"is {role!r:.40}; allowed are user, assistant")
-    content = value.get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(blocks, list):
-        raise InvalidArgument.at(f"{path}.content", "must be a string or a list of blocks")
-    # Results of tools come within a user's turn here; in the contract they are messages.
-    said = pb.ChatMessage(role=pb.CHAT_ROLE_USER if role == "user" else pb.CHAT_ROLE_ASSISTANT)
-    parts: list[tuple[str, str]] = []
-    for i, block in enumerate(blocks):
-        parts += _block(block, f"{path}.content[{i}]", said, out, places)
-    if isinstance(content, str):
-        parts = [("content[0].text", f"{path}.content")]
-    if said.content or said.tool_calls or said.reasoning:
-        here = f"messages[{len(out.messages)}]"
-        places.add(here, path)
-        for name, place in parts:
-            places.add(f"{here}.{name}", place)
-        out.messages.append(said)
-
-
-def _block(
-    block: Any, path: str, said: pb.ChatMessage, out: pb.ChatRequest, places: Places
-) -> list[tuple[str, str]]:
-    """Read a block; gives which parts of what is said came from where."""
-    kind = block.get("type") if isinstance(block, dict) else None
-    here = f"content[{len(said.content)}]"
-    if kind == "text":
-        said.content.add(text=fields.text(block, "text", at=path))
-        return [(here, path)]
-    if kind == "image":
-        source = block.get("source")
-        if not isinstance(source, dict):
-            raise InvalidArgument.at(f"{path}.source", "an object is needed")
-        if source.get("type") == "base64":
-            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-        else:
-            url = source.get("url")
-        generation.image(url, f"{path}.source", said.content.add().image)
-        return [(here, path), (f"{here}.image", f"{path}.source")]
-    if kind == "tool_use":
-        given = block.get("input") or {}
-        if not isinstance(given, dict):
-            raise InvalidArgument.at(f"{path}.input", "an object is needed")
-        said.tool_calls.add(
-            id=fields.text(block, "id", at=path),
-            name=fields.text(block, "name", at=path),
-            arguments=orjson.dumps(given).decode(),
-        )
-        call = f"tool_calls[{len(said.tool_calls) - 1}]"
-        return [(call, path), (f"{call}.arguments", f"{path}.input")]
-    if kind == "tool_result":
-        result_at = f"messages[{len(out.messages)}]"
-        places.add(result_at, path)
-        places.add(f"{result_at}.tool_call_id", f"{path}.tool_use_id")
-        result = out.messages.add(
-            role=pb.CHAT_ROLE_TOOL, tool_call_id=fields.text(block, "tool_use_id", at=path)
-        )
-        for part in _texts(block, "content", path):
-            result.content.add(text=part)
-    elif kind == "thinking":
-        said.reasoning += fields.text(block, "thinking", "", path)
-    else:
-        raise InvalidArgument.at(f"{path}.type", f"is {kind!r:.40}, which is not supported here")
-    return []
-
-
-def _tools(body: dict[str, Any], out: pb.ChatRequest, places: Places) -> None:
-    for i, tool in enumerate(fields.items(body, "tools")):
-        if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
-            raise InvalidArgument.at(f"tools[{i}].type", "only tools of the caller are supported")
-        schema, at = tool.get("input_schema") or {}, f"tools[{i}]"
-        places.add(f"{at}.parameters", f"{at}.input_schema")
-        out.tools.add(
-            name=fields.text(tool, "name", at=at),
-            description=fields.text(tool, "description", "", at),
-            parameters=orjson.dumps(schema).decode(),
-            strict=fields.flag(tool, "strict", at=at),
-        )
-    choice = body.get("tool_choice")
-    if choice is None:
-        return
-    modes = {
-        "auto": pb.TOOL_MODE_AUTO,
-        "any": pb.TOOL_MODE_REQUIRED,
-        "none": pb.TOOL_MODE_NONE,
-        "tool": pb.TOOL_MODE_NAMED,
-    }
-    kind = choice.get("type") if isinstance(choice, dict) else None
-    mode = fields.named(modes, kind)
-    if mode is None:
-        raise InvalidArgument.at(
-            "tool_choice.type", f"is {kind!r:.40}; allowed are {', '.join(modes)}"
-        )
-    out.tool_choice.mode = mode
-    out.tool_choice.name = fields.text(choice, "name", "", "tool_choice")
-    if fields.flag(choice, "disable_parallel_tool_use", at="tool_choice"):
-        out.parallel_tool_calls = False
 
 
 class _Blocks:

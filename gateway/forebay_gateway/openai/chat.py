@@ -137,7 +137,7 @@ def read(body: dict[str, Any]) -> pb.ChatRequest:
     for i, document in enumerate(fields.items(body, "documents")):
         if not isinstance(document, dict):
             raise InvalidArgument.at(f"documents[{i}]", "an object is needed")
-        fields.only(document, ("title", "text"))
+        fields.only(document, ("title", "text"), f"documents[{i}]")
         message.documents.add(
             title=fields.text(document, "title", "", f"documents[{i}]"),
             text=fields.text(document, "text", at=f"documents[{i}]"),
@@ -157,9 +157,7 @@ def _message(value: Any, path: str, out: pb.ChatMessage) -> None:
             f"{path}.role", f"is {value.get('role')!r:.40}; allowed are {', '.join(ROLES)}"
         )
     out.role = role
-    for name in value:
-        if name not in MESSAGE_FIELDS and value[name] is not None:
-            raise InvalidArgument.at(f"{path}.{name}", "is not supported here")
+    fields.only(value, MESSAGE_FIELDS, path)
     out.name = fields.text(value, "name", "", path)
     out.tool_call_id = fields.text(value, "tool_call_id", "", path)
     out.reasoning = fields.text(value, "reasoning_content", "", path)

@@ -11,17 +11,18 @@ from starlette.requests import Request
 T = TypeVar("T")
 
 
-def only(body: dict[str, Any], known: Collection[str]) -> None:
-    """Refuse fields that are not supported, by name: they must not be ignored in silence."""
+def only(body: dict[str, Any], known: Collection[str], at: str = "") -> None:
+    """Refuse fields that are not supported, by name: they must not be ignored in silence. `at` is the
+    path of the object that has them, as everywhere here."""
     for name, value in body.items():
         if name not in known and value is not None:
             raise InvalidArgument.at(
-                name, f"is not supported here; supported are {', '.join(sorted(known))}"
+                _path(at, name), f"is not supported here; supported are {', '.join(sorted(known))}"
             )
 
 
 def text(body: dict[str, Any], name: str, default: str | None = None, at: str = "") -> str:
-    """A string field. `at` is the path of the object that has it, as everywhere here."""
+    """A string field."""
     value = body.get(name)
     if value is None:
         if default is None:

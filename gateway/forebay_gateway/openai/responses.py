@@ -272,7 +272,7 @@ def _message(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
             f"{at}.role",
             f"is {value.get('role')!r:.40}; allowed are user, assistant, system, developer",
         )
-    _only(value, at, ("type", "id", "role", "content", "status", "phase"))
+    fields.only(value, ("type", "id", "role", "content", "status", "phase"), at)
     item.message.role = role
     content = value.get("content")
     if isinstance(content, str):
@@ -301,14 +301,14 @@ def _part(value: Any, at: str, out: generation_pb.ContentPart) -> None:
 
 
 def _call(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
-    _only(value, at, ("type", "id", "call_id", "name", "arguments", "status"))
+    fields.only(value, ("type", "id", "call_id", "name", "arguments", "status"), at)
     item.tool_call.id = fields.text(value, "call_id", at=at)
     item.tool_call.name = fields.text(value, "name", at=at)
     item.tool_call.arguments = fields.text(value, "arguments", "{}", at)
 
 
 def _output(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
-    _only(value, at, ("type", "id", "call_id", "output", "status"))
+    fields.only(value, ("type", "id", "call_id", "output", "status"), at)
     item.tool_output.call_id = fields.text(value, "call_id", at=at)
     given = value.get("output")
     if isinstance(given, str):
@@ -325,7 +325,7 @@ def _output(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
 
 
 def _reasoning(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
-    _only(value, at, ("type", "id", "summary", "content", "status"))
+    fields.only(value, ("type", "id", "summary", "content", "status"), at)
     name = "content" if value.get("content") else "summary"
     texts = []
     for i, part in enumerate(fields.items(value, name, at)):
@@ -341,12 +341,6 @@ _READERS = {
     "function_call_output": _output,
     "reasoning": _reasoning,
 }
-
-
-def _only(value: dict[str, Any], at: str, known: tuple[str, ...]) -> None:
-    for name in value:
-        if name not in known and value[name] is not None:
-            raise InvalidArgument.at(f"{at}.{name}", "is not supported here")
 
 
 def _tools(body: dict[str, Any], out: pb.CreateResponseRequest) -> None:
@@ -382,7 +376,7 @@ def _text(value: Any, out: generation_pb.ResponseFormat) -> None:
         return
     if not isinstance(value, dict):
         raise InvalidArgument.at("text", "an object is needed")
-    _only(value, "text", ("format",))
+    fields.only(value, ("format",), "text")
     form = value.get("format")
     if form is None:
         return

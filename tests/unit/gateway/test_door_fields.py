@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from forebay.errors import InvalidArgument, http_error
-from forebay_gateway.anthropic import messages
+from forebay_gateway.anthropic import requests
 from forebay_gateway.anthropic.places import Places
 from forebay_gateway.openai import batch_lines, chat, completions, responses
 
@@ -82,11 +82,36 @@ def test_responses(given: dict[str, Any], path: str) -> None:
         ({"tools": 5}, "tools"),
         ({"tools": [{}]}, "tools[0].name"),
         ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "auto", "other": 1}}, "tool_choice.other"),
+        ({"metadata": {"other": "a"}}, "metadata.other"),
+        ({"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]},
+         "tools[0].defer_loading"),
+        ({"messages": [{**USER, "name": "a"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]},
+         "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "a", "citations": [{}]}]}]},
+         "messages[0].content[0].citations"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "image", "source": {"type": "file", "file_id": "a"}}]}]},
+         "messages[0].content[0].source.type"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "is_error": "yes"}]}]},
+         "messages[0].content[0].is_error"),
+        ({"cache_control": {"type": "persistent"}}, "cache_control.type"),
+        ({"system": [{"type": "text", "text": "a", "cache_control": 5}]},
+         "system[0].cache_control"),
+        ({"tools": [{"name": "f", "cache_control": {"type": "ephemeral", "ttl": "9d"}}]},
+         "tools[0].cache_control.ttl"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a",
+            "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral",
+            "scope": "b"}}]}]}]},
+         "messages[0].content[0].content[0].cache_control.scope"),
     ],
 )  # fmt: skip
 def test_messages(given: dict[str, Any], path: str) -> None:
     body = {"model": "m", "max_tokens": 5, "messages": [USER], **given}
-    assert refused(lambda b: messages.read(b, Places()), body) == path
+    assert refused(lambda b: requests.read(b, Places()), body) == path
 
 
 @pytest.mark.parametrize(
@@ -148,7 +173,7 @@ def test_the_servers_paths_are_in_the_words_of_a_message() -> None:
         ],
     }
     places = Places()
-    made = messages.read(body, places)
+    made = requests.read(body, places)
     assert len(made.messages) == 5
     for contract, path in {
         "messages[0].content[0].text": "system",
@@ -156,6 +181,7 @@ def test_the_servers_paths_are_in_the_words_of_a_message() -> None:
         "messages[1].content[0].image.url": "messages[0].content[0].source.url",
         "messages[2].tool_calls[0].arguments": "messages[1].content[1].input",
         "request.messages[3].tool_call_id": "messages[2].content[0].tool_use_id",
+        "messages[3].content[0].text": "messages[2].content[0].content",
         "messages[4].content[0].text": "messages[2].content[1].text",
         "sampling.stop[0]": "stop_sequences[0]",
         "sampling.max_tokens": "max_tokens",
