@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
+import h2.events
 import pytest
 from forebay.settings import load_settings
 from forebay.v1 import classification_pb2 as cl
@@ -18,6 +19,7 @@ from forebay.v1 import model_pb2, tabular_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live
+from tests.integration.test_abuse import Client
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("forebay_native") is None,
@@ -40,6 +42,7 @@ def both(starters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
             "grpc.port": 0,
             "grpc.lane": lane,
             "grpc.max_message_bytes": LIMIT,
+            "grpc.keepalive_s": 1.0,
         }
         made.append(Live(load_settings(values, environ={}).settings))
     assert [live.server.lanes.lane for live in made] == ["fast", "ordinary"]
@@ -202,6 +205,13 @@ def settle(live: Live) -> None:
     while live.server.metrics.registry.get_sample_value(name, {"method": EMBED}):
         assert time.monotonic() < until, "a call never ended"
         time.sleep(0.01)
+
+
+def test_idle_connections_are_pinged(both: list[Live]) -> None:
+    for live in both:
+        client = Client(live)
+        assert any(isinstance(e, h2.events.PingReceived) for e in client.events()), live.settings
+        client.socket.close()
 
 
 def test_each_of_many_callers_gets_its_own_answer(both: list[Live]) -> None:

@@ -143,6 +143,9 @@ class Lanes:
             ("grpc.max_receive_message_length", s.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", int(s.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", int(s.keepalive_timeout_s * 1000)),
+            # Idle connections are pinged and may ping; else gRPC ends those that do, as too_many_pings.
+            ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.so_reuseport", 0),
         ]
