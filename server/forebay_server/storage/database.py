@@ -19,6 +19,7 @@ from forebay.errors import Unavailable
 from forebay.settings import SettingsError
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -26,6 +27,10 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 HEAD = "0004_doors"
 #: PostgreSQL's advisory lock that holds migrations apart. Any fixed number will do.
 MIGRATION_LOCK = 0x464F5245
+#: Classes of PostgreSQL's SQLSTATE that say nothing about the statement: the connection is lost, the
+#: transaction was in another's way (deadlock), too little of something (connections, disk), a lock
+#: is not to be had, an operator intervened (restart, failover), the system failed.
+AWAY = ("08", "40", "53", "55", "57", "58", "25006")  # the last one: a standby, which only reads
 _URLS = "allowed are sqlite+aiosqlite:///PATH and postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
 
 
@@ -100,7 +105,9 @@ class Database:
 def _engine(url: str) -> AsyncEngine:
     """The engine for a URL, of which no error shows anything: it may hold a password."""
     try:
-        return create_async_engine(url)
+        # A connection that a restart or a failover has closed is replaced before its use: one
+        # question each time. Nobody else closes those to a file.
+        return create_async_engine(url, pool_pre_ping=url.startswith("postgresql"))
     except ModuleNotFoundError as e:
         extra = " (install the extra `postgres`)" if e.name == "asyncpg" else ""
         raise SettingsError(
@@ -114,10 +121,23 @@ def _engine(url: str) -> AsyncEngine:
 def _outages() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, OSError) as e:
+    except Exception as e:
+        if not _away(e):
+            raise
         raise Unavailable(
             "the server's database cannot be used now", reason="STORAGE_AWAY", retry_after_s=1.0
         ) from e
+
+
+def _away(error: Exception) -> bool:
+    """Whether it is the database that fails, and not the statement."""
+    if isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError)):
+        return True
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    # asyncpg's own errors, which may come bare while it connects, have a state as well.
+    state = getattr(getattr(error, "orig", error), "sqlstate", None)
+    return str(state or "").startswith(AWAY)
 
 
 def _sqlite_begin(connection: sa.Connection) -> None:

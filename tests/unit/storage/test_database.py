@@ -181,6 +181,86 @@ async def test_a_broken_database_is_unavailable(tmp_path: Path) -> None:
     await database.close()
 
 
+@pytest.fixture
+async def shared(postgres: str) -> AsyncIterator[Database]:
+    """A database in PostgreSQL."""
+    opened = await Database.open(postgres)
+    yield opened
+    await opened.close()
+
+
+async def _terminate(url: str) -> None:
+    """End all connections but the one that says so, as a restart does."""
+    operator = await Database.open(url)
+    async with operator.begin() as db:
+        await db.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND usename = current_user"
+        )
+    await operator.close()
+
+
+async def test_connections_that_a_restart_closed_are_replaced(
+    shared: Database, postgres: str
+) -> None:
+    async with shared.read() as db:
+        await db.exec_driver_sql("SELECT 1")
+    await _terminate(postgres)
+    async with shared.begin() as db:
+        assert (await db.exec_driver_sql("SELECT 2")).scalar() == 2
+
+
+async def test_a_connection_that_is_lost_midway_is_unavailable(
+    shared: Database, postgres: str
+) -> None:
+    with pytest.raises(Unavailable):
+        async with shared.begin() as db:
+            await db.exec_driver_sql("SELECT 1")
+            await _terminate(postgres)
+            await db.exec_driver_sql("SELECT 2")
+
+
+async def test_of_two_in_a_deadlock_one_is_unavailable(shared: Database) -> None:
+    rows = [{"model": m, "alias": "a", "version": 1} for m in ("one", "other")]
+    async with shared.begin() as db:
+        await db.execute(sa.insert(model_aliases), rows)
+    both = asyncio.Barrier(2)
+
+    async def change(first: str, then: str) -> None:
+        async with shared.begin() as db:
+            for name in (first, then):
+                mine = sa.update(model_aliases).where(model_aliases.c.model == name)
+                await db.execute(mine.values(version=2))
+                if name == first:
+                    await both.wait()
+
+    done = await asyncio.gather(
+        change("one", "other"), change("other", "one"), return_exceptions=True
+    )
+    async with shared.begin() as db:
+        await db.execute(sa.delete(model_aliases))
+    assert [type(d) for d in done if d is not None] == [Unavailable]
+
+
+async def test_without_a_free_connection_the_database_is_unavailable(
+    shared: Database, postgres: str
+) -> None:
+    async with shared.begin() as db:
+        await db.exec_driver_sql("CREATE ROLE few LOGIN CONNECTION LIMIT 1")
+        await db.exec_driver_sql("GRANT ALL ON ALL TABLES IN SCHEMA public TO few")
+    few = await Database.open(postgres.replace("forebay@", "few@"))
+    with pytest.raises(Unavailable):
+        async with few.read(), few.read():
+            pass
+    await few.close()
+
+
+async def test_what_postgresql_cannot_hold_is_no_outage(shared: Database) -> None:
+    with pytest.raises(sa.exc.DBAPIError):
+        async with shared.begin() as db:
+            await db.execute(model_aliases.insert().values(model="a\0", alias="a", version=1))
+
+
 async def test_routing_outlives_the_process(database: tuple[Database, str]) -> None:
     state = StoredRoutingState(database[0])
     await state.set_alias("m", "staging", 2)
