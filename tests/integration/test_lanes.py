@@ -214,6 +214,18 @@ def test_idle_connections_are_pinged(both: list[Live]) -> None:
         client.socket.close()
 
 
+def test_idle_connections_may_ping(both: list[Live]) -> None:
+    for live in both:
+        client = Client(live)
+        for number in range(5):  # more than gRPC lets pass of those that it does not want
+            client.h2.ping(number.to_bytes(8))
+            client.flush()
+            events = list(client.events(1.1))  # as long as they have to be apart
+            assert any(isinstance(e, h2.events.PingAckReceived) for e in events)
+            assert not any(isinstance(e, h2.events.ConnectionTerminated) for e in events)
+        client.socket.close()
+
+
 def test_each_of_many_callers_gets_its_own_answer(both: list[Live]) -> None:
     fast = both[0]
     lengths = list(range(1, 60))

@@ -146,7 +146,7 @@ class Lanes:
             ("grpc.keepalive_timeout_ms", int(s.keepalive_timeout_s * 1000)),
             # Idle connections are pinged and may ping; else gRPC ends those that do, as too_many_pings.
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
             ("grpc.so_reuseport", 0),
         ]
         if s.max_connection_age_s and self.lane == "ordinary":
