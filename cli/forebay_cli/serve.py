@@ -27,9 +27,9 @@ def http_port(settings: Settings) -> HttpPort | None:
         return None
     from forebay_gateway import direct
 
-    host = f"[{http.host}]" if ":" in http.host and "[" not in http.host else http.host
     return HttpPort(
-        address=f"{host}:{http.port}",
+        host=http.host,
+        port=http.port,
         gateway=http.gateway,
         routes=direct.routes(),
         forwarded=direct.HEADERS,

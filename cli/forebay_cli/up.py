@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import typer
+from forebay.addresses import Address, listening
 from forebay.settings import Loaded, Settings
 
 #: Seconds beyond the drain time before a process is killed.
@@ -24,11 +25,8 @@ SLACK_S = 10.0
 def run(loaded: Loaded, config: Path | None) -> NoReturn:
     """Become the process that starts server and gateway and stays with them until a signal."""
     settings = loaded.settings
-    # The one that listens there would answer, and be taken for this one.
     for address in (settings.grpc, settings.http)[: 1 + settings.http.enabled]:
-        if address.port and taken(address.host, address.port):
-            typer.echo(f"forebay: {address.host}:{address.port} is in use by a program", err=True)
-            sys.exit(1)
+        _must_be_free(address.host, address.port)
     started = time.monotonic()
     if settings.models.starters:
         make_starters(settings)
@@ -91,9 +89,7 @@ def _has_fast_lane(settings: Settings) -> bool:
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
     """Become the process that starts the gateway's workers and stays with them until a signal."""
     http = settings.http
-    if http.port and taken(http.host, http.port):
-        typer.echo(f"forebay: {http.host}:{http.port} is in use by a program", err=True)
-        sys.exit(1)
+    _must_be_free(http.host, http.port)
     port = http.port or free_port()
     spec = {
         "commands": gateways(settings, port, ["--config", str(config)] if config else []),
@@ -158,18 +154,33 @@ def _data_folder() -> Path | None:
     return folder if (folder / "tabular").is_dir() else None
 
 
-def taken(host: str, port: int) -> bool:
-    """Whether a program listens there already."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as s:
-        s.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # not the last one's ended connections
-        try:
-            s.bind((host, port))
-        except OSError as e:
-            return e.errno == errno.EADDRINUSE
-    return False
+def taken(host: str, port: int) -> Address | None:
+    """The first of the host's addresses where a program listens already. Raises OSError: the host is
+    unknown."""
+    for address in listening(host, port):
+        with socket.socket(address.family) as s:
+            # Not the last one's ended connections.
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(address.place)
+            except OSError as e:
+                if e.errno == errno.EADDRINUSE:
+                    return address
+    return None
+
+
+def _must_be_free(host: str, port: int) -> None:
+    """Exit where a program listens there: it would answer, and be taken for this one."""
+    if not port or host.startswith("unix:"):
+        return
+    try:
+        address = taken(host, port)
+    except OSError as e:
+        typer.echo(f"forebay: {e}", err=True)
+        sys.exit(1)
+    if address is not None:
+        typer.echo(f"forebay: {address} is in use by a program", err=True)
+        sys.exit(1)
 
 
 def free_port() -> int:

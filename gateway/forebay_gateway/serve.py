@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import uvicorn
+from forebay.addresses import listening
 from forebay.settings import Settings
 
 from forebay_gateway.app import create_app
@@ -49,7 +50,7 @@ def run(settings: Settings, shared: bool = False) -> None:
         server_header=False,
         proxy_headers=False,  # nothing here asks for the address or the scheme of a client
     )
-    uvicorn.Server(config).run(sockets=[_listening(http.host, http.port)] if shared else None)
+    uvicorn.Server(config).run(sockets=sockets(http.host, http.port) if shared else None)
 
 
 def _wait_for(host: str, port: int) -> None:
@@ -61,12 +62,20 @@ def _wait_for(host: str, port: int) -> None:
         time.sleep(0.05)
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind((host, port))
-    return sock
+def sockets(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of the host, on a port that others may take as well.
+
+    Raises:
+        OSError: the host is unknown, or a program has the port for itself.
+    """
+    made = []
+    for address in listening(host, port):
+        sock = socket.socket(address.family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address.place)
+        made.append(sock)
+    return made
 
 
 def scraper(port: int) -> Callable[[], Awaitable[bytes]]:

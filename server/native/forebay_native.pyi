@@ -22,7 +22,8 @@ class Server:
     """Listens as soon as it is made.
 
     Args:
-        address: `host:port` (port 0 = any) or `unix:path`.
+        addresses: `address:port`s, or `unix:path`s. For port 0 the first takes any, and the others
+            the same.
         methods: those that `take` gives: the path; the numbers of the request's fields (strings)
             that tell its queues apart, see `refuse_alike`; and whether a stream is the answer, see
             `send`. Calls of others go to `ordinary`.
@@ -32,7 +33,7 @@ class Server:
         too_large: serialised google.rpc.Status, without its message, of the refusal
             (RESOURCE_EXHAUSTED) of a message beyond `max_message_bytes`.
         tls: contents of PEM files: certificate chain, key, authority of client certificates.
-        http: a second port, for HTTP/1.1: `address`; `gateway`, the Unix socket that other requests
+        http: a second port, for HTTP/1.1: `addresses`; `gateway`, the Unix socket that other requests
             go to; `routes`, paths with `{places}` whose POST requests `take` gives, each with
             answers (status, headers, body) by gRPC's status code for those that end in the
             extension, 0 for a body that is too large, the first for all others; `forwarded`, the
@@ -49,7 +50,7 @@ class Server:
 
     def __init__(
         self,
-        address: str,
+        addresses: Sequence[str],
         methods: Sequence[tuple[str, Sequence[int], bool]],
         ordinary: str,
         *,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
+from forebay.addresses import listening
 from forebay.errors import MessageTooLarge, QueueFull
 from forebay.methods import Method
 from forebay.settings import GrpcSettings
@@ -89,7 +90,7 @@ class FastLane:
         self._routes = list(http.routes) if http is not None else []
         full = QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
         self._server = forebay_native.Server(
-            settings.address,
+            _addresses(settings),
             [(m.path, _telling(m), m.kind == STREAM) for m in self._methods],
             ordinary,
             threads=settings.transport_threads,
@@ -269,6 +270,12 @@ class FastLane:
                 continue
             seen = stamps
             log.info("TLS certificates reloaded")
+
+
+def _addresses(settings: GrpcSettings) -> list[str]:
+    if settings.host.startswith("unix:"):
+        return [settings.host]
+    return [str(a) for a in listening(settings.host, settings.port)]
 
 
 def _too_large(limit: int) -> bytes:

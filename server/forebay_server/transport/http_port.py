@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from forebay.addresses import listening
 from forebay.errors import (
     DeadlineExceeded,
     ForebayError,
@@ -74,7 +75,8 @@ class HttpPort:
             so does a request for the gateway whose body makes no progress.
     """
 
-    address: str
+    host: str
+    port: int
     gateway: str
     routes: Sequence[Route]
     forwarded: Sequence[str]
@@ -85,10 +87,10 @@ class HttpPort:
     idle_timeout_s: float
 
     def config(self) -> dict[str, object]:
-        """As the extension takes it."""
+        """As the extension takes it. Raises OSError: the host is unknown."""
         first = self.routes[0]
         return {
-            "address": self.address,
+            "addresses": [str(a) for a in listening(self.host, self.port)],
             "gateway": self.gateway,
             "routes": [(r.path, self._errors(r)) for r in self.routes],
             "forwarded": list(self.forwarded),

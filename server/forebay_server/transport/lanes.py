@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+from forebay.addresses import listening
 from forebay.constraints import Validator
 from forebay.settings import GrpcSettings
 from grpc import aio
@@ -91,7 +92,7 @@ class Lanes:
         if s.gateway_socket:
             self._bind(server, f"unix:{s.gateway_socket}", None)
         if self.lane == "ordinary":
-            self.port = self._bind(server, s.address, self._credentials())
+            self.port = self._listen(server)
             await server.start()
             return
         # Its name is short: a socket's path has 107 bytes at most.
@@ -153,6 +154,16 @@ class Lanes:
             options.append(("grpc.max_connection_age_ms", int(s.max_connection_age_s * 1000)))
             options.append(("grpc.max_connection_age_grace_ms", int(s.drain_s * 1000)))
         return options
+
+    def _listen(self, server: aio.Server) -> int:
+        """Take the port, at all addresses of its host."""
+        s, credentials = self._settings, self._credentials()
+        if s.host.startswith("unix:"):
+            return self._bind(server, s.host, credentials)
+        port = s.port
+        for address in listening(s.host, port):
+            port = self._bind(server, str(address.at(port)), credentials)
+        return port
 
     def _bind(
         self, server: aio.Server, address: str, credentials: grpc.ServerCredentials | None

@@ -39,8 +39,8 @@ const TOO_LARGE: u8 = 0;
 /// What the listener needs to know.
 #[derive(Clone)]
 pub struct Config {
-    /// `host:port`.
-    pub address: String,
+    /// As `Server::start` has them.
+    pub addresses: Vec<String>,
     /// The gateway's Unix socket.
     pub gateway: PathBuf,
     pub routes: Vec<Route>,

@@ -132,13 +132,17 @@ fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_
 #[pymethods]
 impl PyServer {
     #[new]
-    #[pyo3(signature = (address, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
+    #[pyo3(signature = (addresses, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
         max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
         keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, too_large, tls = None, http = None))]
-    #[allow(clippy::too_many_arguments, clippy::type_complexity)]
+    #[allow(
+        clippy::too_many_arguments,
+        clippy::type_complexity,
+        clippy::needless_pass_by_value
+    )]
     fn new(
         py: Python<'_>,
-        address: &str,
+        addresses: Vec<String>,
         methods: Vec<(String, Vec<u64>, bool)>,
         ordinary: &str,
         threads: usize,
@@ -195,7 +199,7 @@ impl PyServer {
             .map(|(c, k, ca)| settings(&c, &k, ca.as_deref()))
             .transpose()?;
         let server = py
-            .detach(|| Server::start(address, config, tls))
+            .detach(|| Server::start(&addresses, config, tls))
             .map_err(|e| PyOSError::new_err(e.to_string()))?;
         Ok(Self { server })
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::ToSocketAddrs;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -143,9 +143,9 @@ enum Listener {
 }
 
 impl Server {
-    /// Listens on `host:port` or `unix:path`.
+    /// Listens on each `address:port` or `unix:path`. Port 0: the first takes any, the others the same.
     pub fn start(
-        address: &str,
+        addresses: &[String],
         config: Config,
         tls: Option<Arc<ServerConfig>>,
     ) -> io::Result<Self> {
@@ -162,9 +162,9 @@ impl Server {
             .build()?;
         let handle = runtime.handle().clone();
         let entered = runtime.enter();
-        let (listener, port) = listen(address)?;
+        let (listeners, port) = listen_all(addresses)?;
         let http = config.http.as_ref();
-        let http = http.map(|h| listen(&h.address)).transpose()?;
+        let http = http.map(|h| listen_all(&h.addresses)).transpose()?;
         drop(entered);
         let methods = &config.methods;
         let routes = config.http.as_ref().map_or(0, |h| h.routes.len());
@@ -184,18 +184,20 @@ impl Server {
         let (phase, watched) = watch::channel(Phase::Serving);
         let (sender, alive) = mpsc::channel(1);
         let mut http_port = 0;
-        if let Some((listener, port)) = http {
+        let open = |listeners, door| {
+            let room = Arc::new(Semaphore::new(shared.config.max_connections));
+            for listener in listeners {
+                let (shared, phase) = (shared.clone(), watched.clone());
+                let (room, alive) = (room.clone(), sender.clone());
+                runtime.spawn(accept(listener, door, shared, room, phase, alive));
+            }
+        };
+        if let Some((listeners, port)) = http {
             http_port = port;
-            let (shared, watched, sender) = (shared.clone(), watched.clone(), sender.clone());
-            runtime.spawn(accept(listener, Door::Http, shared, watched, sender));
+            open(listeners, Door::Http);
         }
-        runtime.spawn(accept(
-            listener,
-            Door::Grpc,
-            shared.clone(),
-            watched,
-            sender,
-        ));
+        open(listeners, Door::Grpc);
+        drop(sender);
         Ok(Self {
             shared,
             port,
@@ -259,12 +261,22 @@ impl Drop for Server {
     }
 }
 
-fn listen(address: &str) -> io::Result<(Listener, u16)> {
-    let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}"));
-    bind(address).map_err(named)
+/// The listeners of a port, and which it is; 0 for Unix sockets.
+fn listen_all(addresses: &[String]) -> io::Result<(Vec<Listener>, u16)> {
+    let mut listeners = Vec::with_capacity(addresses.len());
+    let mut port = 0;
+    for address in addresses {
+        let named =
+            |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}"));
+        let (listener, own) = bind(address, port).map_err(named)?;
+        listeners.push(listener);
+        port = own;
+    }
+    Ok((listeners, port))
 }
 
-fn bind(address: &str) -> io::Result<(Listener, u16)> {
+/// `port`: the one to take where the address leaves it open.
+fn bind(address: &str, port: u16) -> io::Result<(Listener, u16)> {
     if let Some(path) = address.strip_prefix("unix:") {
         let path = Path::new(path);
         let socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
@@ -273,19 +285,15 @@ fn bind(address: &str) -> io::Result<(Listener, u16)> {
         }
         return Ok((Listener::Unix(UnixListener::bind(path)?), 0));
     }
-    let mut last = io::Error::new(io::ErrorKind::InvalidInput, "no such host");
-    for resolved in address.to_socket_addrs()? {
-        let bound = std::net::TcpListener::bind(resolved);
-        match bound {
-            Ok(listener) => {
-                listener.set_nonblocking(true)?;
-                let port = listener.local_addr()?.port();
-                return Ok((Listener::Tcp(TcpListener::from_std(listener)?), port));
-            }
-            Err(e) => last = e,
-        }
+    let parsed: Result<SocketAddr, _> = address.parse();
+    let mut place = parsed.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    if place.port() == 0 {
+        place.set_port(port);
     }
-    Err(last)
+    let listener = std::net::TcpListener::bind(place)?;
+    listener.set_nonblocking(true)?;
+    let port = listener.local_addr()?.port();
+    Ok((Listener::Tcp(TcpListener::from_std(listener)?), port))
 }
 
 /// What is spoken on a port.
@@ -299,10 +307,10 @@ async fn accept(
     listener: Listener,
     door: Door,
     shared: Arc<Shared>,
+    room: Arc<Semaphore>,
     mut phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<()>,
 ) {
-    let room = Arc::new(Semaphore::new(shared.config.max_connections));
     loop {
         let accepted = tokio::select! {
             biased;

@@ -26,7 +26,7 @@ LOCAL = "127.0.0.1:0"
 
 
 @contextlib.contextmanager
-def serving(address: str = LOCAL, **more: Any) -> Iterator[forebay_native.Server]:
+def serving(*addresses: str, **more: Any) -> Iterator[forebay_native.Server]:
     import forebay_native
 
     settings: dict[str, Any] = {
@@ -46,17 +46,18 @@ def serving(address: str = LOCAL, **more: Any) -> Iterator[forebay_native.Server
         "overload": ("full", b""),
         "too_large": b"",
     }
-    server = forebay_native.Server(address, [(METHOD, [], False)], "/nowhere", **settings | more)
+    methods = [(METHOD, [], False)]
+    server = forebay_native.Server(addresses or [LOCAL], methods, "/nowhere", **settings | more)
     try:
         yield server
     finally:
         server.close()
 
 
-def http(address: str) -> dict[str, object]:
+def http(*addresses: str) -> dict[str, object]:
     canned = (503, [], b"")
     return {
-        "address": address,
+        "addresses": addresses,
         "gateway": "/nowhere",
         "routes": [],
         "forwarded": [],
@@ -67,6 +68,14 @@ def http(address: str) -> dict[str, object]:
         "unreachable": canned,
         "stalled": canned,
     }
+
+
+def connections(server: forebay_native.Server, expected: int) -> None:
+    """Wait until it has so many."""
+    deadline = time.monotonic() + 10
+    while server.stats()["connections"] != expected:
+        assert time.monotonic() < deadline, server.stats()
+        time.sleep(0.01)
 
 
 def test_a_connection_that_grows_old_in_a_drain_still_gets_its_answers() -> None:
@@ -94,6 +103,21 @@ def test_the_address_that_is_taken_is_the_one_that_is_named() -> None:
             pass
         with pytest.raises(OSError, match=f"cannot listen on {taken}: "), serving(http=http(taken)):
             pass
+        with pytest.raises(OSError, match=f"cannot listen on {taken}: "), serving(LOCAL, taken):
+            pass
+
+
+def test_all_addresses_have_one_port_and_share_the_bound_of_connections() -> None:
+    both = LOCAL, "127.0.0.2:0"
+    with serving(*both, http=http(*both), max_connections=1) as server:
+        assert 0 not in (server.port, server.http_port) and server.port != server.http_port
+        for port in (server.port, server.http_port):
+            with socket.create_connection(("127.0.0.2", port), 10):
+                connections(server, 1)
+                with socket.create_connection(("127.0.0.1", port), 10) as second:
+                    assert second.recv(1) == b"", "one is open"
+                connections(server, 1)
+            connections(server, 0)
 
 
 def test_only_a_socket_that_was_left_gives_way(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ type PyCanned = (u16, Vec<(String, String)>, Vec<u8>);
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub struct PyHttp {
-    address: String,
+    addresses: Vec<String>,
     gateway: String,
     routes: Vec<(String, Vec<(u8, PyCanned)>)>,
     forwarded: Vec<String>,
@@ -43,7 +43,7 @@ impl PyHttp {
             errors: errors.into_iter().map(|(n, e)| (n, canned(e))).collect(),
         };
         Ok(http1::Config {
-            address: self.address,
+            addresses: self.addresses,
             gateway: self.gateway.into(),
             routes: self.routes.into_iter().map(route).collect(),
             forwarded: names(self.forwarded)?,
