@@ -11,7 +11,7 @@ from forebay.v1 import generation_pb2_grpc as rpc
 
 from tests.conftest import Start
 from tests.integration.language_models import random_openvino
-from tests.integration.test_generation import refused, user
+from tests.integration.test_generation import refused, text_of, user
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +44,53 @@ def test_what_does_not_compile_costs_nobody_elses_answer(stub: rpc.GenerationSer
             pytest.fail(f"{pattern}: {e.details()}")
     events = list(stream)
     assert events[-2].finish.reason == pb.FINISH_REASON_LENGTH
+
+
+def closed(**properties: object) -> dict[str, object]:
+    """An object that has these alone, and all of them."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": sorted(properties),
+        "additionalProperties": False,
+    }
+
+
+def test_forms_that_no_answer_can_have_are_refused_before_any(
+    stub: rpc.GenerationServiceStub,
+) -> None:
+    long = user("Go on.", max_tokens=300, ignore_eos=True)
+    stream = stub.ChatStream(pb.ChatStreamRequest(request=long))
+    next(stream)
+    for pattern in ("a^b", r"ab\Z", r"\101", "a{3000000000}", "(" * 400 + "a" + ")" * 400):
+        request = user("Hello", max_tokens=20)
+        request.response_format.regex = pattern
+        assert "response_format.regex" in refused(lambda r=request: stub.Chat(r))
+    for schema, place in (
+        (closed(a={"$ref": "#"}), "properties.a.$ref: "),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum: "),
+        ({"type": "string", "minLength": 5, "maxLength": 1}, "minLength: "),
+        (closed(a=False), "properties.a: "),
+        ({"type": "object", "required": ["a"]}, "required: "),
+    ):
+        request = user("Hello", max_tokens=20)
+        request.response_format.json_schema = json.dumps(schema)
+        said = refused(lambda r=request: stub.Chat(r))
+        assert said["response_format.json_schema"].startswith(place)
+    request = user("Hello", max_tokens=20)
+    request.tools.add(name="f", parameters=json.dumps(closed(a={"$ref": "#"})), strict=True)
+    assert "tools[0].parameters" in refused(lambda: stub.Chat(request))
+    assert list(stream)[-2].finish.reason == pb.FINISH_REASON_LENGTH
+
+
+def test_references_are_followed_as_far_as_they_lead(stub: rpc.GenerationServiceStub) -> None:
+    forms = {
+        f"a{i}": closed(b={"$ref": f"#/$defs/a{i + 1}"}) if i < 6 else {"enum": [1]}
+        for i in range(7)
+    }
+    request = user("Hello", max_tokens=100)
+    request.response_format.json_schema = json.dumps({"$ref": "#/$defs/a0", "$defs": forms})
+    value = json.loads(text_of(stub.Chat(request).choices[0]))
+    for _ in range(6):
+        value = value["b"]
+    assert value == 1

@@ -7,18 +7,21 @@ silence. Such a schema is refused here: an answer must not look as if it were ch
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from re import _constants, _parser  # pyright: ignore[reportAttributeAccessIssue] - private
+from functools import partial
 from typing import Any
 
 from forebay.errors import InvalidArgument
 
+from forebay_server.core.expressions import check_regex
 from forebay_server.core.generation import Structure
+from forebay_server.core.schema_values import Places, check_values
 
 #: Keywords that hold values for answers and that the grammar does not enforce.
 UNENFORCED = frozenset(
     {
+        "$dynamicRef",
+        "$recursiveRef",
         "contains",
         "contentEncoding",
         "contentMediaType",
@@ -58,7 +61,6 @@ FORMATS = frozenset(
         "uuid",
     }
 )
-_OPCODES = frozenset(code.name for code in _constants.OPCODES)
 TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _SCHEMAS = ("items", "additionalProperties", "additionalItems")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -69,7 +71,7 @@ MAX_DEPTH = 48
 def parse_schema(text: str, path: str) -> dict[str, Any]:
     """A JSON schema that is an object and can be enforced. Raises InvalidArgument at `path`."""
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as e:
         raise InvalidArgument.at(path, f"is not JSON: {e}") from None
     if not isinstance(schema, dict):
@@ -77,10 +79,16 @@ def parse_schema(text: str, path: str) -> dict[str, Any]:
     return schema
 
 
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def check_enforceable(schema: Any, path: str) -> None:
     """Raise InvalidArgument that names the first keyword the grammar would pass over."""
-    _walk(schema, path, "", 0)
+    places = Places()
+    _walk(schema, path, "", 0, places)
     _compile(schema, path)
+    places.check_references(schema, partial(_refuse, path))
 
 
 def enforceable(schema: Any) -> bool:
@@ -90,71 +98,6 @@ def enforceable(schema: Any) -> bool:
     except InvalidArgument:
         return False
     return True
-
-
-#: Parts of regular expressions that grammars can be made of.
-_REGEX = frozenset(
-    {
-        "ANY",
-        "AT",
-        "BRANCH",
-        "IN",
-        "LITERAL",
-        "MAX_REPEAT",
-        "MIN_REPEAT",
-        "NOT_LITERAL",
-        "SUBPATTERN",
-        "RANGE",
-        "NEGATE",
-        "CATEGORY",
-        "MAX_UNTIL",
-        "MIN_UNTIL",
-    }
-)
-#: An expression's parts: escapes, classes, what opens a group, counts, single characters.
-_PARTS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\(\?:?|\{\d+(?:,\d*)?\}|.", re.DOTALL)
-#: Those that Python reads and the grammar engine does not: word boundaries, a class that begins with
-#: its own end, groups with a name or flags, a brace that begins no count.
-_UNREAD = frozenset({r"\b", r"\B", "[]", "(?", "{"})
-
-
-def check_regex(pattern: str, path: str) -> None:
-    """Raise InvalidArgument unless a grammar can enforce the expression: no look-around, no
-    references back, no conditions."""
-    try:
-        parsed = _parser.parse(pattern)
-    except (re.error, RecursionError, OverflowError) as e:
-        raise InvalidArgument.at(path, f"is no regular expression: {e}") from None
-    _walk_regex(parsed, path)
-    if part := _unread(pattern):
-        raise InvalidArgument.at(
-            path,
-            f"has {part!r} where the engine cannot read it",
-            reason="REGEX_NOT_ENFORCEABLE",
-        )
-
-
-def _unread(pattern: str) -> str:
-    """The first part that the grammar engine cannot read, "" when there is none. It must not get there:
-    an expression that does not compile stops all answers of the model, not only its own."""
-    before = "("
-    for part in _PARTS.findall(pattern):
-        if part in _UNREAD or (part == "|" and before in ("(", "(?:", "|")):
-            return part
-        before = part
-    return "|" if before == "|" else ""
-
-
-def _walk_regex(node: Any, path: str) -> None:
-    if isinstance(node, (list, tuple, _parser.SubPattern)):
-        for one in node:
-            _walk_regex(one, path)
-    elif (name := getattr(node, "name", None)) and name in _OPCODES and name not in _REGEX:
-        raise InvalidArgument.at(
-            path,
-            f"has {name.lower()}, which the engine cannot enforce",
-            reason="REGEX_NOT_ENFORCEABLE",
-        )
 
 
 def _fetch(uri: str) -> Any:
@@ -177,7 +120,7 @@ def _refuse(path: str, at: str, why: str) -> None:
     raise InvalidArgument.at(path, f"{at or 'the schema'}: {why}", reason="SCHEMA_NOT_ENFORCEABLE")
 
 
-def _walk(schema: Any, path: str, at: str, depth: int) -> None:
+def _walk(schema: Any, path: str, at: str, depth: int, places: Places) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
@@ -185,6 +128,9 @@ def _walk(schema: Any, path: str, at: str, depth: int) -> None:
     if depth > MAX_DEPTH:
         _refuse(path, at, f"is nested more than {MAX_DEPTH} deep")
     dot = f"{at}." if at else ""
+    places.add(schema, at)
+    if at and "$id" in schema:
+        _refuse(path, f"{dot}$id", "the engine follows references from the whole schema alone")
     for keyword in schema:
         if keyword in UNENFORCED:
             _refuse(path, f"{dot}{keyword}", "the engine cannot enforce this keyword")
@@ -214,18 +160,26 @@ def _walk(schema: Any, path: str, at: str, depth: int) -> None:
         value = schema.get(name)
         if isinstance(value, list):
             for i, one in enumerate(value):
-                _walk(one, path, f"{dot}{name}[{i}]", depth + 1)
+                _walk(one, path, f"{dot}{name}[{i}]", depth + 1, places)
         elif value is not None:
-            _walk(value, path, f"{dot}{name}", depth + 1)
+            _walk(value, path, f"{dot}{name}", depth + 1, places)
     for name in _LISTS:
         for i, one in enumerate(schema.get(name, [])):
-            _walk(one, path, f"{dot}{name}[{i}]", depth + 1)
+            _walk_form(one, path, f"{dot}{name}[{i}]", depth + 1, places)
     for name in _MAPS:
         value = schema.get(name) or {}
         if not isinstance(value, Mapping):
             _refuse(path, f"{dot}{name}", "must be an object")
         for key, one in value.items():
-            _walk(one, path, f"{dot}{name}.{key}", depth + 1)
+            _walk_form(one, path, f"{dot}{name}.{key}", depth + 1, places)
+    check_values(schema, lambda keyword, why: _refuse(path, f"{dot}{keyword}", why))
+
+
+def _walk_form(schema: Any, path: str, at: str, depth: int, places: Places) -> None:
+    """Where a value is to have the form: `items` and `additionalProperties` alone may allow none."""
+    if schema is False:
+        _refuse(path, at, "is false, which the engine cannot enforce; leave it out")
+    _walk(schema, path, at, depth, places)
 
 
 def _matcher(pattern: str) -> Any:

@@ -8,7 +8,11 @@ cover whole go to that grammar all the same.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
+
+from forebay_server.core.schema_values import target_of
 
 KEYWORDS = frozenset(
     {
@@ -38,6 +42,8 @@ KEYWORDS = frozenset(
 )
 #: Longer expressions take longer to compile than the answer takes to say.
 MAX_LENGTH = 30_000
+#: References that the conversion follows one after the other.
+MAX_REFERENCES = 4
 #: How outlines-core writes a number, and the same without those that no double holds (1e+999).
 ANY_NUMBER = r"((-)?(0|[1-9][0-9]*))(\.[0-9]+)?([eE][+-][0-9]+)?"
 NUMBER = r"((-)?(0|[1-9][0-9]{0,19}))(\.[0-9]{1,19})?([eE][+-][0-9]{1,2})?"
@@ -52,7 +58,7 @@ def regex_of(schema: Any) -> str | None:
     )
 
     listed = _ranges_as_lists(schema)
-    if not _covered(listed):
+    if not _covered(listed) or _deep(listed):
         return None
     try:
         regex = build_regex_from_schema(json.dumps(listed), whitespace_pattern=" ?")
@@ -87,6 +93,8 @@ def _covered(schema: Any) -> bool:
         return False
     if kind == "array" and "items" not in schema:
         return False
+    if "pattern" in schema and {"minLength", "maxLength"} & set(schema):
+        return False
     if schema.get("additionalProperties") not in (None, False, True):
         return False
     if not {"type", "enum", "const", "anyOf", "$ref"} & set(schema):
@@ -96,3 +104,32 @@ def _covered(schema: Any) -> bool:
     if "items" in schema:
         nested.append(schema["items"])
     return all(_covered(one) for one in nested)
+
+
+def _deep(schema: Any) -> bool:
+    """Whether the conversion would leave out what references lead to, required or not: it follows
+    some one after the other, and none that leads back to itself."""
+    leads: dict[str, set[str]] = {}
+    new = set(_references(schema))
+    while new:
+        reference = new.pop()
+        leads[reference] = set(_references(target_of(schema, reference)))
+        new |= leads[reference] - leads.keys()
+    depths: dict[str, int] = {}
+    try:
+        for reference in TopologicalSorter(leads).static_order():
+            depths[reference] = 1 + max((depths[r] for r in leads[reference]), default=0)
+    except CycleError:
+        return True
+    return max(depths.values(), default=0) > MAX_REFERENCES
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, list):
+        for one in schema:
+            yield from _references(one)
+    elif isinstance(schema, dict):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for one in schema.values():
+            yield from _references(one)

@@ -10,6 +10,7 @@ from typing import Any
 from forebay.errors import InvalidArgument
 from forebay.v1 import generation_pb2 as pb
 
+from forebay_server.core.expressions import check_regex
 from forebay_server.core.generation import (
     ChatContext,
     GenerationDelta,
@@ -19,7 +20,7 @@ from forebay_server.core.generation import (
     ToolMode,
     ToolSpec,
 )
-from forebay_server.core.structure import check_enforceable, check_regex, parse_schema
+from forebay_server.core.structure import check_enforceable, parse_schema
 from forebay_server.dataplane.generation_jobs import ChatAsk, CompleteAsk
 from forebay_server.services.common import exactly_one
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from forebay.errors import InvalidArgument, QueueFull
+from forebay_server.core.expressions import check_regex
 from forebay_server.core.fairness import FairQueue
 from forebay_server.core.generation import (
     ChatContext,
@@ -19,7 +20,7 @@ from forebay_server.core.generation import (
     ToolMode,
     ToolSpec,
 )
-from forebay_server.core.structure import check_enforceable, check_regex, fault_of
+from forebay_server.core.structure import check_enforceable, fault_of
 from forebay_server.generation.channel import Channel
 from forebay_server.generation.detokenize import Detokenizer
 from forebay_server.generation.errors import TemplateRefused
