@@ -15,11 +15,12 @@ use http::{HeaderMap, HeaderName, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncWriteExt, copy, split};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Sleep, sleep, timeout};
 
 use crate::reply::Reply;
 
@@ -33,6 +34,8 @@ pub struct Gateway {
     /// Time that a request's body may make no progress.
     patience: Duration,
     sender: Mutex<Option<SendRequest<Patient>>>,
+    /// Both ends of a connection that became a `WebSocket`.
+    switched: Mutex<Option<(OnUpgrade, OnUpgrade)>>,
 }
 
 impl Gateway {
@@ -41,6 +44,7 @@ impl Gateway {
             socket,
             patience,
             sender: Mutex::new(None),
+            switched: Mutex::new(None),
         }
     }
 
@@ -80,15 +84,37 @@ impl Gateway {
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if switched && let Some(ours) = ours {
             let theirs = hyper::upgrade::on(&mut response);
-            tokio::spawn(async move {
-                if let (Ok(ours), Ok(theirs)) = (ours.await, theirs.await) {
-                    let (mut ours, mut theirs) = (TokioIo::new(ours), TokioIo::new(theirs));
-                    let _ = copy_bidirectional(&mut ours, &mut theirs).await;
-                }
-            });
+            *self.switched.lock().await = Some((ours, theirs));
         }
         hop_by_hop(response.headers_mut(), switched);
         Ok(response.map(Reply::Passed))
+    }
+
+    /// What the connection is for when it speaks HTTP no more: nothing, or a `WebSocket` until its end.
+    pub async fn relay(&self) {
+        let Some((ours, theirs)) = self.switched.lock().await.take() else {
+            return;
+        };
+        let (Ok(ours), Ok(theirs)) = (ours.await, theirs.await) else {
+            return;
+        };
+        let (mut from_client, mut to_client) = split(TokioIo::new(ours));
+        let (mut from_gateway, mut to_gateway) = split(TokioIo::new(theirs));
+        let up = async {
+            let _ = copy(&mut from_client, &mut to_gateway).await;
+            let _ = to_gateway.shutdown().await;
+        };
+        let down = async {
+            let _ = copy(&mut from_gateway, &mut to_client).await;
+            let _ = to_client.shutdown().await;
+        };
+        let (mut up, mut down) = (std::pin::pin!(up), std::pin::pin!(down));
+        // Where one way has ended, the other is to follow: a client that neither reads nor leaves would
+        // hold its connection for ever.
+        tokio::select! {
+            () = &mut up => drop(timeout(self.patience, down).await),
+            () = &mut down => drop(timeout(self.patience, up).await),
+        }
     }
 
     async fn connect(&self) -> io::Result<SendRequest<Patient>> {

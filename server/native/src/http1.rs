@@ -184,7 +184,7 @@ pub async fn serve(
     let mut ending = false;
     loop {
         tokio::select! {
-            _ = &mut connection => return,
+            _ = &mut connection => break,
             changed = phase.changed(), if !ending => {
                 if changed.is_err() || *phase.borrow() == Phase::Draining {
                     ending = true;
@@ -193,6 +193,7 @@ pub async fn serve(
             }
         }
     }
+    gateway.relay().await; // here, where it counts as the connection that it is
 }
 
 /// Route, places and time of a request; None for those that the gateway serves.

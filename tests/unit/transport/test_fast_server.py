@@ -120,6 +120,72 @@ def test_all_addresses_have_one_port_and_share_the_bound_of_connections() -> Non
             connections(server, 0)
 
 
+@contextlib.contextmanager
+def websocket(folder: Path, **more: Any) -> Iterator[tuple[Any, socket.socket, socket.socket]]:
+    """A server, and both ends of a WebSocket that goes through it: the client's and the gateway's."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "gateway"))
+        listener.listen()
+        listener.settimeout(10)
+        own = http(LOCAL) | {"gateway": listener.getsockname()}
+        with (
+            serving(http=own, **more) as server,
+            socket.create_connection(("127.0.0.1", server.http_port), 10) as client,
+        ):
+            upgrade = b"Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+            client.sendall(b"GET /talk HTTP/1.1\r\n" + upgrade)
+            gateway, _ = listener.accept()
+            with gateway:
+                gateway.settimeout(10)
+                assert gateway.recv(65536).startswith(b"GET /talk ")
+                gateway.sendall(b"HTTP/1.1 101 Switching Protocols\r\n" + upgrade)
+                assert client.recv(65536).startswith(b"HTTP/1.1 101 ")
+                client.sendall(b"asked")
+                assert gateway.recv(65536) == b"asked"
+                gateway.sendall(b"told")
+                assert client.recv(65536) == b"told"
+                yield server, client, gateway
+
+
+def test_a_websocket_counts_as_a_connection_until_it_ends(tmp_path: Path) -> None:
+    with websocket(tmp_path, max_connections=1) as (server, client, gateway):
+        connections(server, 1)
+        with socket.create_connection(("127.0.0.1", server.http_port), 10) as second:
+            assert second.recv(1) == b"", "one is open"
+        client.close()
+        assert gateway.recv(1) == b""
+        gateway.close()
+        connections(server, 0)
+
+
+def test_a_drain_waits_for_a_websocket_and_closing_ends_it(tmp_path: Path) -> None:
+    with websocket(tmp_path) as (server, client, gateway):
+        assert not server.drain(0.2)
+        client.sendall(b"still here")
+        assert gateway.recv(65536) == b"still here"
+        server.close()
+        assert client.recv(1) == gateway.recv(1) == b""
+
+
+def test_a_drain_has_ended_when_a_websocket_has(tmp_path: Path) -> None:
+    with websocket(tmp_path) as (server, client, gateway):
+        ended: list[bool] = []
+        draining = threading.Thread(target=lambda: ended.append(server.drain(20)))
+        draining.start()
+        gateway.close()
+        assert client.recv(1) == b""
+        client.close()
+        draining.join(20)
+        assert ended == [True]
+
+
+def test_a_client_that_stays_when_a_websocket_has_ended_is_cut_off(tmp_path: Path) -> None:
+    with websocket(tmp_path) as (server, client, gateway):
+        gateway.close()
+        assert client.recv(1) == b""
+        connections(server, 0)
+
+
 def test_only_a_socket_that_was_left_gives_way(tmp_path: Path) -> None:
     path = tmp_path / "server.sock"
     for _ in range(2):  # the second finds what the first has left
