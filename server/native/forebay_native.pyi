@@ -40,7 +40,7 @@ class Server:
             headers that become metadata; `aside`, headers whose requests go to the gateway;
             `max_body_bytes`; `timeout_s`, the deadline where a request gives none; `idle_timeout_s`,
             for how long a connection may have no whole request, and the body of a request for the
-            gateway may make no progress; `unreachable`, the answer when the gateway does not listen;
+            gateway may be waited for, of which each 500 bytes give back a second; `unreachable`, the answer when the gateway does not listen;
             `stalled`, the one to a request for it that does not come in whole.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -309,6 +310,32 @@ def test_who_never_ends_a_body_for_the_gateway_is_cut_off(
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
     assert reply_to(port, head + b"{").startswith(f"HTTP/1.1 {status} ".encode())
     assert time.monotonic() - started < IDLE_S + 3
+
+
+def dribbled(port: int, path: str, body: bytes, size: int) -> bytes:
+    """The answer to a body that comes in so large pieces, one each quarter of a second."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        raw.sendall(head.encode())
+        for at in range(0, len(body), size):
+            raw.sendall(body[at : at + size])
+            raw.settimeout(0.25)
+            with contextlib.suppress(TimeoutError):
+                return raw.recv(65536)
+        raw.settimeout(10)
+        return raw.recv(65536)
+
+
+@pytest.mark.parametrize("size", [1, 20])
+def test_who_dribbles_a_body_for_the_gateway_is_cut_off(port: int, size: int) -> None:
+    body = said(input="a" * 36 * size)
+    assert dribbled(port, "/v1/moderations", body, size).startswith(b"HTTP/1.1 504 ")
+
+
+def test_a_slow_body_for_the_gateway_has_its_time(port: int) -> None:
+    body = said(input=["good " * 40] * 20, model="sentiment")
+    assert len(body) / 250 * 0.25 > IDLE_S
+    assert dribbled(port, "/v1/moderations", body, 250).startswith(b"HTTP/1.1 200 ")
 
 
 def test_headers_beyond_the_bound_are_refused(port: int) -> None:

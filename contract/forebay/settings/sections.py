@@ -119,7 +119,7 @@ class HttpSettings(Section):
     cors_origins: list[str] = []
     timeout_s: float = Field(default=300.0, gt=0, description="when the caller names none")
     idle_timeout_s: float = Field(
-        default=75.0, ge=1, description="for connections that have no request"
+        default=75.0, ge=1, description="for connections that have no request, and slow bodies"
     )
     flagged_labels: list[str] = Field(
         default=["negative", "toxic"], description="labels that /v1/moderations flags"

@@ -72,7 +72,8 @@ class HttpPort:
         aside: requests with one of these headers go to the gateway.
         timeout_s: deadline of calls whose callers name none.
         idle_timeout_s: a connection that has no request, or whose headers do not end, ends then;
-            so does a request for the gateway whose body makes no progress.
+            so does a request for the gateway whose body is waited for as long, of which each 500
+            bytes give back a second.
     """
 
     host: str

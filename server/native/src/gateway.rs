@@ -20,18 +20,21 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWriteExt, copy, split};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use crate::reply::Reply;
 
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+/// Time that a byte of a request's body is worth: 500 a second are enough, as for Apache's
+/// `RequestReadTimeout`.
+const BYTE: Duration = Duration::from_millis(2);
 
 /// One client connection's connection to the gateway, opened by its first request. HTTP/1.1 has one
 /// request at a time on each.
 pub struct Gateway {
     socket: PathBuf,
-    /// Time that a request's body may make no progress.
+    /// Time that a request's body may be waited for, see `Patient`.
     patience: Duration,
     sender: Mutex<Option<SendRequest<Patient>>>,
     /// Both ends of a connection that became a `WebSocket`.
@@ -76,6 +79,7 @@ impl Gateway {
         let request = request.map(|body| Patient {
             body,
             patience: self.patience,
+            left: self.patience,
             until: None,
         });
         let mut response = sender.send_request(request).await.map_err(why)?;
@@ -127,11 +131,16 @@ impl Gateway {
     }
 }
 
-/// A request's body on its way. It fails when nothing comes for too long: a client that is gone
-/// without a word would hold its connection for ever.
+/// A request's body on its way. It fails when its client lets itself be waited for too long: one that
+/// is gone without a word, or sends a byte now and then, would hold its connection for ever.
+///
+/// Each byte buys some time, but no more is ever left than `patience`. Time that the gateway takes is
+/// not counted.
 struct Patient {
     body: Incoming,
     patience: Duration,
+    left: Duration,
+    /// While it is waited for.
     until: Option<Pin<Box<Sleep>>>,
 }
 
@@ -144,11 +153,18 @@ impl Body for Patient {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
-            self.until = None;
+            if let Some(until) = self.until.take() {
+                self.left = until.deadline().saturating_duration_since(Instant::now());
+            }
+            if let Some(Ok(piece)) = frame.as_ref().map(|f| f.as_ref().map(Frame::data_ref)) {
+                let size = piece.map_or(0, Bytes::len);
+                let bought = BYTE.saturating_mul(u32::try_from(size).unwrap_or(u32::MAX));
+                self.left = self.left.saturating_add(bought).min(self.patience);
+            }
             return Poll::Ready(frame.map(|f| f.map_err(io::Error::other)));
         }
-        let patience = self.patience;
-        let until = self.until.get_or_insert_with(|| Box::pin(sleep(patience)));
+        let left = self.left;
+        let until = self.until.get_or_insert_with(|| Box::pin(sleep(left)));
         let over = until.as_mut().poll(context);
         over.map(|()| Some(Err(io::ErrorKind::TimedOut.into())))
     }

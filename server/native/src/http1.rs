@@ -52,7 +52,7 @@ pub struct Config {
     /// The deadline of calls whose callers name none.
     pub timeout: Duration,
     /// Time that a connection may be without a request, its headers' way included, and that the body of
-    /// a request for the gateway may make no progress.
+    /// a request for the gateway may be waited for, see `gateway.rs`.
     pub idle_timeout: Duration,
     /// The answer when the gateway cannot be reached.
     pub unreachable: Canned,
