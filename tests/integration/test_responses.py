@@ -102,6 +102,29 @@ def test_a_response_is_answered_stored_and_followed(stub: rpc.ResponseServiceStu
     assert len({i.id for i in items}) == 3
 
 
+@pytest.mark.parametrize("oldest_first", [True, False])
+def test_pages_of_input_items_while_a_response_before_is_removed(
+    stub: rpc.ResponseServiceStub, oldest_first: bool
+) -> None:
+    first = stub.CreateResponse(asks("One")).response
+    second = stub.CreateResponse(asks("Two", previous_response=first.id)).response
+    third = stub.CreateResponse(asks("Three", previous_response=second.id)).response
+    ask = pb.ListInputItemsRequest(response=third.id, oldest_first=oldest_first, page_size=100)
+    whole = [i.id for i in stub.ListInputItems(ask).items]
+    assert len(whole) == 5
+    seen, ask.page_size = [], 2
+    page = stub.ListInputItems(ask)
+    seen += [i.id for i in page.items]
+    stub.DeleteResponse(pb.DeleteResponseRequest(response=first.id))
+    ask.page_size = 1
+    while page.next_page_token:
+        ask.page_token = page.next_page_token
+        page = stub.ListInputItems(ask)
+        seen += [i.id for i in page.items]
+    # Newest first, the two items of the first response are gone before they are reached.
+    assert seen == (whole if oldest_first else whole[:3])
+
+
 def test_instructions_hold_for_one_response_alone(stub: rpc.ResponseServiceStub) -> None:
     plain = stub.CreateResponse(asks("Hello")).response.generation_usage.prompt_tokens
     told = stub.CreateResponse(asks("Hello", instructions="Be brief, and kind.")).response

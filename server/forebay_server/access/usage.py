@@ -72,6 +72,10 @@ class Counters:
 _NOTHING = Counters()
 
 
+#: Day, key, model, version and user of a row.
+Place = tuple[str, str, str, int, str]
+
+
 @dataclass(frozen=True, slots=True)
 class UsageRow:
     """Counters of one key, model, version, day (UTC, YYYY-MM-DD) and user of the key's owner."""
@@ -82,6 +86,10 @@ class UsageRow:
     day: str
     counters: Counters
     user: str = ""
+
+    def place(self) -> Place:
+        """Where it stands in the list of all: newest day first, then by the others, ascending."""
+        return self.day, self.key_id, self.model, self.version, self.user
 
 
 class UsageLedger:
@@ -268,15 +276,18 @@ class UsageLedger:
         model: str | None,
         from_day: str | None,
         to_day: str | None,
-        offset: int,
+        behind: Place | None,
         limit: int,
         user: str | None = None,
     ) -> list[UsageRow]:
-        """Rows, newest day first."""
+        """Rows, newest day first, behind a row's place, or from the first."""
         await self.flush()
-        query = sa.select(usage).order_by(
-            usage.c.day.desc(), usage.c.key_id, usage.c.model, usage.c.version, usage.c.user
-        )
+        within = (usage.c.key_id, usage.c.model, usage.c.version, usage.c.user)
+        query = sa.select(usage).order_by(usage.c.day.desc(), *within)
+        if behind is not None:
+            day, *rest = behind
+            further = sa.tuple_(*within) > sa.tuple_(*map(sa.literal, rest))
+            query = query.where((usage.c.day < day) | ((usage.c.day == day) & further))
         for column, value in (("key_id", key_id), ("model", model), ("user", user)):
             if value is not None:
                 query = query.where(usage.c[column] == value)
@@ -285,7 +296,7 @@ class UsageLedger:
         if to_day:
             query = query.where(usage.c.day <= to_day)
         async with self._database.read() as db:
-            found = (await db.execute(query.offset(offset).limit(limit))).all()
+            found = (await db.execute(query.limit(limit))).all()
         return [
             UsageRow(
                 r.key_id,

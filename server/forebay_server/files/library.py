@@ -145,14 +145,15 @@ class FileLibrary:
         return row
 
     async def page(
-        self, key_id: str, purpose: str, oldest_first: bool, after: str, offset: int, limit: int
+        self,
+        key_id: str,
+        purpose: str,
+        oldest_first: bool,
+        behind: tuple[float, str] | None,
+        limit: int,
     ) -> list[FileRow]:
-        """The key's files from an offset, which counts from behind `after` where that is given."""
-        now = self._clock()
-        if after:
-            row = await self.get(key_id, after)
-            return await self.store.behind(key_id, purpose, now, oldest_first, row, offset, limit)
-        return await self.store.page(key_id, purpose, now, oldest_first, offset, limit)
+        """The key's files by their time, behind a time and id, or from the first."""
+        return await self.store.page(key_id, purpose, self._clock(), oldest_first, behind, limit)
 
     async def delete(self, key_id: str, file: str) -> None:
         """Remove a file. Raises NotFound."""

@@ -22,7 +22,7 @@ from forebay_server.services.batch_execution import Intake
 from forebay_server.services.common import check_metadata
 from forebay_server.services.file import seconds
 from forebay_server.services.model import timestamp
-from forebay_server.services.paging import offset, page_size, token
+from forebay_server.services.paging import Page
 from forebay_server.storage.batches import OPEN, BatchRow, ItemRow
 
 #: Items that are stored in one transaction, by their number and their bytes.
@@ -143,16 +143,12 @@ class BatchService(Service):
     async def list_batches(self, call: Call) -> pb.ListBatchesResponse:
         """ListBatches."""
         r, key_id = cast(pb.ListBatchesRequest, call.request), call.principal.key_id
-        size, start = page_size(r.page_size, 20), offset(r.page_token)
-        if r.after:
-            start = 0
-            rows = await self._store.behind(key_id, await self._get(call, r.after), size + 1)
-        else:
-            rows = await self._store.page(key_id, start, size + 1)
-        more = token(start + size) if len(rows) > size else ""
-        return pb.ListBatchesResponse(
-            batches=[_batch(x) for x in rows[:size]], next_page_token=more
-        )
+        page = Page(r, 20, float, str)
+        behind = page.behind
+        if r.after and not behind:
+            behind = _place(await self._get(call, r.after))
+        chosen, token = page.cut(await self._store.page(key_id, behind, page.size + 1), _place)
+        return pb.ListBatchesResponse(batches=[_batch(x) for x in chosen], next_page_token=token)
 
     async def cancel_batch(self, call: Call) -> pb.CancelBatchResponse:
         """CancelBatch."""
@@ -223,6 +219,10 @@ def _item(intake: Intake, line: bytes) -> ItemRow:
         number = intake.total + 1
         return intake.unreadable(InvalidArgument.at(f"line {number}", f"is no item: {e}"[:500]))
     return intake.take(item)
+
+
+def _place(row: BatchRow) -> tuple[float, str]:
+    return row.created_at, row.id
 
 
 def _batch(row: BatchRow) -> pb.Batch:

@@ -28,7 +28,7 @@ from forebay_server.services.collection_messages import (
 )
 from forebay_server.services.common import served_by, usage
 from forebay_server.services.filters import condition
-from forebay_server.services.paging import offset, page, page_size, token
+from forebay_server.services.paging import Page
 from forebay_server.services.point_lines import PointLines
 
 
@@ -64,8 +64,8 @@ class CollectionService(Service):
     async def list_collections(self, call: Call) -> pb.ListCollectionsResponse:
         """ListCollections."""
         request = cast(pb.ListCollectionsRequest, call.request)
-        size = page_size(request.page_size, 100)
-        chosen, following = page(self._collections.visible(), request.page_token, size)
+        page = Page(request, 100, str)
+        chosen, following = page.of(self._collections.visible(), lambda c: (c.name,))
         return pb.ListCollectionsResponse(
             collections=[collection_message(c) for c in chosen], next_page_token=following
         )
@@ -121,10 +121,10 @@ class CollectionService(Service):
         if request.ids:
             rows = await self._collections.points(request.collection, request.ids)
         else:
-            size = page_size(request.page_size, 100)
-            start = offset(request.page_token)
-            rows = await self._collections.page(request.collection, start, size)
-            following = token(rows[-1].label + 1) if len(rows) == size else ""
+            page = Page(request, 100, int)
+            label = page.behind[0] + 1 if page.behind else 0
+            found = await self._collections.page(request.collection, label, page.size + 1)
+            rows, following = page.cut(found, lambda r: (r.label,))
         return twin.GetPointsResponse(
             points=[point_message(r, request.with_vectors) for r in rows], next_page_token=following
         )

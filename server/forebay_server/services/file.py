@@ -15,7 +15,7 @@ from forebay_server.core.call import Call
 from forebay_server.files.library import FileLibrary, Upload
 from forebay_server.services.base import Service
 from forebay_server.services.model import timestamp
-from forebay_server.services.paging import offset, page_size, token
+from forebay_server.services.paging import Page
 from forebay_server.storage.files import FileRow
 
 
@@ -72,12 +72,13 @@ class FileService(Service):
     async def list_files(self, call: Call) -> pb.ListFilesResponse:
         """ListFiles."""
         r = cast(pb.ListFilesRequest, call.request)
-        size, start = page_size(r.page_size, 100), offset(r.page_token)
-        rows = await self._library.page(
-            call.principal.key_id, r.purpose, r.oldest_first, r.after, start, size + 1
-        )
-        more = token(start + size) if len(rows) > size else ""
-        return pb.ListFilesResponse(files=[_file(x) for x in rows[:size]], next_page_token=more)
+        key_id, page = call.principal.key_id, Page(r, 100, float, str)
+        behind = page.behind
+        if r.after and not behind:
+            behind = _place(await self._library.get(key_id, r.after))
+        rows = await self._library.page(key_id, r.purpose, r.oldest_first, behind, page.size + 1)
+        chosen, token = page.cut(rows, _place)
+        return pb.ListFilesResponse(files=[_file(x) for x in chosen], next_page_token=token)
 
     async def delete_file(self, call: Call) -> pb.DeleteFileResponse:
         """DeleteFile."""
@@ -100,6 +101,10 @@ def seconds(value: Duration, path: str, low: float, high: float) -> float:
     if not low <= out <= high:
         raise InvalidArgument.at(path, f"is {out:g} s; allowed is from {low:g} to {high:g} s")
     return out
+
+
+def _place(row: FileRow) -> tuple[float, str]:
+    return row.created_at, row.id
 
 
 def _file(row: FileRow) -> pb.File:

@@ -12,7 +12,7 @@ from forebay_server.access.keys import ApiKey, KeyStore, Limits
 from forebay_server.core.call import Call
 from forebay_server.services.base import Service
 from forebay_server.services.model import timestamp
-from forebay_server.services.paging import page, page_size
+from forebay_server.services.paging import Page
 
 _SCOPES = {
     pb.KEY_SCOPE_INFER: "infer",
@@ -57,7 +57,7 @@ class KeyService(Service):
         """ListKeys."""
         request = cast(pb.ListKeysRequest, call.request)
         keys = self._keys.list(request.include_inactive)
-        chosen, token = page(keys, request.page_token, page_size(request.page_size, 50))
+        chosen, token = Page(request, 50, float, str).of(keys, lambda k: (-k.created_at, k.id))
         return pb.ListKeysResponse(keys=[_message(k) for k in chosen], next_page_token=token)
 
     async def revoke_key(self, call: Call) -> pb.RevokeKeyResponse:

@@ -24,7 +24,7 @@ from forebay_server.services import knowledge_messages as messages
 from forebay_server.services.base import Service
 from forebay_server.services.common import served_by, usage
 from forebay_server.services.filters import to_dict
-from forebay_server.services.paging import offset, page, page_size, token
+from forebay_server.services.paging import Page
 
 
 class KnowledgeService(Service):
@@ -69,8 +69,7 @@ class KnowledgeService(Service):
     async def list_knowledge_bases(self, call: Call) -> pb.ListKnowledgeBasesResponse:
         """ListKnowledgeBases."""
         request = cast(pb.ListKnowledgeBasesRequest, call.request)
-        size = page_size(request.page_size, 100)
-        chosen, following = page(self._bases.all(), request.page_token, size)
+        chosen, following = Page(request, 100, str).of(self._bases.all(), lambda b: (b.row.name,))
         return pb.ListKnowledgeBasesResponse(
             knowledge_bases=[await self._base(b) for b in chosen], next_page_token=following
         )
@@ -167,13 +166,13 @@ class KnowledgeService(Service):
         """ListDocuments."""
         request = cast(pb.ListDocumentsRequest, call.request)
         base = self._bases.get(request.knowledge_base)
-        start, size = offset(request.page_token), page_size(request.page_size, 100)
-        rows, more = await self._bases.store.page(
-            base.row.id, messages.STATUSES[request.status], start, size
+        page = Page(request, 100, float, str)
+        rows = await self._bases.store.page(
+            base.row.id, messages.STATUSES[request.status], page.behind, page.size + 1
         )
+        chosen, following = page.cut(rows, lambda r: (r.created_at, r.id))
         return pb.ListDocumentsResponse(
-            documents=[messages.document_message(r) for r in rows],
-            next_page_token=token(start + size) if more else "",
+            documents=[messages.document_message(r) for r in chosen], next_page_token=following
         )
 
     async def delete_document(self, call: Call) -> pb.DeleteDocumentResponse:
@@ -298,7 +297,8 @@ class KnowledgeService(Service):
         """ListEvaluations."""
         request = cast(pb.ListEvaluationsRequest, call.request)
         jobs = self._jobs.of(self._bases.get(request.knowledge_base))
-        chosen, following = page(jobs, request.page_token, page_size(request.page_size, 100))
+        page = Page(request, 100, float, str)
+        chosen, following = page.of(jobs, lambda j: (-j.created_at, j.id))
         return pb.ListEvaluationsResponse(
             evaluations=[messages.evaluation_message(j) for j in chosen],
             next_page_token=following,

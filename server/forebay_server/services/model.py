@@ -19,7 +19,7 @@ from forebay_server.dataplane.registry import (
 from forebay_server.repository import ModelRepository
 from forebay_server.repository.uploads import VersionUpload
 from forebay_server.services.base import Service
-from forebay_server.services.paging import page, page_size
+from forebay_server.services.paging import Page
 
 TASKS = {
     "tabular-regression": pb.TASK_TABULAR_REGRESSION,
@@ -56,7 +56,7 @@ class ModelService(Service):
         """ListModels."""
         request = cast(pb.ListModelsRequest, call.request)
         models = [m for m in self._registry.views() if request.task in (0, TASKS[m.task])]
-        chosen, token = page(models, request.page_token, page_size(request.page_size, 100))
+        chosen, token = Page(request, 100, str).of(models, lambda m: (m.name,))
         return pb.ListModelsResponse(models=[message(m) for m in chosen], next_page_token=token)
 
     async def get_model(self, call: Call) -> pb.GetModelResponse:

@@ -28,7 +28,7 @@ from forebay_server.core.call import Call
 from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.services.base import Service
 from forebay_server.services.model import timestamp
-from forebay_server.services.paging import offset, page_size, token
+from forebay_server.services.paging import Page
 from forebay_server.services.response_items import Conversation, Event
 from forebay_server.services.response_making import (
     OWNED_S,
@@ -278,22 +278,31 @@ class ResponseService(Service):
         rows = await self._store.chain(
             call.principal.key_id, request.response, self._clock(), self._settings.max_turns
         )
-        items: list[pb.ResponseItem] = []
+        # An item's place is its response and its number there.
+        items: list[tuple[tuple[str, int], pb.ResponseItem]] = []
         for row in rows:
-            items.extend(input_of(row))
+            own = input_of(row)
             if row.id != request.response:
-                items.extend(pb.Response.FromString(row.response).output)
+                own.extend(pb.Response.FromString(row.response).output)
+            items.extend(((row.id, n), item) for n, item in enumerate(own))
         if not request.oldest_first:
             items.reverse()
-        start = offset(request.page_token)
-        if request.after:
-            ids = [i.id for i in items]
+        page = Page(request, 20, str, int)
+        start = 0
+        if page.behind:
+            places = [place for place, _ in items]
+            if page.behind in places:
+                start = places.index(page.behind) + 1
+            elif not request.oldest_first:
+                start = len(items)  # its response is gone, and with it all that were before it
+        elif request.after:
+            ids = [item.id for _, item in items]
             if request.after not in ids:
                 raise NotFound("item", request.after)
             start = ids.index(request.after) + 1
-        end = start + page_size(request.page_size, 20)
+        chosen, following = page.cut(items[start:], lambda i: i[0])
         return pb.ListInputItemsResponse(
-            items=items[start:end], next_page_token=token(end) if end < len(items) else ""
+            items=[item for _, item in chosen], next_page_token=following
         )
 
     async def _get(self, call: Call, name: str) -> ResponseRow:

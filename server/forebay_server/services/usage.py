@@ -13,10 +13,10 @@ from forebay.v1 import usage_pb2 as pb
 
 from forebay_server.access.budgets import Budgets
 from forebay_server.access.keys import require_scope
-from forebay_server.access.usage import COUNTERS, Counters, UsageLedger
+from forebay_server.access.usage import COUNTERS, Counters, UsageLedger, UsageRow
 from forebay_server.core.call import Call
 from forebay_server.services.base import Service
-from forebay_server.services.paging import offset, page_size, token
+from forebay_server.services.paging import Page
 
 #: Rows of one piece of a table.
 PIECE = 1000
@@ -68,20 +68,19 @@ class UsageService(Service):
         """ListUsage."""
         request = cast(pb.ListUsageRequest, call.request)
         key_id = _whose(call, request.key_id)
-        size, start = page_size(request.page_size, 100), offset(request.page_token)
+        page = Page(request, 100, str, str, str, int, str)
         rows = await self._ledger.rows(
             key_id,
             request.model or None,
             _day(request.from_day, "from_day"),
             _day(request.to_day, "to_day"),
-            start,
-            size + 1,
+            page.behind,
+            page.size + 1,
             request.user or None,
         )
-        response = pb.ListUsageResponse(
-            next_page_token=token(start + size) if len(rows) > size else ""
-        )
-        for row in rows[:size]:
+        chosen, following = page.cut(rows, UsageRow.place)
+        response = pb.ListUsageResponse(next_page_token=following)
+        for row in chosen:
             response.rows.add(
                 key_id=row.key_id,
                 model=row.model,
@@ -97,14 +96,14 @@ class UsageService(Service):
         request = cast(pb.ExportUsageRequest, call.request)
         key_id = _whose(call, request.key_id)
         first, last = _day(request.from_day, "from_day"), _day(request.to_day, "to_day")
-        start = 0
+        behind = None
         while True:
             text = io.StringIO()
             table = csv.writer(text)
-            if not start:
+            if behind is None:
                 table.writerow(("day", "key_id", "user", "model", "version", *COUNTERS))
             rows = await self._ledger.rows(
-                key_id, request.model or None, first, last, start, PIECE, request.user or None
+                key_id, request.model or None, first, last, behind, PIECE, request.user or None
             )
             for row in rows:
                 counters = (getattr(row.counters, name) for name in COUNTERS)
@@ -114,7 +113,7 @@ class UsageService(Service):
                 yield pb.ExportUsageResponse(data=text.getvalue().encode())
             if len(rows) < PIECE:
                 return
-            start += PIECE
+            behind = rows[-1].place()
 
 
 def _whose(call: Call, asked: str) -> str | None:

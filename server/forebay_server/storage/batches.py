@@ -110,15 +110,15 @@ class BatchStore:
         found = await self._select(_mine(key_id), b.c.id == batch)
         return found[0] if found else None
 
-    async def page(self, key_id: str, offset: int, limit: int) -> list[BatchRow]:
-        """The key's batches, newest first."""
-        return await self._select(_mine(key_id), offset=offset, limit=limit)
-
-    async def behind(self, key_id: str, row: BatchRow, limit: int) -> list[BatchRow]:
-        """The batches that follow one."""
-        here = sa.tuple_(batches.c.created_at, batches.c.id)
-        there = sa.tuple_(sa.literal(row.created_at), sa.literal(row.id))
-        return await self._select(_mine(key_id), here < there, limit=limit)
+    async def page(
+        self, key_id: str, behind: tuple[float, str] | None, limit: int
+    ) -> list[BatchRow]:
+        """The key's batches, newest first, behind a time and id, or from the first."""
+        conditions = [_mine(key_id)]
+        if behind is not None:
+            here = sa.tuple_(batches.c.created_at, batches.c.id)
+            conditions.append(here < sa.tuple_(*map(sa.literal, behind)))
+        return await self._select(*conditions, limit=limit)
 
     # For the runner.
 
@@ -215,11 +215,11 @@ class BatchStore:
             return (await db.execute(change.values(values))).rowcount > 0
 
     async def _select(
-        self, *conditions: sa.ColumnElement[bool], offset: int = 0, limit: int | None = None
+        self, *conditions: sa.ColumnElement[bool], limit: int | None = None
     ) -> list[BatchRow]:
         b = batches
         order = (b.c.created_at.desc(), b.c.id.desc())
-        query = sa.select(b).where(*conditions).order_by(*order).offset(offset).limit(limit)
+        query = sa.select(b).where(*conditions).order_by(*order).limit(limit)
         async with self._database.read() as db:
             return [BatchRow(**r._mapping) for r in (await db.execute(query)).all()]
 

@@ -52,33 +52,24 @@ class FileStore:
         return FileRow(*row) if row is not None else None
 
     async def page(
-        self, key_id: str, purpose: str, now: float, oldest_first: bool, offset: int, limit: int
-    ) -> list[FileRow]:
-        """The key's files by their time."""
-        query = _listed(key_id, purpose, now, oldest_first)
-        async with self._database.read() as db:
-            found = (await db.execute(query.offset(offset).limit(limit))).all()
-        return [FileRow(*r) for r in found]
-
-    async def behind(
         self,
         key_id: str,
         purpose: str,
         now: float,
         oldest_first: bool,
-        row: FileRow,
-        offset: int,
+        behind: tuple[float, str] | None,
         limit: int,
     ) -> list[FileRow]:
-        """The files that follow one, from an offset behind it."""
-        here = sa.tuple_(files.c.created_at, files.c.id)
-        there = sa.tuple_(sa.literal(row.created_at), sa.literal(row.id))
-        query = _listed(key_id, purpose, now, oldest_first).where(
-            here > there if oldest_first else here < there
-        )
+        """The key's files by their time, behind a time and id, or from the first."""
+        query = _listed(key_id, purpose, now, oldest_first)
+        if behind is not None:
+            here, there = (
+                sa.tuple_(files.c.created_at, files.c.id),
+                sa.tuple_(*map(sa.literal, behind)),
+            )
+            query = query.where(here > there if oldest_first else here < there)
         async with self._database.read() as db:
-            found = (await db.execute(query.offset(offset).limit(limit))).all()
-        return [FileRow(*r) for r in found]
+            return [FileRow(*r) for r in (await db.execute(query.limit(limit))).all()]
 
     async def delete(self, key_id: str, file: str) -> bool:
         """Remove a file's facts; False when there are none."""

@@ -135,15 +135,17 @@ class KnowledgeStore:
         return found[::-1]
 
     async def page(
-        self, base_id: int, status: str, offset: int, size: int
-    ) -> tuple[list[DocumentRow], bool]:
-        """Documents, newest first, and whether there are more."""
+        self, base_id: int, status: str, behind: tuple[float, str] | None, limit: int
+    ) -> list[DocumentRow]:
+        """Documents, newest first, behind a time and id, or from the first."""
         d = knowledge_documents
         conditions = [d.c.base_id == base_id]
         if status:
             conditions.append(d.c.status == status)
-        found = await self._select(*conditions, offset=offset, limit=size + 1)
-        return found[:size], len(found) > size
+        if behind is not None:
+            here = sa.tuple_(d.c.created_at, d.c.id)
+            conditions.append(here < sa.tuple_(*map(sa.literal, behind)))
+        return await self._select(*conditions, limit=limit)
 
     async def count(self, base_id: int) -> int:
         """Documents of a knowledge base."""
@@ -168,14 +170,13 @@ class KnowledgeStore:
             await db.execute(sa.delete(d).where(d.c.id == document))
 
     async def _select(
-        self, *conditions: sa.ColumnElement[bool], offset: int = 0, limit: int | None = None
+        self, *conditions: sa.ColumnElement[bool], limit: int | None = None
     ) -> list[DocumentRow]:
         d = knowledge_documents
         query = (
             sa.select(d)
             .where(*conditions)
             .order_by(d.c.created_at.desc(), d.c.id.desc())
-            .offset(offset)
             .limit(limit)
         )
         async with self._database.read() as db:

@@ -62,9 +62,9 @@ async def test_users_have_rows_of_their_own(ledger: UsageLedger, database: Datab
     ledger.record({("k", "m", 1, "ann"): ONE})
     async with database.begin() as db:
         await ledger.add(db, ("k", "m", 1, "bob\0"), ONE)
-    rows = await ledger.rows("k", None, None, None, 0, 10)
+    rows = await ledger.rows("k", None, None, None, None, 10)
     assert [(r.user, r.counters.calls) for r in rows] == [("", 1), ("ann", 2), ("bob\ufffd", 1)]
-    (ann,) = await ledger.rows("k", None, None, None, 0, 10, user="ann")
+    (ann,) = await ledger.rows("k", None, None, None, None, 10, user="ann")
     assert ann.counters.tokens == 20
     assert await calls(ledger) == 4
 
@@ -89,7 +89,7 @@ async def test_records_are_added_up_by_key_model_version_and_day(
     await ledger.flush()
     clock.now += 86400
     ledger.record({("k", "m", 1): ONE})
-    rows = await ledger.rows(None, None, None, None, 0, 10)
+    rows = await ledger.rows(None, None, None, None, None, 10)
     assert [(r.key_id, r.version, r.day, r.counters.calls) for r in rows] == [
         ("k", 1, "2027-01-16", 1),
         ("k", 1, DAY, 2),
@@ -98,7 +98,11 @@ async def test_records_are_added_up_by_key_model_version_and_day(
     ]
     assert rows[1].counters == Counters(2, 2, 10, 1, 1, 0, 0.5)
     assert await ledger.total("k", DAY, DAY) == Counters(3, 2, 10, 1, 1, 1, 0.5)
-    assert [r.version for r in await ledger.rows("k", "m", DAY, DAY, 1, 1)] == [2]
+    behind = rows[1].place()
+    assert [r.version for r in await ledger.rows("k", "m", DAY, DAY, behind, 9)] == [2]
+    for n in range(4):
+        behind = rows[n - 1].place() if n else None
+        assert await ledger.rows(None, None, None, None, behind, 1) == [rows[n]]
 
 
 async def test_threads_lose_nothing_to_each_other_or_to_rolls(ledger: UsageLedger) -> None:
