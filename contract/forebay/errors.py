@@ -174,16 +174,22 @@ class PermissionDenied(ForebayError):
 
 
 class NotFound(ForebayError):
-    """An unknown resource; the message names the nearest known ones."""
+    """An unknown resource; the message names the nearest known ones, or is one of its own."""
 
     code = "NOT_FOUND"
     reason = "NOT_FOUND"
 
     def __init__(
-        self, kind: str, name: str, *, nearest: Sequence[str] = (), reason: str | None = None
+        self,
+        kind: str,
+        name: str,
+        *,
+        nearest: Sequence[str] = (),
+        reason: str | None = None,
+        message: str = "",
     ) -> None:
         hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
-        super().__init__(f"{kind} {name!r} was not found.{hint}", reason=reason)
+        super().__init__(message or f"{kind} {name!r} was not found.{hint}", reason=reason)
         self.kind = kind
         self.name = name
 

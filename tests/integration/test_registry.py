@@ -11,8 +11,14 @@ import grpc
 import pytest
 from forebay.oip import open_inference_pb2 as oip
 from forebay.oip import open_inference_pb2_grpc as oip_grpc
+from forebay.v1 import (
+    embedding_pb2,
+    embedding_pb2_grpc,
+    model_pb2_grpc,
+    tabular_pb2,
+    tabular_pb2_grpc,
+)
 from forebay.v1 import model_pb2 as pb
-from forebay.v1 import model_pb2_grpc, tabular_pb2, tabular_pb2_grpc
 from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
@@ -51,6 +57,28 @@ def test_a_bare_name_is_the_newest_version_and_a_reference_the_one_it_names(vers
     with pytest.raises(grpc.RpcError) as caught:
         served_version(versions, "iris@9")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_call_without_a_model_is_told_whose_default_is_missing(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris", "digits", "sentiment")
+    (models / "iris" / "model.yaml").unlink()
+    live = start(models, home=tmp_path / "home")
+    with pytest.raises(grpc.RpcError) as several:
+        served_version(live, model="")
+    with pytest.raises(grpc.RpcError) as none:
+        embedding_pb2_grpc.EmbeddingServiceStub(live.channel).Embed(
+            embedding_pb2.EmbedRequest(texts=["a"])
+        )
+    for caught in (several, none):
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    said = several.value.details() or ""
+    assert "no default model is set for" in said and "name one of digits, iris, or" in said
+    assert "`default_for: [tabular-classification]`" in said and "sentiment" not in said
+    said = none.value.details() or ""
+    assert "no default model is set for embedding; no model here is for that task" in said
+    assert not any(name in said for name in ("digits", "iris", "sentiment"))
 
 
 def test_promote_and_rollback_move_production_and_keep_history(versions: Live) -> None:

@@ -19,6 +19,9 @@ from forebay_server.repository.pool import ModelPool
 from forebay_server.repository.routing import by_alias, parse, select
 from forebay_server.repository.routing_table import NOWHERE, RoutingTable
 
+#: Models that a message names at most.
+MAX_NAMED = 10
+
 
 class Resolver:
     """See the module."""
@@ -112,8 +115,18 @@ class Resolver:
             only = [n for n, t in self._catalogue.tasks.items() if t == task]
             if len(only) == 1:
                 return only[0]
-        nearest = sorted(self._catalogue.folders)[:5]
-        raise NotFound("default model", " or ".join(tasks), nearest=nearest)
+        fitting = sorted(n for n, t in self._catalogue.tasks.items() if t in tasks)
+        what = " or ".join(tasks)
+        text = f"the call names no model, and no default model is set for {what}; "
+        if fitting:
+            listed = ", ".join(fitting[:MAX_NAMED]) + (", ..." if len(fitting) > MAX_NAMED else "")
+            name = self._catalogue.tasks[fitting[0]]
+            text += (
+                f"name one of {listed}, or put `default_for: [{name}]` into the model.yaml of one"
+            )
+        else:
+            text += "no model here is for that task: add one to the model repository"
+        raise NotFound("default model", what, message=text)
 
     def _serving(self, name: str, version: int | None) -> LoadedModel | None:
         loaded = self._pool.loaded
