@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +70,16 @@ def tensors(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
         helper.make_node("Slice", ["x", "start", "end", "one"], ["y"]),
     ]
     write_model(root, "cut", cut, ["rows", "columns"], ["rows", "kept"])
+    write_model(root, "any", same, None, None)
+    write_model(root, "any-mean", mean, None, None)
+    write_model(root, "scalar", same, [], [])
+    # The file does not say how many dimensions there are; its manifest does.
+    write_model(root, "said", same, None, None)
+    one = {"dtype": "FP32", "shape": [-1, 2]}
+    said = {"task": "tensor", "inputs": [{"name": "x", **one}], "outputs": [{"name": "y", **one}]}
+    (root / "said/1/manifest.json").write_text(json.dumps({"model_file": "model.onnx", **said}))
+    shutil.copytree(root / "any", root / "apart")
+    (root / "apart/model.yaml").write_text("execution: {isolation: process}")
     return start(root)
 
 
@@ -175,3 +187,31 @@ def test_more_rows_than_a_batch_holds_are_answered_or_refused(tensors: Live, raw
         assert violations(caught.value) == {
             "inputs": "have 1200 rows; the model does not answer row by row, and takes 512"
         }
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("model", ["any", "apart"])
+def test_a_model_of_any_rank_takes_any(tensors: Live, model: str, raw: bool) -> None:
+    for shape in ([], [3], [2, 3], [1, 2, 3, 1], [0, 2]):
+        data = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+        assert np.array_equal(infer(tensors, request(model, data, raw=raw)), data)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_calls_of_a_model_of_any_rank_run_alone(tensors: Live, raw: bool) -> None:
+    def ask(i: int) -> float:
+        return float(
+            infer(tensors, request("any-mean", np.full((1 + i % 3, 2), i, "<f4"), raw=raw))
+        )
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(64))) == list(range(64))
+
+
+def test_a_scalar_and_a_manifests_word_are_held_to(tensors: Live) -> None:
+    assert infer(tensors, request("scalar", np.float32(3).reshape(()))) == 3
+    assert infer(tensors, request("said", np.ones((3, 2), np.float32))).shape == (3, 2)
+    for model in ("scalar", "said"):
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(tensors, request(model, np.ones(2, np.float32)))
+        assert "the model takes" in violations(caught.value)["inputs[0]"]

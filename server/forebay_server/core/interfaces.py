@@ -58,11 +58,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, OIP datatype (FP32, INT64, BYTES, ...) and shape with -1 for dynamic dimensions."""
+    """Name, OIP datatype (FP32, INT64, BYTES, ...) and shape with -1 for dynamic dimensions; None = any
+    number of dimensions."""
 
     name: str
     datatype: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,10 @@ class EngineSpec:
         d = dict(data)
         for key in ("inputs", "outputs"):
             d[key] = tuple(
-                TensorSpec(t["name"], t["datatype"], tuple(t["shape"])) for t in d.get(key, ())
+                TensorSpec(
+                    t["name"], t["datatype"], None if t["shape"] is None else tuple(t["shape"])
+                )
+                for t in d.get(key, ())
             )
         policy = dict(d.get("policy", {}))
         policy["length_buckets"] = tuple(policy.get("length_buckets", ()))

@@ -117,6 +117,8 @@ def check_against(
         got = datatype_of(array)
         if got != spec.datatype:
             raise InvalidArgument.at(path(name), f"is {got}; the model takes {spec.datatype}")
+        if spec.shape is None:
+            continue
         fits = len(array.shape) == len(spec.shape) and all(
             want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
         )

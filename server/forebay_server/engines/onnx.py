@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
 from forebay_server.engines import arrays, providers, trees
 from forebay_server.engines.arrays import Executed, Prepared
 from forebay_server.engines.occupancy import Occupancy
+from forebay_server.engines.onnx_format import of_any_rank
 from forebay_server.engines.signature import check, first_line, must_be_there, rejected
 
 log = logging.getLogger("forebay.engines")
@@ -156,6 +158,9 @@ class OnnxEngine:
             return {v.name: TensorSpec(v.name, v.type, tuple(v.shape)) for v in values}
 
         have = specs(session.get_inputs())
+        ranked = [name for name, one in have.items() if one.shape]
+        for name in of_any_rank(Path(self.spec.path), have.keys() - ranked):
+            have[name] = replace(have[name], shape=None)
         check(self.spec, have, specs(session.get_outputs()), DATATYPES)
         self._dtypes = {n: arrays.NUMPY[DATATYPES[t.datatype]] for n, t in have.items()}
 

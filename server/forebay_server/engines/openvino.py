@@ -218,7 +218,9 @@ class OpenVinoEngine:
             out = {}
             for v in values:
                 shape = v.get_partial_shape()
-                sizes = tuple(d.get_length() if d.is_static else -1 for d in shape)
+                sizes = None
+                if shape.rank.is_static:
+                    sizes = tuple(d.get_length() if d.is_static else -1 for d in shape)
                 kind = v.get_element_type().get_type_name()
                 out[v.get_any_name()] = TensorSpec(v.get_any_name(), kind, sizes)
             return out

@@ -71,10 +71,12 @@ def _check_tensor(file: str, spec: TensorSpec, have: Signature, served: Mapping[
             f"{file}: input {spec.name!r} is {served[found.datatype]}, "
             f"its manifest says {spec.datatype}"
         )
-    if len(found.shape) != len(spec.shape):
+    if found.shape is None:  # then the manifest's word holds
+        return
+    if spec.shape is None or len(found.shape) != len(spec.shape):
+        said = "any number of them" if spec.shape is None else len(spec.shape)
         raise rejected(
-            f"{file}: input {spec.name!r} has {len(found.shape)} dimensions, "
-            f"its manifest says {len(spec.shape)}"
+            f"{file}: input {spec.name!r} has {len(found.shape)} dimensions, its manifest says {said}"
         )
 
 

@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import descriptor_pb2 as d
-from google.protobuf import descriptor_pool, message_factory
+from forebay_server.engines.onnx_format import model_of
 
 #: The domain of the extension's operators.
 DOMAIN = "forebay"
@@ -61,7 +60,7 @@ def replaced(path: Path) -> bytes | None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data.find(b"TreeEnsemble") < 0:
                 return None
-            model = _message("ModelProto").FromString(data[:])
+            model = model_of(data[:])
     nodes = model.graph.node
     found = 0
     for at in reversed(range(len(nodes))):
@@ -142,62 +141,3 @@ def _become(node: Any, op_type: str, kept: list[Any], modes: list[int]) -> None:
     node.op_type, node.domain = op_type, DOMAIN
     node.attribute.extend(attributes)
     node.attribute.add(name="modes", type=_INTS, ints=modes)
-
-
-@cache
-def _message(name: str) -> Any:
-    """A message of ONNX's format: those of its fields that matter here, all others are kept unread."""
-    f = d.FieldDescriptorProto
-    optional, repeated = f.LABEL_OPTIONAL, f.LABEL_REPEATED
-    messages: dict[str, list[tuple[str, int, int, int, str]]] = {
-        "ModelProto": [
-            ("graph", 7, optional, f.TYPE_MESSAGE, "GraphProto"),
-            ("opset_import", 8, repeated, f.TYPE_MESSAGE, "OperatorSetIdProto"),
-        ],
-        "OperatorSetIdProto": [
-            ("domain", 1, optional, f.TYPE_STRING, ""),
-            ("version", 2, optional, f.TYPE_INT64, ""),
-        ],
-        "GraphProto": [
-            ("node", 1, repeated, f.TYPE_MESSAGE, "NodeProto"),
-            ("initializer", 5, repeated, f.TYPE_MESSAGE, "TensorProto"),
-        ],
-        "TensorProto": [
-            ("dims", 1, repeated, f.TYPE_INT64, ""),
-            ("data_type", 2, optional, f.TYPE_INT32, ""),
-            ("string_data", 6, repeated, f.TYPE_BYTES, ""),
-            ("name", 8, optional, f.TYPE_STRING, ""),
-        ],
-        "NodeProto": [
-            ("input", 1, repeated, f.TYPE_STRING, ""),
-            ("output", 2, repeated, f.TYPE_STRING, ""),
-            ("op_type", 4, optional, f.TYPE_STRING, ""),
-            ("attribute", 5, repeated, f.TYPE_MESSAGE, "AttributeProto"),
-            ("domain", 7, optional, f.TYPE_STRING, ""),
-        ],
-        "AttributeProto": [
-            ("name", 1, optional, f.TYPE_STRING, ""),
-            ("i", 3, optional, f.TYPE_INT64, ""),
-            ("s", 4, optional, f.TYPE_BYTES, ""),
-            ("floats", 7, repeated, f.TYPE_FLOAT, ""),
-            ("ints", 8, repeated, f.TYPE_INT64, ""),
-            ("strings", 9, repeated, f.TYPE_BYTES, ""),
-            ("type", 20, optional, f.TYPE_INT32, ""),
-        ],
-    }
-    file = d.FileDescriptorProto(
-        name="forebay/onnx_subset.proto", package="forebay.onnx", syntax="proto2"
-    )
-    for message, fields in messages.items():
-        made = file.message_type.add(name=message)
-        for field, number, label, kind, of in fields:
-            made.field.add(
-                name=field,
-                number=number,
-                label=label,  # type: ignore[arg-type]
-                type=kind,  # type: ignore[arg-type]
-                type_name=f".forebay.onnx.{of}" if of else None,
-            )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"forebay.onnx.{name}"))

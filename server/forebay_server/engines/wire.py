@@ -32,8 +32,8 @@ def send(sock: socket.socket, header: Mapping[str, Any], arrays: Arrays) -> None
             described.append((name, "BYTES", array.shape, len(data)))
             buffers.append(data)
         else:
-            flat = np.ascontiguousarray(array)
-            described.append((name, flat.dtype.str, flat.shape, flat.nbytes))
+            flat = np.ascontiguousarray(array)  # which gives a scalar a dimension
+            described.append((name, flat.dtype.str, array.shape, flat.nbytes))
             if flat.nbytes:
                 buffers.append(memoryview(cast(Any, flat)).cast("B"))
     head = msgspec.json.encode({**header, "arrays": described})

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime as ort
 
 from forebay_server.engines.onnx import DATATYPES
+from forebay_server.engines.onnx_format import of_any_rank
 from forebay_server.repository import language_models
 from forebay_server.repository.manifest import (
     ClassificationHead,
@@ -87,7 +88,12 @@ def _signature(path: Path) -> tuple[list[Tensor], list[Tensor]]:
             out.append(Tensor(name=value.name, dtype=DATATYPES[value.type], shape=shape))
         return out
 
-    return tensors(session.get_inputs()), tensors(session.get_outputs())
+    inputs = tensors(session.get_inputs())
+    anything = of_any_rank(path, [i.name for i in inputs if not i.shape])
+    for one in inputs:
+        if one.name in anything:
+            one.shape = None
+    return inputs, tensors(session.get_outputs())
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -167,14 +173,15 @@ def _embedding(folder: Path, outputs: list[Tensor], tokens: int) -> EmbeddingHea
     names = {o.name: o for o in outputs}
     pooled = names.get("sentence_embedding")
     output = pooled or names.get("last_hidden_state") or outputs[0]
-    pooling = "none" if len(output.shape) == 2 else _pooling(folder)
+    shape = output.shape or [-1]
+    pooling = "none" if len(shape) == 2 else _pooling(folder)
     modules = _json(folder / "modules.json")
     normalize = (
         any("Normalize" in m.get("type", "") for m in modules)  # type: ignore[union-attr]
         if isinstance(modules, list)
         else True
     )
-    dimensions = output.shape[-1]
+    dimensions = shape[-1]
     if dimensions < 1:
         config = _json(folder / "config.json") or {}
         dimensions = int(config.get("hidden_size") or config.get("dim") or 0)

@@ -208,7 +208,7 @@ def _batches(manifest: Manifest) -> bool:
     """Whether rows of several calls may go into one run.
 
     Not where an output has nothing for each row, such as a mean over all of them: it would be one of
-    strangers' rows.
+    strangers' rows. Nor where nothing says how many dimensions there are: the first may be none of rows.
     """
     tensors = manifest.inputs
     if manifest.task == "tensor":
@@ -290,7 +290,7 @@ def probe_inputs(manifest: Manifest) -> dict[str, Any]:
     features = manifest.tabular.by_name if manifest.tabular else {}
 
     def value(spec: TensorSpec) -> Any:
-        shape = [1 if d < 0 else d for d in spec.shape]
+        shape = [1] if spec.shape is None else [1 if d < 0 else d for d in spec.shape]
         feature = features.get(spec.name)
         if spec.datatype == "BYTES":
             text = (feature.categories or [""])[0] if feature else ""

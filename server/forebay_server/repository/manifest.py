@@ -40,16 +40,17 @@ class _Strict(BaseModel):
 
 
 class Tensor(_Strict):
-    """Name, OIP datatype, shape with -1 for dynamic dimensions."""
+    """Name, OIP datatype, shape with -1 for dynamic dimensions; null = any number of dimensions."""
 
     name: str
     dtype: str
-    shape: list[int]
+    shape: list[int] | None
 
     @property
     def spec(self) -> TensorSpec:
         """The same as the engine's type."""
-        return TensorSpec(self.name, self.dtype, tuple(self.shape))
+        shape = None if self.shape is None else tuple(self.shape)
+        return TensorSpec(self.name, self.dtype, shape)
 
 
 class EmbeddingHead(_Strict):

@@ -105,9 +105,9 @@ class OpenInferenceService(Service):
         )
         inputs, outputs = signature(model)
         for spec in inputs:
-            response.inputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+            response.inputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape or ())
         for spec in outputs:
-            response.outputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+            response.outputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape or ())
         return response
 
     async def model_statistics(self, call: Call) -> pb.ModelStatisticsResponse:
