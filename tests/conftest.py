@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import getpass
 import importlib.util
+import itertools
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +20,7 @@ import grpc
 import hypothesis
 import pytest
 from forebay.settings import Settings, load_settings
+from forebay_cli.up import free_port
 
 # Slow machines fail no test: how long an example takes is nobody's promise.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -58,6 +63,57 @@ def copy_models(source: Path, target: Path, *names: str) -> Path:
     for name in names:
         shutil.copytree(source / name, target / name, copy_function=os.link)
     return target
+
+
+#: Makes an empty database and gives its URL.
+NewDatabase = Callable[[], str]
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewDatabase]:
+    """Databases in a PostgreSQL server of our own; the test skips saying why there is none."""
+    pytest.importorskip("asyncpg", reason="no asyncpg: pip install asyncpg")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    which = shutil.which("initdb")
+    if not found and not which:
+        pytest.skip("no PostgreSQL: apt install postgresql")
+    binaries = found[-1] if found else Path(str(which)).parent
+    root = tmp_path_factory.mktemp("postgres")
+    as_user: list[str] = []
+    if getpass.getuser() == "root":  # PostgreSQL refuses to run as root
+        if not shutil.which("setpriv"):
+            pytest.skip(
+                "PostgreSQL does not run as root, and there is no setpriv: apt install util-linux"
+            )
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        for folder in (root, *root.parents[:2]):
+            with contextlib.suppress(OSError):  # where it matters, initdb fails
+                folder.chmod(0o755)
+        shutil.chown(root, "postgres", "postgres")
+
+    def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [*as_user, str(binaries / program), *map(str, arguments)]
+        # Not by pipes: the server that pg_ctl starts would keep them open.
+        with (root.parent / f"{root.name}.log").open("a+") as log:
+            return subprocess.run(command, stdout=log, stderr=log, text=True, cwd="/")
+
+    log = root.parent / f"{root.name}.log"
+    if run("initdb", "-D", root / "data", "-A", "trust", "-U", "forebay").returncode:
+        pytest.skip(f"initdb failed: {log.read_text()[-200:]}")
+    port = free_port()
+    options = f"-p {port} -k {root} -c listen_addresses=127.0.0.1 -c fsync=off"
+    control = ("-D", root / "data", "-w", "-t", "60")
+    assert run("pg_ctl", *control, "-o", options, "start").returncode == 0, log.read_text()
+    numbers = itertools.count()
+
+    def new() -> str:
+        name = f"forebay{next(numbers)}"
+        made = run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "forebay", name)
+        assert made.returncode == 0, log.read_text()[-1000:]
+        return f"postgresql+asyncpg://forebay@127.0.0.1:{port}/{name}"
+
+    yield new
+    run("pg_ctl", *control, "-m", "immediate", "stop")
 
 
 class Live:

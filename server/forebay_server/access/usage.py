@@ -5,8 +5,8 @@ bytes to the page cache, which outlives the process (kill -9) though not the mac
 synced every second, so power loss costs one second of records at most. Every few seconds the
 journal is rolled: its records are added up and committed to the database together with the
 segment's name, and the file is removed. A segment that is found at start is committed unless its
-name is in the database, so a crash at any point counts nothing twice. Each segment is locked while
-it is written: of two servers with one home, neither takes the other's.
+name is in the database, so a crash at any point counts nothing twice. Each segment is locked until
+it is committed: of two servers with one home, neither takes the other's.
 
 A full disk keeps no call from its answer: records that cannot be written wait in memory, up to
 MAX_UNWRITTEN, and are written as soon as there is room. Only these are lost by a kill.
@@ -108,7 +108,8 @@ class UsageLedger:
         self._dirty = False
         self._unwritten: list[bytes] = []
         self._torn = False
-        self._pending: list[Path] = []
+        # Not committed yet: paths, and files that hold their locks.
+        self._pending: list[tuple[Path, int]] = []
         self._today = (0, "")
         self._watched: dict[str, Counters] = {}
         self._write: Callable[[int, bytes], int] = os.write
@@ -116,7 +117,10 @@ class UsageLedger:
     async def start(self) -> None:
         """Commit what an earlier process left, and open a new segment."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._pending = [p for p in sorted(self._folder.glob("*.journal")) if _abandoned(p)]
+        for path in sorted(self._folder.glob("*.journal")):
+            file = _taken(path)
+            if file is not None:
+                self._pending.append((path, file))
         self._path, self._file = self._new()
         await self._commit_pending()
 
@@ -224,8 +228,7 @@ class UsageLedger:
                 self._path, self._file = path, file
                 self._torn = False
                 seen = replace(self._watched.get(watched, _NOTHING))
-            os.close(old_file)
-            self._pending.append(old_path)
+            self._pending.append((old_path, old_file))
         await self._commit_pending()
         return seen
 
@@ -234,10 +237,11 @@ class UsageLedger:
         with contextlib.suppress(Unavailable):
             await self.flush()
         with self._lock:
-            keep = os.fstat(self._file).st_size > 0
-            os.close(self._file)
-        if not keep:
+            file, self._file = self._file, -1  # a number that no other file can have
+        if os.fstat(file).st_size == 0:
             self._path.unlink(missing_ok=True)
+        for kept in (file, *(f for _, f in self._pending)):
+            os.close(kept)
 
     async def total(self, key_id: str, from_day: str, to_day: str) -> Counters:
         """Sums of one key over days, inclusive."""
@@ -262,7 +266,11 @@ class UsageLedger:
             return await self._sum(key_id, from_day, "9999-99-99"), seen
 
     async def _sum(self, key_id: str, from_day: str, to_day: str) -> Counters:
-        sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0) for name in COUNTERS]
+        # Cast: PostgreSQL adds whole numbers up to decimals, which no message takes.
+        sums = [
+            sa.cast(sa.func.coalesce(sa.func.sum(c), 0), c.type)
+            for c in (usage.c[name] for name in COUNTERS)
+        ]
         query = sa.select(*sums).where(
             usage.c.key_id == key_id, usage.c.day >= from_day, usage.c.day <= to_day
         )
@@ -321,16 +329,20 @@ class UsageLedger:
 
     def _new(self) -> tuple[Path, int]:
         """An empty segment, locked for as long as this process has it open."""
-        path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:12]}.journal"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        file = os.open(path, flags, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return path, file
+        while True:
+            path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:12]}.journal"
+            file = os.open(path, flags, 0o600)
+            if _locked(file) and os.fstat(file).st_nlink:
+                return path, file
+            os.close(file)  # a server that starts was quicker, and removes it, or has
 
     async def _commit_pending(self) -> None:
         while self._pending:
-            await self._commit(self._pending[0])
+            path, file = self._pending[0]
+            await self._commit(path)
             self._pending.pop(0)
+            os.close(file)
 
     async def _commit(self, path: Path) -> None:
         """Add a segment to the database, once, and remove it."""
@@ -346,18 +358,24 @@ class UsageLedger:
             await db.execute(sa.delete(usage_segments).where(mine))
 
 
-def _abandoned(path: Path) -> bool:
-    """Whether no living process writes a segment."""
+def _taken(path: Path) -> int | None:
+    """A segment that no living process writes or commits, locked; None for others."""
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return None
+    if _locked(file):
+        return file
+    os.close(file)
+    return None
+
+
+def _locked(file: int) -> bool:
+    """Lock a file until it is closed; False when another has."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    finally:
-        os.close(file)
     return True
 
 

@@ -11,7 +11,9 @@ from forebay.errors import NotFound
 from forebay_server.repository.manifest import ModelConfig, rejected
 from forebay_server.repository.state import Routing
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: As the contract has them.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MAX_VERSION = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,10 @@ def scan(root: Path) -> dict[str, FolderModel]:
         versions = {
             int(p.name): p
             for p in folder.iterdir()
-            if p.is_dir() and p.name.isascii() and p.name.isdigit() and int(p.name) > 0
+            if p.is_dir()
+            and p.name.isascii()
+            and p.name.isdigit()
+            and 0 < int(p.name) <= MAX_VERSION
         }
         if not versions and _is_artefact(folder):
             versions = {1: folder}

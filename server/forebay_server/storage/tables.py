@@ -43,7 +43,7 @@ usage = Table(
     metadata,
     Column("key_id", String(32), primary_key=True),
     Column("model", String(128), primary_key=True),
-    Column("version", Integer, primary_key=True),
+    Column("version", BigInteger, primary_key=True),
     Column("day", String(10), primary_key=True),
     # The caller's own user; empty where it named none.
     Column("user", String(256), primary_key=True, server_default=""),
@@ -66,14 +66,14 @@ model_aliases = Table(
     metadata,
     Column("model", String(128), primary_key=True),
     Column("alias", String(64), primary_key=True),
-    Column("version", Integer, nullable=False),
+    Column("version", BigInteger, nullable=False),
 )
 
 model_traffic = Table(
     "model_traffic",
     metadata,
     Column("model", String(128), primary_key=True),
-    Column("version", Integer, primary_key=True),
+    Column("version", BigInteger, primary_key=True),
     Column("weight", Integer, nullable=False),
 )
 
@@ -81,7 +81,7 @@ model_shadows = Table(
     "model_shadows",
     metadata,
     Column("model", String(128), primary_key=True),
-    Column("version", Integer, nullable=False),
+    Column("version", BigInteger, nullable=False),
     Column("fraction", Float, nullable=False),
 )
 
@@ -92,8 +92,8 @@ model_history = Table(
     Column("model", String(128), nullable=False, index=True),
     Column("time", Float, nullable=False),
     Column("action", String(16), nullable=False),
-    Column("from_version", Integer, nullable=False),
-    Column("to_version", Integer, nullable=False),
+    Column("from_version", BigInteger, nullable=False),
+    Column("to_version", BigInteger, nullable=False),
     Column("key_id", String(32), nullable=False),
 )
 

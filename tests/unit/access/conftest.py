@@ -1,4 +1,4 @@
-"""Real parts for the tests of access: SQLite files, a Redis server, a clock that is set by hand."""
+"""Real parts for the tests of access: databases, a Redis server, a clock that is set by hand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgres")()
     return f"sqlite+aiosqlite:///{tmp_path / 'forebay.db'}"
 
 

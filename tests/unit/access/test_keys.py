@@ -24,6 +24,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # whose files are read here
 async def test_a_key_is_let_in_and_its_secret_is_stored_nowhere(
     database: Database, clock: Clock, tmp_path: Path
 ) -> None:

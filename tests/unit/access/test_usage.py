@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -97,7 +98,10 @@ async def test_records_are_added_up_by_key_model_version_and_day(
         ("k2", 1, DAY, 1),
     ]
     assert rows[1].counters == Counters(2, 2, 10, 1, 1, 0, 0.5)
-    assert await ledger.total("k", DAY, DAY) == Counters(3, 2, 10, 1, 1, 1, 0.5)
+    total = await ledger.total("k", DAY, DAY)
+    assert total == Counters(3, 2, 10, 1, 1, 1, 0.5)
+    whole = {total.calls, total.items, total.tokens, total.cached, total.errors, total.cancelled}
+    assert {type(n) for n in whole} == {int} and type(total.engine_ms) is float
     behind = rows[1].place()
     assert [r.version for r in await ledger.rows("k", "m", DAY, DAY, behind, 9)] == [2]
     for n in range(4):
@@ -118,6 +122,7 @@ async def test_threads_lose_nothing_to_each_other_or_to_rolls(ledger: UsageLedge
     assert await ledger.total("k", DAY, DAY) == Counters(1200, 2400, 12000, 1200, 0, 0, 600.0)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("after", [3, 127, 260])
 async def test_a_kill_loses_no_record_and_doubles_none(
     url: str, tmp_path: Path, after: int
@@ -183,6 +188,50 @@ async def test_servers_with_one_home_leave_each_others_segments_alone(
     assert await calls(ledger) == 2
     assert await calls(second) == 3
     await second.close()
+
+
+async def test_a_segment_that_one_server_commits_is_not_taken_by_another(
+    database: Database, ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another that starts meanwhile has read it, and counts it when the first has forgotten it."""
+    ledger.record({("k", "m", 1): ONE})
+    second = UsageLedger(database, tmp_path / "usage")
+    begin, starting = Database.begin, []
+
+    def begins(self: Database) -> object:
+        if not starting:
+            starting.append(asyncio.create_task(second.start()))
+        return begin(self)
+
+    monkeypatch.setattr(Database, "begin", begins)
+    await ledger.flush()
+    await starting[0]
+    assert second._pending == []
+    assert await calls(ledger) == 1
+    await second.close()
+
+
+async def test_a_segment_is_not_shared_with_a_server_that_was_quicker_to_lock_it(
+    database: Database, ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another that starts may see a new segment before its owner has locked it."""
+    taken: list[int] = []
+    opened = os.open
+
+    def opens(path: Path, flags: int, *mode: int) -> int:
+        file = opened(path, flags, *mode)
+        if flags & os.O_CREAT and not taken:
+            taken.append(opened(path, os.O_RDONLY))
+            fcntl.flock(taken[0], fcntl.LOCK_EX)
+        return file
+
+    ledger.record({("k", "m", 1): ONE})
+    with monkeypatch.context() as quick:
+        quick.setattr(os, "open", opens)
+        await ledger.flush()
+    ledger.record({("k", "m", 1): ONE})
+    os.close(taken[0])
+    assert await calls(ledger) == 2
 
 
 async def test_records_wait_on_disk_while_the_database_is_away(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import getpass
-import shutil
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,56 +13,16 @@ from forebay_server.repository.state import HistoryEvent, Routing
 from forebay_server.storage.database import MIGRATIONS, Database, SchemaError
 from forebay_server.storage.routing_state import StoredRoutingState
 from forebay_server.storage.tables import metadata, model_aliases, usage
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from tests.conftest import NewDatabase
+
+#: A version that is a time: more than 32 bits.
+DATED = 20260131120000
 
 
 def sqlite_url(folder: Path) -> str:
     return f"sqlite+aiosqlite:///{folder / 'forebay.db'}"
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of our own, or a skip that says why there is none."""
-    pytest.importorskip("asyncpg", reason="no asyncpg: pip install asyncpg")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    which = shutil.which("initdb")
-    if not found and not which:
-        pytest.skip("no PostgreSQL: apt install postgresql")
-    binaries = found[-1] if found else Path(str(which)).parent
-    root = tmp_path_factory.mktemp("postgres")
-    data = root / "data"
-    as_user: list[str] = []
-    if getpass.getuser() == "root":  # PostgreSQL refuses to run as root
-        if not shutil.which("setpriv"):
-            pytest.skip(
-                "PostgreSQL does not run as root, and there is no setpriv: apt install util-linux"
-            )
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        for folder in (root, *root.parents[:2]):
-            with contextlib.suppress(OSError):  # where it matters, initdb fails
-                folder.chmod(0o755)
-        shutil.chown(root, "postgres", "postgres")
-    made = subprocess.run(
-        [*as_user, binaries / "initdb", "-D", data, "-A", "trust", "-U", "forebay"],
-        capture_output=True,
-        text=True,
-        cwd="/",
-    )
-    if made.returncode:
-        pytest.skip(f"initdb failed: {made.stderr.strip()[-200:]}")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    control = [*as_user, binaries / "pg_ctl", "-D", data, "-w", "-t", "30"]
-    options = f"-p {port} -k {root} -c listen_addresses=127.0.0.1 -c fsync=off"
-    log = root / "log"
-    started = [*control, "-o", options, "-l", log, "start"]
-    subprocess.run(started, check=True, stdout=subprocess.DEVNULL, cwd="/")
-    try:
-        yield f"postgresql+asyncpg://forebay@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run(
-            [*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd="/"
-        )
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -75,13 +30,9 @@ async def database(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> AsyncIterator[tuple[Database, str]]:
     sqlite = request.param == "sqlite"
-    url = sqlite_url(tmp_path) if sqlite else request.getfixturevalue("postgres")
+    url = sqlite_url(tmp_path) if sqlite else request.getfixturevalue("postgres")()
     opened = await Database.open(url)
     yield opened, url
-    if not sqlite:
-        async with opened.begin() as db:
-            for table in metadata.sorted_tables:
-                await db.execute(sa.delete(table))
     await opened.close()
 
 
@@ -97,21 +48,28 @@ async def test_migrations_make_the_tables_of_the_code(database: tuple[Database, 
     assert made == {t.name: {c.name for c in t.columns} for t in metadata.sorted_tables}
 
 
-async def test_usage_of_an_older_schema_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_usage_of_an_older_schema_is_kept(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     from alembic import command
     from alembic.config import Config
 
-    url = sqlite_url(tmp_path)
-    engine = sa.create_engine(url.replace("+aiosqlite", ""))
+    url = sqlite_url(tmp_path) if kind == "sqlite" else request.getfixturevalue("postgres")()
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    with engine.begin() as connection:
+
+    def older(connection: sa.Connection) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, "0003_knowledge")
         connection.exec_driver_sql(
             "INSERT INTO usage VALUES ('k', 'm', 1, '2026-01-01', 3, 4, 50, 0, 0, 0, 1.5, 0.25)"
         )
-    engine.dispose()
+
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(older)
+    await engine.dispose()
     database = await Database.open(url)
     async with database.read() as db:
         (row,) = (await db.execute(sa.select(usage))).all()
@@ -182,10 +140,11 @@ async def test_a_broken_database_is_unavailable(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-async def shared(postgres: str) -> AsyncIterator[Database]:
+async def shared(postgres: NewDatabase) -> AsyncIterator[tuple[Database, str]]:
     """A database in PostgreSQL."""
-    opened = await Database.open(postgres)
-    yield opened
+    url = postgres()
+    opened = await Database.open(url)
+    yield opened, url
     await opened.close()
 
 
@@ -195,39 +154,38 @@ async def _terminate(url: str) -> None:
     async with operator.begin() as db:
         await db.exec_driver_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE pid <> pg_backend_pid() AND usename = current_user"
+            "WHERE pid <> pg_backend_pid() AND datname = current_database()"
         )
     await operator.close()
 
 
-async def test_connections_that_a_restart_closed_are_replaced(
-    shared: Database, postgres: str
-) -> None:
-    async with shared.read() as db:
+async def test_connections_that_a_restart_closed_are_replaced(shared: tuple[Database, str]) -> None:
+    async with shared[0].read() as db:
         await db.exec_driver_sql("SELECT 1")
-    await _terminate(postgres)
-    async with shared.begin() as db:
+    await _terminate(shared[1])
+    async with shared[0].begin() as db:
         assert (await db.exec_driver_sql("SELECT 2")).scalar() == 2
 
 
 async def test_a_connection_that_is_lost_midway_is_unavailable(
-    shared: Database, postgres: str
+    shared: tuple[Database, str],
 ) -> None:
     with pytest.raises(Unavailable):
-        async with shared.begin() as db:
+        async with shared[0].begin() as db:
             await db.exec_driver_sql("SELECT 1")
-            await _terminate(postgres)
+            await _terminate(shared[1])
             await db.exec_driver_sql("SELECT 2")
 
 
-async def test_of_two_in_a_deadlock_one_is_unavailable(shared: Database) -> None:
+async def test_of_two_in_a_deadlock_one_is_unavailable(shared: tuple[Database, str]) -> None:
+    database, _ = shared
     rows = [{"model": m, "alias": "a", "version": 1} for m in ("one", "other")]
-    async with shared.begin() as db:
+    async with database.begin() as db:
         await db.execute(sa.insert(model_aliases), rows)
     both = asyncio.Barrier(2)
 
     async def change(first: str, then: str) -> None:
-        async with shared.begin() as db:
+        async with database.begin() as db:
             for name in (first, then):
                 mine = sa.update(model_aliases).where(model_aliases.c.model == name)
                 await db.execute(mine.values(version=2))
@@ -237,27 +195,25 @@ async def test_of_two_in_a_deadlock_one_is_unavailable(shared: Database) -> None
     done = await asyncio.gather(
         change("one", "other"), change("other", "one"), return_exceptions=True
     )
-    async with shared.begin() as db:
-        await db.execute(sa.delete(model_aliases))
     assert [type(d) for d in done if d is not None] == [Unavailable]
 
 
 async def test_without_a_free_connection_the_database_is_unavailable(
-    shared: Database, postgres: str
+    shared: tuple[Database, str],
 ) -> None:
-    async with shared.begin() as db:
+    async with shared[0].begin() as db:
         await db.exec_driver_sql("CREATE ROLE few LOGIN CONNECTION LIMIT 1")
         await db.exec_driver_sql("GRANT ALL ON ALL TABLES IN SCHEMA public TO few")
-    few = await Database.open(postgres.replace("forebay@", "few@"))
+    few = await Database.open(shared[1].replace("forebay@", "few@"))
     with pytest.raises(Unavailable):
         async with few.read(), few.read():
             pass
     await few.close()
 
 
-async def test_what_postgresql_cannot_hold_is_no_outage(shared: Database) -> None:
+async def test_what_postgresql_cannot_hold_is_no_outage(shared: tuple[Database, str]) -> None:
     with pytest.raises(sa.exc.DBAPIError):
-        async with shared.begin() as db:
+        async with shared[0].begin() as db:
             await db.execute(model_aliases.insert().values(model="a\0", alias="a", version=1))
 
 
@@ -271,13 +227,13 @@ async def test_routing_outlives_the_process(database: tuple[Database, str]) -> N
     second = HistoryEvent(2.0, "rollback", 1, 2, "k2")
     await state.promote("m", first)
     await state.promote("m", second)
-    await state.set_alias("other", "production", 7)
+    await state.set_alias("other", "production", DATED)
 
     again = await Database.open(database[1])
     state = StoredRoutingState(again)
     assert await state.load() == {
         "m": Routing({"staging": 2, "production": 2}, {1: 9, 2: 1}, (2, 0.25)),
-        "other": Routing({"production": 7}),
+        "other": Routing({"production": DATED}),
     }
     assert await state.history("m") == [second, first]
     await state.set_traffic("m", {}, None)
