@@ -2,6 +2,7 @@
 
 `json_format.ParseDict` says what it could not read in the words of Python, and seldom where. When it
 refuses, the value is walked through beside the message's fields, and the first that does not fit is named.
+A field in both its spellings, knowledge_base and knowledgeBase, is refused here: the library takes the last.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def parse(data: Any, message: Message) -> None:
     error = _refusal(data, message)
     if error is not None:
         raise InvalidArgument(fault(data, message) or _unknown(data, message, error)) from None
+    doubled = next(_doubled(data, cast(Descriptor, message.DESCRIPTOR), ""), None)
+    if doubled is not None:
+        raise InvalidArgument(doubled)
 
 
 def fault(data: Any, message: Message) -> FieldViolation | None:
@@ -71,6 +75,33 @@ def _unknown(data: Any, message: Message, error: Exception) -> FieldViolation:
     return FieldViolation(next(wrong, "body"), text[:300])
 
 
+def _doubled(data: Any, descriptor: Descriptor, path: str) -> Iterator[FieldViolation]:
+    """Fields that are given in both their spellings, in a value that fits."""
+    if descriptor.full_name.startswith("google.protobuf.") or not isinstance(data, dict):
+        return
+    spelled: dict[str, str] = {}
+    for field in descriptor.fields:
+        inner = cast(Any, field.message_type)
+        for name in dict.fromkeys((field.name, field.json_name)):
+            if name not in data:
+                continue
+            here, value = f"{path}.{name}" if path else name, data[name]
+            if field.name in spelled:
+                yield _beside(here, spelled[field.name])
+            spelled[field.name] = name
+            if inner is None or inner.GetOptions().map_entry:  # maps have plain values
+                continue
+            if isinstance(value, list):
+                for i, one in enumerate(value):
+                    yield from _doubled(one, inner, f"{here}[{i}]")
+            else:
+                yield from _doubled(value, inner, here)
+
+
+def _beside(path: str, other: str) -> FieldViolation:
+    return FieldViolation(path, f"is given beside {other}; one of them is allowed")
+
+
 def _message(data: Any, descriptor: Descriptor, path: str) -> Iterator[FieldViolation]:
     if not isinstance(data, dict):
         yield _needs(data, path, "an object")
@@ -89,7 +120,7 @@ def _message(data: Any, descriptor: Descriptor, path: str) -> Iterator[FieldViol
         one_of = field.containing_oneof
         for slot in (field.name, one_of.name if one_of is not None else field.name):
             if slot in seen and value is not None:
-                yield FieldViolation(here, f"is given beside {seen[slot]}; one of them is allowed")
+                yield _beside(here, seen[slot])
                 return
         if value is None:
             continue  # as left out

@@ -219,6 +219,14 @@ def test_an_upload_refused_at_its_header_keeps_the_servers_status(gateway: Gatew
         assert (refused.status_code, error_of(refused)["param"]) == (400, "header.model")
 
 
+def test_a_field_in_both_its_spellings_is_refused(gateway: Gateway) -> None:
+    for path in ("/api/v1/tabular:predict", "/forebay.v1.TabularService/Predict"):
+        for names in (("sticky_key", "stickyKey"), ("stickyKey", "sticky_key")):
+            answer = gateway.http.post(path, json={"rows": [ROW], **dict.fromkeys(names, "a")})
+            assert answer.status_code == 400
+            assert "stickyKey: is given beside sticky_key" in answer.text
+
+
 def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:
     import openai
 

@@ -8,7 +8,14 @@ import orjson
 import pytest
 from forebay import proto_json
 from forebay.errors import InvalidArgument
-from forebay.v1 import batch_pb2, classification_pb2, collection_pb2, embedding_pb2, tabular_pb2
+from forebay.v1 import (
+    batch_pb2,
+    classification_pb2,
+    collection_pb2,
+    embedding_pb2,
+    generation_pb2,
+    tabular_pb2,
+)
 from forebay_gateway.json_codec import to_message
 from google.protobuf import json_format
 from hypothesis import given
@@ -39,6 +46,18 @@ SEARCH = collection_pb2.SearchRequest
         (CLASSIFY, {"top_k": 1.5}, "top_k", "is the number 1.5; an integer is needed"),
         (CLASSIFY, {"topK": True}, "topK", "is true; an integer is needed"),
         (CLASSIFY, {"top_k": 1, "topK": 1}, "topK", "is given beside top_k; one of them is allowed"),
+        (CLASSIFY, {"stickyKey": "a", "sticky_key": "b"}, "stickyKey", "is given beside sticky_key; "
+            "one of them is allowed"),
+        (CLASSIFY, {"sticky_key": "a", "stickyKey": None}, "stickyKey", "is given beside sticky_key; "
+            "one of them is allowed"),
+        (EMBED, {"token_ids": [], "tokenIds": [{"ids": [1]}]}, "tokenIds", "is given beside "
+            "token_ids; one of them is allowed"),
+        (
+            generation_pb2.ChatStreamRequest,
+            {"request": {"messages": [{}, {"tool_call_id": "a", "toolCallId": "b"}]}},
+            "request.messages[1].toolCallId",
+            "is given beside tool_call_id; one of them is allowed",
+        ),
         (
             CLASSIFY,
             {"top_k": 99999999999},
