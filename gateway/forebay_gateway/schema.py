@@ -69,26 +69,41 @@ _ERRORS = ("400", "401", "403", "404", "409", "413", "429", "499", "500", "501",
 
 
 class Schemas:
-    """Component schemas, collected as they are referred to."""
+    """Schemas of requests' messages, or of answers', collected as they are referred to.
 
-    def __init__(self) -> None:
-        self.components: dict[str, Any] = {"Error": _ERROR}
+    Requests have the contract's constraints. Answers have what `json_codec` always writes: all but
+    `optional` fields and messages is there. A message that both have is two schemas, the answers' one
+    with `-Output` behind its name.
+
+    Args:
+        components: where the schemas go, by name.
+        asked: for answers: full names of the messages that requests have; None for requests.
+    """
+
+    def __init__(self, components: dict[str, Any], asked: Collection[str] | None = None) -> None:
+        self._components = components
+        self._asked = asked
 
     def ref(self, descriptor: Descriptor) -> dict[str, Any]:
         """A reference to a message's schema."""
         name = descriptor.full_name
         if name in _WELL_KNOWN:
             return _WELL_KNOWN[name]
-        if name not in self.components:
-            self.components[name] = {}
-            self.components[name] = self.message(descriptor)
+        if self._asked is not None and name in self._asked:
+            name += "-Output"
+        if name not in self._components:
+            self._components[name] = {}
+            self._components[name] = self.message(descriptor)
         return {"$ref": f"#/components/schemas/{name}"}
 
     def message(self, descriptor: Descriptor, without: Collection[str] = ()) -> dict[str, Any]:
         """The schema of a message, without some of its fields."""
         fields = [f for f in descriptor.fields if f.name not in without]
         properties = {f.name: self.field(f) for f in fields}
-        required = [f.name for f in fields if (o := options_of(f)) is not None and o.required]
+        if self._asked is None:
+            required = [f.name for f in fields if (rule := options_of(f)) and rule.required]
+        else:
+            required = [f.name for f in fields if not f.has_presence]
         out: dict[str, Any] = {
             "type": "object",
             "properties": properties,
@@ -107,7 +122,7 @@ class Schemas:
             value = self._element(message.fields_by_name["value"])
             return {"type": "object", "additionalProperties": value, **described}
         element = self._element(field)
-        rule = options_of(field)
+        rule = self._rule(field)
         if not field.is_repeated:
             if rule is not None and rule.required and element.get("type") == "string":
                 element = {"minLength": 1, **element}
@@ -120,6 +135,10 @@ class Schemas:
                 out["maxItems"] = rule.max_items
         return out
 
+    def _rule(self, field: FieldDescriptor) -> Any:
+        """The field's constraints; answers have none."""
+        return options_of(field) if self._asked is None else None
+
     def _element(self, field: FieldDescriptor) -> dict[str, Any]:
         if field.message_type is not None:
             return self.ref(cast(Any, field.message_type))
@@ -127,7 +146,7 @@ class Schemas:
             names = [v.name for v in cast(Any, field.enum_type).values]
             return {"type": "string", "enum": names}
         out = dict(_SCALARS[field.type])
-        rule = options_of(field)
+        rule = self._rule(field)
         if rule is None:
             return out
         for option, key in (("min_len", "minLength"), ("max_len", "maxLength")):
@@ -144,12 +163,19 @@ class Schemas:
 
 def openapi(extra_paths: dict[str, Any]) -> dict[str, Any]:
     """The whole page. `extra_paths` are the routes that are not in the contract."""
-    schemas = Schemas()
+    components: dict[str, Any] = {"Error": _ERROR}
+    requests = Schemas(components)
+    asked: set[str] = set()
+    for binding in bindings():
+        _reach(cast(Any, binding.method.request.DESCRIPTOR), asked)
+    answers = Schemas(components, asked)
     paths: dict[str, Any] = {}
     for binding in bindings():
         if binding.method.kind == "bidi_stream":
             continue  # a WebSocket: OpenAPI has no word for it; docs/contract.md describes it
-        paths.setdefault(binding.path, {})[binding.verb.lower()] = _operation(binding, schemas)
+        paths.setdefault(binding.path, {})[binding.verb.lower()] = _operation(
+            binding, requests, answers
+        )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -159,14 +185,24 @@ def openapi(extra_paths: dict[str, Any]) -> dict[str, Any]:
         },
         "paths": {**paths, **extra_paths},
         "components": {
-            "schemas": schemas.components,
+            "schemas": components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
     }
 
 
-def _operation(binding: Binding, schemas: Schemas) -> dict[str, Any]:
+def _reach(descriptor: Descriptor, names: set[str]) -> None:
+    """Add the names of the messages that a message holds, at any depth, and its own."""
+    if descriptor.full_name in names:
+        return
+    names.add(descriptor.full_name)
+    for field in descriptor.fields:
+        if field.message_type is not None:
+            _reach(cast(Any, field.message_type), names)
+
+
+def _operation(binding: Binding, schemas: Schemas, answers: Schemas) -> dict[str, Any]:
     method = binding.method
     request, response = cast(Any, method.request.DESCRIPTOR), cast(Any, method.response.DESCRIPTOR)
     name = f"{method.service}.{method.name}"
@@ -188,7 +224,7 @@ def _operation(binding: Binding, schemas: Schemas) -> dict[str, Any]:
             if f.name in places
         ],
     }
-    content = {"application/json": {"schema": schemas.ref(response)}}
+    content = {"application/json": {"schema": answers.ref(response)}}
     if method.content_type:
         media = method.content_type.partition(";")[0]
         content = {media: {"schema": {"type": "string", "format": "binary"}}}

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import jsonschema_rs
 import numpy as np
 import pytest
 from forebay import errors
@@ -55,6 +56,34 @@ def test_the_openapi_page_asks_in_the_body_for_what_the_path_does_not_say() -> N
 def test_the_openapi_page_lets_payloads_hold_anything() -> None:
     point = schema.openapi({})["components"]["schemas"]["forebay.v1.Point"]
     assert point["properties"]["payload"]["additionalProperties"] == {}
+
+
+def test_the_openapi_page_says_what_an_answer_always_has() -> None:
+    page = schema.openapi({})
+    schemas = page["components"]["schemas"]
+    chat = schemas["forebay.v1.ChatResponse"]
+    assert chat["required"] == ["id", "choices", "dropped_messages"]  # messages may be unset
+    # A message that requests have too: there its fields may be left out, and are bounded.
+    said, asked = schemas["forebay.v1.ChatMessage-Output"], schemas["forebay.v1.ChatMessage"]
+    assert set(said["required"]) == set(said["properties"]) and "required" not in asked
+    assert "maxLength" in asked["properties"]["name"]
+    assert "maxLength" not in said["properties"]["name"]
+    assert "threshold" not in schemas["forebay.v1.ClassifyRequest"].get("required", [])
+    request = schemas["forebay.v1.CreateResponseRequest-Output"]
+    assert "metadata" in request["required"] and "store" not in request["required"]
+
+
+@pytest.mark.parametrize("path", sorted(b.method.path for b in bindings()))
+def test_answers_fit_the_openapi_page(path: str) -> None:
+    page = schema.openapi({})
+    kind = methods()[path].response
+    name = cast(Any, kind.DESCRIPTOR).full_name
+    if name not in page["components"]["schemas"]:
+        return  # streams and files, which the page does not describe
+    root = {"$ref": f"#/components/schemas/{name}", "components": page["components"]}
+    fits = jsonschema_rs.Draft202012Validator(root)
+    for message in (kind(), sample(kind)):
+        fits.validate(json.loads(response_json(kind, message.SerializeToString())))
 
 
 def test_the_openapi_page_describes_every_route_in_words() -> None:
