@@ -14,7 +14,8 @@ Script = Callable[[list[dict[str, str]]], str]
 
 class ScriptedUpstream:
     """Answers chats by `script`, which gets the messages; `asked` keeps the last message of each,
-    `bodies` the whole requests. With `dies_after` it closes after so many pieces."""
+    `bodies` the whole requests. With `dies_after` it closes after so many pieces; with `refuses` what it
+    says is a refusal."""
 
     def __init__(self) -> None:
         self.script: Script = lambda messages: "Hello."
@@ -22,6 +23,7 @@ class ScriptedUpstream:
         self.bodies: list[dict[str, Any]] = []
         self.pause_s = 0.0
         self.dies_after: int | None = None
+        self.refuses = False
         self.cut_off = threading.Event()
         upstream = self
 
@@ -42,9 +44,8 @@ class ScriptedUpstream:
                 pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
                 try:
                     for piece in pieces[: upstream.dies_after]:
-                        self.event(
-                            {"delta": {"content": piece}, "text": piece, "finish_reason": None}
-                        )
+                        kind = "refusal" if upstream.refuses else "content"
+                        self.event({"delta": {kind: piece}, "text": piece, "finish_reason": None})
                         time.sleep(upstream.pause_s)
                     if upstream.dies_after is not None:
                         return

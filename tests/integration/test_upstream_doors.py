@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import openai
 import pytest
 
 from tests.conftest import Start
@@ -56,3 +57,89 @@ def test_a_tool_that_failed_is_told_to_the_model(
     sdk.messages.create(model="far", max_tokens=20, messages=messages)
     said = upstream.bodies[-1]["messages"][-1]
     assert said == {"role": "tool", "tool_call_id": "a", "content": read}
+
+
+NO = "I cannot help with that."
+ASKED: Any = [{"role": "user", "content": "Do it."}]
+SCHEMA: Any = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+
+
+@pytest.fixture
+def refusing(upstream: ScriptedUpstream) -> Iterator[None]:
+    script = upstream.script
+    upstream.script, upstream.refuses = lambda messages: NO, True
+    yield
+    upstream.script, upstream.refuses = script, False
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
+        yield sdk
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_refusal_of_a_chat(client: openai.OpenAI, upstream: ScriptedUpstream) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    for extra in ({}, {"response_format": form}):  # who refuses breaks no form
+        choice = client.chat.completions.create(model="far", messages=ASKED, **extra).choices[0]
+        assert (choice.message.refusal, choice.message.content) == (NO, None)
+        assert choice.finish_reason == "stop"
+    with client.chat.completions.stream(model="far", messages=ASKED) as stream:
+        deltas = [e.delta for e in stream if e.type == "refusal.delta"]
+        message = stream.get_final_completion().choices[0].message
+    assert "".join(deltas) == message.refusal == NO and not message.content
+    told: Any = [
+        *ASKED,
+        message.model_dump(exclude={"parsed"}),
+        {"role": "user", "content": "Why?"},
+    ]
+    client.chat.completions.create(model="far", messages=told)
+    assert upstream.bodies[-1]["messages"][1] == {"role": "assistant", "content": NO}
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_refusal_of_a_response(client: openai.OpenAI, upstream: ScriptedUpstream) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}
+    whole = client.responses.create(model="far", input="Do it.", text=form)
+    part: Any = whole.output[0].content[0]  # type: ignore[union-attr]
+    assert (part.type, part.refusal, whole.output_text) == ("refusal", NO, "")
+    with client.responses.stream(model="far", input="Do it.") as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    kinds = list(dict.fromkeys(e.type for e in events))
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.refusal.delta",
+        "response.refusal.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert final.output[0].content[0].refusal == NO  # type: ignore[union-attr]
+    client.responses.create(model="far", input="Why?", previous_response_id=whole.id)
+    assert upstream.bodies[-1]["messages"][1] == {"role": "assistant", "content": NO}
+    told: Any = [*ASKED, whole.output[0].model_dump(), *ASKED]
+    client.responses.create(model="far", input=told)
+    assert upstream.bodies[-1]["messages"][1] == {"role": "assistant", "content": NO}
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_refusal_of_a_message(gateway: Gateway) -> None:
+    sdk = anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+    whole = sdk.messages.create(model="far", max_tokens=20, messages=ASKED)
+    with sdk.messages.stream(model="far", max_tokens=20, messages=ASKED) as stream:
+        streamed = stream.get_final_message()
+    for message in (whole, streamed):
+        assert message.stop_reason == "refusal"
+        assert [b.text for b in message.content if b.type == "text"] == [NO]
+
+
+def test_a_refusal_is_an_assistants(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        asked: Any = [{"role": "user", "content": "a", "refusal": "b"}]
+        client.chat.completions.create(model="far", messages=asked)
+    assert caught.value.param == "messages[0].refusal"

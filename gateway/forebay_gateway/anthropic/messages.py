@@ -99,13 +99,14 @@ def endpoint(upstream: Upstream) -> Any:
         data = await unless_gone(request, call)
         answer = pb.ChatResponse.FromString(data)
         choice = answer.choices[0]
-        reason = "stop_sequence" if choice.stop_reason else STOP.get(choice.finish_reason)
+        said = choice.message
+        reason = _stop_reason(choice.finish_reason, choice.stop_reason, bool(said.refusal))
         out = {
             "id": answer.id.replace("chatcmpl-", "msg_"),
             "type": "message",
             "role": "assistant",
             "model": answer.served_by.model,
-            "content": _content(choice.message),
+            "content": _content(said),
             "stop_reason": reason,
             "stop_sequence": choice.stop_reason or None,
             "usage": _usage(answer.generation_usage),
@@ -117,6 +118,12 @@ def endpoint(upstream: Upstream) -> Any:
         )
 
     return guarded(messages)
+
+
+def _stop_reason(finish: Any, stop: str, refused: bool) -> str | None:
+    if refused:
+        return "refusal"
+    return "stop_sequence" if stop else STOP.get(finish)
 
 
 def _usage(found: pb.GenerationUsage) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def _content(message: pb.ChatMessage) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     if message.reasoning:
         out.append({"type": "thinking", "thinking": message.reasoning, "signature": ""})
-    text = "".join(p.text for p in message.content)
+    text = "".join(p.text for p in message.content) + message.refusal
     if text:
         out.append({"type": "text", "text": text, "citations": None})
     for call in message.tool_calls:
@@ -193,14 +200,16 @@ async def stream(
             "usage": {"input_tokens": started.prompt_tokens, "output_tokens": 0},
         }
         yield _event("message_start", {"message": opening})
-        blocks, end = _Blocks(), pb.GenerationFinish()
+        blocks, end, refused = _Blocks(), pb.GenerationFinish(), False
         async for raw in events:
             event = pb.ChatStreamResponse.FromString(raw)
             kind = event.WhichOneof("event")
-            if kind == "text" and event.text.text:
+            if kind == "refusal" or (kind == "text" and event.text.text):
+                refused = refused or kind == "refusal"
                 for f in blocks.start("text", {"type": "text", "text": ""}):
                     yield f
-                yield blocks.delta({"type": "text_delta", "text": event.text.text})
+                text = event.text.text or event.refusal.text
+                yield blocks.delta({"type": "text_delta", "text": text})
             elif kind == "reasoning":
                 block = {"type": "thinking", "thinking": "", "signature": ""}
                 for f in blocks.start("thinking", block):
@@ -218,7 +227,7 @@ async def stream(
             elif kind == "usage":
                 for f in blocks.stop():
                     yield f
-                reason = "stop_sequence" if end.stop_reason else STOP.get(end.reason)
+                reason = _stop_reason(end.reason, end.stop_reason, refused)
                 delta = {"stop_reason": reason, "stop_sequence": end.stop_reason or None}
                 yield _event("message_delta", {"delta": delta, "usage": _usage(event.usage)})
         yield _event("message_stop", {})

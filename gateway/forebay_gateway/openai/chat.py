@@ -161,12 +161,17 @@ def _message(value: Any, path: str, out: pb.ChatMessage) -> None:
     out.name = fields.text(value, "name", "", path)
     out.tool_call_id = fields.text(value, "tool_call_id", "", path)
     out.reasoning = fields.text(value, "reasoning_content", "", path)
+    out.refusal = fields.text(value, "refusal", "", path)
     content = value.get("content")
     if isinstance(content, str):
         out.content.add(text=content)
     elif isinstance(content, list):
         for i, part in enumerate(content):
-            _part(part, f"{path}.content[{i}]", out.content.add())
+            at = f"{path}.content[{i}]"
+            if isinstance(part, dict) and part.get("type") == "refusal":
+                out.refusal += fields.text(part, "refusal", at=at)
+            else:
+                _part(part, at, out.content.add())
     elif content is not None:
         raise InvalidArgument.at(f"{path}.content", "must be a string or a list of parts")
     for i, call in enumerate(fields.items(value, "tool_calls", path)):
@@ -239,8 +244,8 @@ def _choice(choice: pb.ChatChoice) -> dict[str, Any]:
     text = "".join(p.text for p in said.content)
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": text or (None if said.tool_calls else ""),
-        "refusal": None,
+        "content": text or (None if said.tool_calls or said.refusal else ""),
+        "refusal": said.refusal or None,
     }
     if said.reasoning:
         message["reasoning_content"] = said.reasoning
@@ -312,6 +317,8 @@ async def stream(
                 yield chunk(t.index, {"content": t.text}, logprobs=logprobs)
             elif kind == "reasoning":
                 yield chunk(event.reasoning.index, {"reasoning_content": event.reasoning.text})
+            elif kind == "refusal":
+                yield chunk(event.refusal.index, {"refusal": event.refusal.text})
             elif kind == "tool_call":
                 c = event.tool_call
                 one: dict[str, Any] = {

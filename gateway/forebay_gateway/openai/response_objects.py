@@ -167,6 +167,8 @@ def item(x: pb.ResponseItem, status: str, logprobs: Any = ()) -> dict[str, Any]:
         else {"type": "input_text", "text": p.text}
         for p in x.message.content
     ]
+    if x.message.refusal:
+        parts.append(refusal_part(x.message.refusal))
     return {"id": x.id, "type": "message", "status": status, "role": role, "content": parts}
 
 
@@ -190,6 +192,11 @@ def text_part(text: str, tokens: Any = ()) -> dict[str, Any]:
     }
 
 
+def refusal_part(text: str) -> dict[str, Any]:
+    """Why the model does not answer."""
+    return {"type": "refusal", "refusal": text}
+
+
 def _logprob(t: generation.TokenLogprob) -> dict[str, Any]:
     top = [{"token": p.token, "logprob": p.logprob, "bytes": list(p.raw)} for p in t.top]
     return {"token": t.token, "logprob": t.logprob, "bytes": list(t.raw), "top_logprobs": top}
@@ -202,6 +209,7 @@ class Events:
         self._number = -1
         self._logprobs: list[generation.TokenLogprob] = []
         self._kinds: dict[int, str] = {}
+        self._part_open = False
 
     def of(self, event: pb.CreateResponseStreamResponse) -> Iterator[bytes]:
         """The events that one of the contract's becomes."""
@@ -213,7 +221,7 @@ class Events:
         elif kind == "item_added":
             yield from self._added(event.item_added)
         elif kind == "item_delta":
-            yield self._delta(event.item_delta)
+            yield from self._delta(event.item_delta)
         elif kind == "item_done":
             yield from self._done(event.item_done)
         elif kind == "ended":
@@ -232,27 +240,37 @@ class Events:
     def _added(self, added: pb.ResponseItemAdded) -> Iterator[bytes]:
         x, index = added.item, added.output_index
         kind = self._kinds[index] = x.WhichOneof("item") or ""
-        self._logprobs = []
+        self._logprobs, self._part_open = [], kind == "tool_call"  # which has no parts
         shown = item(x, "in_progress")
         if kind != "tool_call":
             shown["content"] = []
         yield self._frame("response.output_item.added", output_index=index, item=shown)
-        if kind != "tool_call":
-            part = {"type": "reasoning_text", "text": ""} if kind == "reasoning" else text_part("")
-            at = {"item_id": x.id, "output_index": index, "content_index": 0}
-            yield self._frame("response.content_part.added", **at, part=part)
 
-    def _delta(self, delta: pb.ResponseItemDelta) -> bytes:
-        at = {"item_id": delta.item_id, "output_index": delta.output_index}
+    def _part(self, at: dict[str, Any], kind: str, refused: bool) -> Iterator[bytes]:
+        """The part of an item that has one begins; what it is shows with what it says."""
+        if self._part_open:
+            return
+        self._part_open = True
+        part = {"type": "reasoning_text", "text": ""} if kind == "reasoning" else text_part("")
+        part = refusal_part("") if refused else part
+        yield self._frame("response.content_part.added", **at, content_index=0, part=part)
+
+    def _delta(self, delta: pb.ResponseItemDelta) -> Iterator[bytes]:
+        at: dict[str, Any] = {"item_id": delta.item_id, "output_index": delta.output_index}
         kind = self._kinds[delta.output_index]
         if kind == "tool_call":
-            return self._frame("response.function_call_arguments.delta", **at, delta=delta.text)
+            yield self._frame("response.function_call_arguments.delta", **at, delta=delta.text)
+            return
+        yield from self._part(at, kind, bool(delta.refusal))
         at["content_index"] = 0
         if kind == "reasoning":
-            return self._frame("response.reasoning_text.delta", **at, delta=delta.text)
-        self._logprobs.extend(delta.logprobs)
-        tokens = [_logprob(t) for t in delta.logprobs]
-        return self._frame("response.output_text.delta", **at, delta=delta.text, logprobs=tokens)
+            yield self._frame("response.reasoning_text.delta", **at, delta=delta.text)
+        elif delta.refusal:
+            yield self._frame("response.refusal.delta", **at, delta=delta.refusal)
+        else:
+            self._logprobs.extend(delta.logprobs)
+            tokens = [_logprob(t) for t in delta.logprobs]
+            yield self._frame("response.output_text.delta", **at, delta=delta.text, logprobs=tokens)
 
     def _done(self, done: pb.ResponseItemDone) -> Iterator[bytes]:
         x, index = done.item, done.output_index
@@ -267,10 +285,13 @@ class Events:
                 arguments=x.tool_call.arguments,
             )
         else:
+            yield from self._part(at, kind, bool(x.message.refusal))
             at["content_index"] = 0
             part = shown["content"][0]
             if kind == "reasoning":
                 yield self._frame("response.reasoning_text.done", **at, text=part["text"])
+            elif x.message.refusal:
+                yield self._frame("response.refusal.done", **at, refusal=part["refusal"])
             else:
                 yield self._frame(
                     "response.output_text.done",

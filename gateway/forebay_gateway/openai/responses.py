@@ -281,19 +281,19 @@ def _message(value: dict[str, Any], at: str, item: pb.ResponseItem) -> None:
     if not isinstance(content, list):
         raise InvalidArgument.at(f"{at}.content", "must be a string or a list of parts")
     for i, part in enumerate(content):
-        _part(part, f"{at}.content[{i}]", item.message.content.add())
+        _part(part, f"{at}.content[{i}]", item.message)
 
 
-def _part(value: Any, at: str, out: generation_pb.ContentPart) -> None:
+def _part(value: Any, at: str, message: generation_pb.ChatMessage) -> None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("input_text", "output_text", "text"):
-        out.text = fields.text(value, "text", at=at)
+        message.content.add(text=fields.text(value, "text", at=at))
     elif kind == "refusal":
-        out.text = fields.text(value, "refusal", at=at)
+        message.refusal += fields.text(value, "refusal", at=at)
     elif kind == "input_image":
         if value.get("file_id"):
             raise InvalidArgument.at(f"{at}.file_id", "is not supported here; give image_url")
-        generation.image(value.get("image_url"), f"{at}.image_url", out.image)
+        generation.image(value.get("image_url"), f"{at}.image_url", message.content.add().image)
     else:
         raise InvalidArgument.at(
             f"{at}.type", f"is {kind!r:.40}; supported are input_text, output_text, input_image"

@@ -167,6 +167,8 @@ class GenerationDelta:
     logprobs: Sequence[TokenProbability] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str = ""
+    #: Why the model does not answer; upstreams alone say it apart from the text.
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)

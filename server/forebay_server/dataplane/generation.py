@@ -204,6 +204,7 @@ class GenerationPipeline:
         name, started = job.model.name, time.monotonic()
         estimate = len(request.prompt_ids) + (request.sampling.max_tokens or 256)
         said: dict[int, list[str]] = {}
+        refused: set[int] = set()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(
                 job.client.gate.enter(
@@ -229,7 +230,10 @@ class GenerationPipeline:
                 last = now
                 if request.structure is not None:
                     said.setdefault(delta.index, []).append(delta.text)
-                    if delta.finish_reason == "stop":
+                    if delta.refusal:
+                        refused.add(delta.index)
+                    # Who does not answer breaks no form.
+                    if delta.finish_reason == "stop" and delta.index not in refused:
                         _validate(request, "".join(said[delta.index]))
                 delta.index += offset
                 yield delta

@@ -116,6 +116,7 @@ class Collected:
             )
         into.text += delta.text
         into.reasoning += delta.reasoning
+        into.refusal += delta.refusal
         into.tokens += delta.tokens
         cast(list[Any], into.tool_calls).extend(delta.tool_calls)
         cast(list[Any], into.logprobs).extend(delta.logprobs)

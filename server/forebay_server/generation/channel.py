@@ -71,7 +71,7 @@ def merge(into: GenerationDelta, delta: GenerationDelta) -> bool:
     """Add a delta to the one before it, when both are plain text of one answer."""
     if into.index != delta.index or into.finish_reason is not None:
         return False
-    if into.tool_calls or delta.tool_calls:
+    if into.tool_calls or delta.tool_calls or into.refusal or delta.refusal:
         return False
     if (into.reasoning and delta.text) or (into.text and delta.reasoning):
         return False

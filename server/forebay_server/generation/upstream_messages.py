@@ -145,6 +145,7 @@ def chat_delta(choice: Any) -> GenerationDelta:
         1 if delta.content else 0,
         logprobs,
         _FINISH.get(choice.finish_reason or ""),
+        refusal=delta.refusal or "",
     )
 
 
@@ -186,7 +187,8 @@ def count_received(request: GenerationRequest, delta: GenerationDelta) -> None:
     characters, and one at least for each piece. It may be the last that is heard of it."""
     tally = request.tally
     called = "".join(c.name + c.arguments for c in delta.tool_calls)
-    reasoning, said = (-(-len(text) // 4) for text in (delta.reasoning, delta.text + called))
+    words = delta.text + delta.refusal + called
+    reasoning, said = (-(-len(text) // 4) for text in (delta.reasoning, words))
     tally.completion += reasoning + said
     tally.reasoning += reasoning
     if not tally.prompt:

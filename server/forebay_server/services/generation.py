@@ -56,6 +56,9 @@ class GenerationService(Service):
                     )
                 if delta.text or delta.logprobs:
                     yield pb.ChatStreamResponse(text=messages.text_delta(delta))
+                if delta.refusal:
+                    refusal = pb.RefusalDelta(index=delta.index, text=delta.refusal)
+                    yield pb.ChatStreamResponse(refusal=refusal)
                 for piece in delta.tool_calls:
                     yield pb.ChatStreamResponse(
                         tool_call=pb.ToolCallDelta(
@@ -135,12 +138,14 @@ class _ChatAnswer:
         self._choice = pb.ChatChoice(index=index)
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self._refusal: list[str] = []
         self._calls: dict[int, Any] = {}
 
     def add(self, delta: GenerationDelta) -> None:
         """Add a delta."""
         self._text.append(delta.text)
         self._reasoning.append(delta.reasoning)
+        self._refusal.append(delta.refusal)
         for piece in delta.tool_calls:
             call = self._calls.setdefault(piece.call, {"id": "", "name": "", "arguments": []})
             call["id"] = call["id"] or piece.id
@@ -159,6 +164,7 @@ class _ChatAnswer:
         if text:
             message.content.add(text=text)
         message.reasoning = "".join(self._reasoning)
+        message.refusal = "".join(self._refusal)
         for _, call in sorted(self._calls.items()):
             message.tool_calls.add(
                 id=call["id"], name=call["name"], arguments="".join(call["arguments"])

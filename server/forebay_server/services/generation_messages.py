@@ -142,6 +142,10 @@ def _message(message: pb.ChatMessage, path: str) -> dict[str, Any]:
             parts.append({"type": "image_url", "image_url": {"url": _image(part.image, at)}})
         else:
             parts.append({"type": "text", "text": part.text})
+    if message.refusal and role != "assistant":
+        raise InvalidArgument.at(f"{path}.refusal", "only an assistant's message has one")
+    if message.refusal:  # chat templates, and most upstreams, have no place of its own for it
+        parts.append({"type": "text", "text": message.refusal})
     plain = all(p["type"] == "text" for p in parts)
     out: dict[str, Any] = {
         "role": role,

@@ -14,7 +14,13 @@ from forebay_server.core.generation import GenerationDelta, TokenProbability, To
 from forebay_server.services import generation_messages as messages
 
 Event = pb.CreateResponseStreamResponse
-_PREFIX = {"message": "msg", "tool_call": "fc", "tool_output": "fco", "reasoning": "rs"}
+_PREFIX = {
+    "message": "msg",
+    "tool_call": "fc",
+    "tool_output": "fco",
+    "reasoning": "rs",
+    "refusal": "msg",
+}
 
 
 def new_id(prefix: str) -> str:
@@ -71,7 +77,7 @@ class Conversation:
             elif kind == "message":
                 said = item.message
                 message = generation.ChatMessage(
-                    role=said.role, content=said.content, name=said.name
+                    role=said.role, content=said.content, name=said.name, refusal=said.refusal
                 )
                 if said.role == generation.CHAT_ROLE_ASSISTANT:
                     message.reasoning, self._thought = self._thought, ""
@@ -126,6 +132,11 @@ class Output:
             yield self._delta(delta.reasoning)
         if delta.text or delta.logprobs:
             yield from self._say(delta)
+        if delta.refusal:  # a message of its own: what was said before it stands
+            yield from self._begin("refusal")
+            event = self._delta(delta.refusal)
+            event.item_delta.refusal, event.item_delta.text = event.item_delta.text, ""
+            yield event
         for piece in delta.tool_calls:
             yield from self._tool(piece)
         if delta.finish_reason is not None:
@@ -170,7 +181,7 @@ class Output:
         yield from self.close()
         item = item or pb.ResponseItem()
         item.id = new_id(_PREFIX[kind])
-        if kind == "message":
+        if kind in ("message", "refusal"):
             item.message.role = generation.CHAT_ROLE_ASSISTANT
         elif kind == "reasoning":
             item.reasoning.SetInParent()
@@ -192,6 +203,8 @@ class Output:
         item, text = self.items[-1], "".join(self._parts)
         if self._open == "message":
             item.message.content.add(text=text)
+        elif self._open == "refusal":
+            item.message.refusal = text
         elif self._open == "reasoning":
             item.reasoning.text = text
         else:
