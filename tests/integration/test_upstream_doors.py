@@ -8,11 +8,16 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.conftest import Start
 from tests.integration.scripted_upstream import ScriptedUpstream
 from tests.integration.test_gateway import Gateway
 from tests.integration.test_upstream import put
+
+
+class Place(BaseModel):
+    city: str
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,24 @@ def test_a_tool_that_failed_is_told_to_the_model(
     sdk.messages.create(model="far", max_tokens=20, messages=messages)
     said = upstream.bodies[-1]["messages"][-1]
     assert said == {"role": "tool", "tool_call_id": "a", "content": read}
+
+
+def test_the_form_of_a_message(gateway: Gateway, upstream: ScriptedUpstream) -> None:
+    sdk = anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+    upstream.script = lambda messages: '{"city": "Rome"}'
+    asked: Any = [
+        {"role": "user", "content": "Where?"},
+        {"role": "system", "content": "Be brief."},
+    ]
+    parsed = sdk.messages.parse(model="far", max_tokens=20, messages=asked, output_format=Place)
+    assert parsed.parsed_output == Place(city="Rome")
+    sent = upstream.bodies[-1]
+    assert sent["response_format"]["json_schema"]["schema"]["required"] == ["city"]
+    assert [m["role"] for m in sent["messages"]] == ["user", "system"]
+    upstream.script = lambda messages: "Hello."
+    odd: Any = {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema: "):
+        sdk.messages.create(model="far", max_tokens=20, messages=asked, output_config=odd)
 
 
 NO = "I cannot help with that."

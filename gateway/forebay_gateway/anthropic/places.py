@@ -15,6 +15,8 @@ _FIXED = {
     "tool_choice.mode": "tool_choice.type",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
     "user": "metadata.user_id",
+    "response_format": "output_config.format",
+    "response_format.json_schema": "output_config.format.schema",
 }
 
 

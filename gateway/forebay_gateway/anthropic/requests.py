@@ -25,7 +25,13 @@ KNOWN = (
     "stream",
     "metadata",
     "cache_control",
+    "output_config",
 )
+ROLES = {
+    "user": pb.CHAT_ROLE_USER,
+    "assistant": pb.CHAT_ROLE_ASSISTANT,
+    "system": pb.CHAT_ROLE_SYSTEM,
+}
 #: What each kind of block may have, besides its type.
 BLOCKS = {
     "text": ("text", "cache_control"),
@@ -72,7 +78,27 @@ def read(body: dict[str, Any], places: Places) -> pb.ChatRequest:
     for i, one in enumerate(messages):
         _message(one, f"messages[{i}]", out, places)
     _tools(body, out, places)
+    _form(body, out)
     return out
+
+
+def _form(body: dict[str, Any], out: pb.ChatRequest) -> None:
+    """The form of the answer, as `messages.parse` of the SDK asks for it."""
+    config = body.get("output_config")
+    if config is None:
+        return
+    if not isinstance(config, dict):
+        raise InvalidArgument.at("output_config", "an object is needed")
+    fields.only(config, ("format",), "output_config")
+    form, at = config.get("format"), "output_config.format"
+    if form is None:
+        return
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
+        raise InvalidArgument.at(f"{at}.type", "allowed is json_schema")
+    fields.only(form, ("type", "schema"), at)
+    if not isinstance(form.get("schema"), dict):
+        raise InvalidArgument.at(f"{at}.schema", "an object is needed")
+    out.response_format.json_schema = orjson.dumps(form["schema"]).decode()
 
 
 def _cache_control(value: dict[str, Any], at: str = "") -> None:
@@ -120,16 +146,19 @@ def _texts(value: dict[str, Any], name: str, at: str = "") -> list[str]:
 
 
 def _message(value: Any, path: str, out: pb.ChatRequest, places: Places) -> None:
-    role = value.get("role") if isinstance(value, dict) else None
-    if role not in ("user", "assistant"):
-        raise InvalidArgument.at(f"{path}.role", f"is {role!r:.40}; allowed are user, assistant")
+    given = value.get("role") if isinstance(value, dict) else None
+    role = fields.named(ROLES, given)
+    if role is None:
+        raise InvalidArgument.at(
+            f"{path}.role", f"is {given!r:.40}; allowed are {', '.join(ROLES)}"
+        )
     fields.only(value, ("role", "content"), path)
     content = value.get("content")
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list):
         raise InvalidArgument.at(f"{path}.content", "must be a string or a list of blocks")
     # Results of tools come within a user's turn here; in the contract they are messages.
-    said = pb.ChatMessage(role=pb.CHAT_ROLE_USER if role == "user" else pb.CHAT_ROLE_ASSISTANT)
+    said = pb.ChatMessage(role=role)
     parts: list[tuple[str, str]] = []
     for i, block in enumerate(blocks):
         parts += _block(block, f"{path}.content[{i}]", said, out, places)
