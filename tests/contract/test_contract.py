@@ -20,6 +20,7 @@ from forebay.v1 import collection_pb2, embedding_pb2, rerank_pb2, tabular_pb2, u
 from forebay_gateway import schema
 from forebay_gateway.contract import bindings, comments
 from forebay_gateway.json_codec import response_json, to_dict
+from forebay_gateway.openai.paths import PATHS
 from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
@@ -71,6 +72,20 @@ def test_the_openapi_page_says_what_an_answer_always_has() -> None:
     assert "threshold" not in schemas["forebay.v1.ClassifyRequest"].get("required", [])
     request = schemas["forebay.v1.CreateResponseRequest-Output"]
     assert "metadata" in request["required"] and "store" not in request["required"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"model": "a", "messages": [{}], "tools": [], "top_k": 5}),
+        ("/v1/completions", {"model": "a", "prompt": "a", "top_k": 5}),
+        ("/v1/messages", {"model": "a", "messages": [{}], "max_tokens": 5, "system": "a"}),
+        ("/v1/responses", {"model": "a", "input": "a", "tools": []}),
+    ],
+)
+def test_the_openapi_page_lets_doors_have_more_fields_than_it_names(path: str, body: Any) -> None:
+    content = PATHS[path]["post"]["requestBody"]["content"]
+    jsonschema_rs.validate(content["application/json"]["schema"], body)
 
 
 @pytest.mark.parametrize("path", sorted(b.method.path for b in bindings()))

@@ -15,12 +15,15 @@ _STRINGS: dict[str, Any] = {
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 
-def _post(summary: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+def _post(
+    summary: str, properties: dict[str, Any], required: list[str], more: bool = False
+) -> dict[str, Any]:
+    """A door's POST; `more`: it has fields that are not written here."""
     schema = {
         "type": "object",
         "properties": properties,
         "required": required,
-        "additionalProperties": False,
+        "additionalProperties": more,
     }
     return {
         "post": {
@@ -142,6 +145,7 @@ _LANGUAGE: dict[str, Any] = {
             "stream": {"type": "boolean"},
         },
         ["model", "messages"],
+        more=True,
     ),
     "/v1/completions": _post(
         "Continue a text",
@@ -153,6 +157,7 @@ _LANGUAGE: dict[str, Any] = {
             "stream": {"type": "boolean"},
         },
         ["model", "prompt"],
+        more=True,
     ),
     "/v1/messages": _post(
         "Answer a conversation (Anthropic's shape)",
@@ -163,6 +168,7 @@ _LANGUAGE: dict[str, Any] = {
             "stream": {"type": "boolean"},
         },
         ["model", "messages", "max_tokens"],
+        more=True,
     ),
     "/v1/responses": _post(
         "Answer, and keep the conversation",
@@ -177,6 +183,7 @@ _LANGUAGE: dict[str, Any] = {
             "stream": {"type": "boolean"},
         },
         ["model"],
+        more=True,
     ),
     "/v1/responses/{response}": _of_one(
         "response", "a response", {"get": "Get", "delete": "Delete"}
@@ -187,7 +194,9 @@ _LANGUAGE: dict[str, Any] = {
     "/v1/files/{file}": _of_one("file", "a file", {"get": "Get", "delete": "Delete"}),
     "/v1/files/{file}/content": _get("Get a file's bytes", _named("file")),
     "/v1/batches": {
-        **_post("Run a file's requests", _BATCH, ["input_file_id", "endpoint"]),
+        **_post(
+            "Run a file's requests", _BATCH, ["input_file_id", "endpoint", "completion_window"]
+        ),
         **_get("List batches", [_LIMIT, _AFTER]),
     },
     "/v1/batches/{batch}": _get("Get a batch", _named("batch")),
