@@ -27,7 +27,13 @@ from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.http_port import Direct, HttpPort
 from forebay_server.transport.inbox import MAX_TAKE
-from forebay_server.transport.pipeline import REQUEST_ID, Pipeline, too_late, trailers_of
+from forebay_server.transport.pipeline import (
+    REQUEST_ID,
+    Pipeline,
+    too_late,
+    too_many,
+    trailers_of,
+)
 from forebay_server.transport.streams import Streams
 
 if TYPE_CHECKING:
@@ -88,7 +94,7 @@ class FastLane:
         self._http = http
         self._http_ended = http_ended
         self._routes = list(http.routes) if http is not None else []
-        full = QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
+        full = too_many()
         self._server = forebay_native.Server(
             _addresses(settings),
             [(m.path, _telling(m), m.kind == STREAM) for m in self._methods],

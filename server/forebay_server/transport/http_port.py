@@ -17,7 +17,6 @@ from forebay.errors import (
     DeadlineExceeded,
     ForebayError,
     Internal,
-    QueueFull,
     TooLarge,
     Unavailable,
 )
@@ -25,7 +24,7 @@ from forebay.methods import Method
 from google.rpc import status_pb2
 
 from forebay_server.core.call import Call
-from forebay_server.transport.pipeline import trailers_of
+from forebay_server.transport.pipeline import too_many, trailers_of
 
 log = logging.getLogger("forebay.transport")
 
@@ -110,10 +109,7 @@ class HttpPort:
         limit = self.max_body_bytes
         return [
             (14, _canned(route, Unavailable("the server is not ready for this call"))),
-            (
-                8,
-                _canned(route, QueueFull("too many calls wait; try again soon", retry_after_s=0.1)),
-            ),
+            (8, _canned(route, too_many())),
             (4, _canned(route, DeadlineExceeded("the deadline passed", stage="server"))),
             (
                 _TOO_LARGE,

@@ -61,7 +61,7 @@ class Lanes:
         self._pipeline = pipeline
         self._refused = refused
         self._dispatcher = Dispatcher(handlers, pipeline, validator)
-        self._inbox = Inbox(self._dispatcher, settings.ingest_threads)
+        self._inbox = Inbox(self._dispatcher, settings)
         self._ordinary = OrdinaryLane(
             handlers,
             pipeline,
@@ -69,6 +69,7 @@ class Lanes:
             validator,
             idempotency,
             asyncio.get_running_loop(),
+            refused,
             behind=self.lane == "fast",
         )
         self._grpc: aio.Server | None = None

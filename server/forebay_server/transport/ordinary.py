@@ -24,7 +24,14 @@ from forebay_server.core.call import Call
 from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import parse
 from forebay_server.transport.inbox import Inbox
-from forebay_server.transport.pipeline import Pipeline, internal, too_late, trailers_of
+from forebay_server.transport.pipeline import (
+    Pipeline,
+    given_id,
+    internal,
+    too_late,
+    too_many,
+    trailers_of,
+)
 
 log = logging.getLogger("forebay.transport")
 
@@ -77,9 +84,12 @@ class OrdinaryLane(grpc.GenericRpcHandler):
         validator: Validator,
         idempotency: IdempotencyStore,
         loop: asyncio.AbstractEventLoop,
+        refused: Callable[[str, int], None],
         behind: bool = False,
     ) -> None:
-        """`behind`: calls come through the fast lane, which names their peers."""
+        """`refused`: hears of calls of a method that were refused because too much waits.
+        `behind`: calls come through the fast lane, which names their peers."""
+        self._refused = refused
         self._behind = behind
         self._pipeline = pipeline
         self._inbox = inbox
@@ -139,12 +149,18 @@ class OrdinaryLane(grpc.GenericRpcHandler):
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call = self._call(handler, context, lambda _: self._wakeups.wake(done))
         call.message = message
-        self._inbox.put(call)
-        try:
-            await done
-        except asyncio.CancelledError:
-            _gone(call)
-            raise
+        if self._inbox.put(call):
+            try:
+                await done
+            except asyncio.CancelledError:
+                _gone(call)
+                raise
+            finally:
+                self._inbox.leave(call, len(message))
+        else:
+            self._refused(call.method.path, 1)
+            call.request_id = given_id(call)
+            call.fail(too_many())
         await _send_status(call, context)
         return call.payload
 

@@ -10,11 +10,12 @@ opposite order of begins, and only for stages that a call has passed: a stage th
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from forebay.errors import DeadlineExceeded, ForebayError, Internal
+from forebay.errors import DeadlineExceeded, ForebayError, Internal, QueueFull
 
 from forebay_server.core.call import Call, runs_of
 
@@ -22,6 +23,7 @@ log = logging.getLogger("forebay.transport")
 
 #: The trailer that every call ends with.
 REQUEST_ID = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Stage(Protocol):
@@ -117,12 +119,23 @@ def internal(call: Call) -> Internal:
     )
 
 
+def given_id(call: Call) -> str:
+    """The id that the caller gives this call, if it is one that can be taken, else nothing."""
+    given = call.metadata.get(REQUEST_ID, "")
+    return given if _REQUEST_ID.fullmatch(given) else ""
+
+
 def too_late(call: Call) -> DeadlineExceeded | None:
     """The error of a call that nobody waits for any more, if that is because of its deadline: clients
     reset calls that are late, often before the server's own clock says so."""
     if call.deadline is None or time.monotonic() < call.deadline - 0.001:
         return None
     return DeadlineExceeded("the deadline passed during the call", stage="server")
+
+
+def too_many() -> QueueFull:
+    """The error of calls that are refused before any stage, because too much waits."""
+    return QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
 
 
 def trailers_of(call: Call) -> list[tuple[str, str]]:

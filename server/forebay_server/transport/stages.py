@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,9 +16,8 @@ from forebay_server.core.call import ANONYMOUS, Call, Principal
 from forebay_server.observability.logs import ACCESS, AccessLines, access_record
 from forebay_server.observability.metrics import Metrics
 from forebay_server.observability.tracing import Tracer, new_request_id, parse_traceparent
-from forebay_server.transport.pipeline import REQUEST_ID, Stage
+from forebay_server.transport.pipeline import Stage, given_id
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 #: Codes of calls that were refused before any work.
 REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 #: Codes that are the server's fault, and so errors in the log; the rest are the caller's.
@@ -35,11 +33,7 @@ class Tracing:
     def begin(self, calls: Sequence[Call]) -> None:
         """Take the caller's ids, or make some."""
         for call in calls:
-            given = call.metadata.get(REQUEST_ID)
-            if given is not None and _REQUEST_ID.fullmatch(given):
-                call.request_id = given
-            else:
-                call.request_id = new_request_id()
+            call.request_id = given_id(call) or new_request_id()
             parent = call.metadata.get("traceparent")
             trace = parse_traceparent(parent) if parent else None
             if trace is not None:
