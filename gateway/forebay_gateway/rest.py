@@ -153,11 +153,9 @@ def server_stream(upstream: Upstream, binding: Binding) -> Endpoint:
 
     async def endpoint(request: Request) -> Response:
         message = await read(upstream, binding, request)
-        call = upstream.start(method, request.headers, message.SerializeToString())
-        stream = aiter(call)
-        first = await anext(stream, None)  # an error of the start is a real HTTP status
+        call, stream, first = await upstream.stream(method, request, message.SerializeToString())
         if method.content_type:
-            return raw(call, stream, first, method)
+            return raw(request, call, stream, first, method)
         ndjson = "application/x-ndjson" in request.headers.get("accept", "")
 
         async def body() -> AsyncIterator[bytes]:
@@ -177,13 +175,29 @@ def server_stream(upstream: Upstream, binding: Binding) -> Endpoint:
                 call.cancel()
 
         kind = "application/x-ndjson" if ndjson else "text/event-stream"
-        return StreamingResponse(body(), media_type=kind, headers={"cache-control": "no-cache"})
+        return streamed(request, call, body(), kind, {"cache-control": "no-cache"})
 
     return endpoint
 
 
+def streamed(
+    request: Request, call: Any, body: AsyncIterator[bytes], kind: str, headers: dict[str, str]
+) -> Response:
+    """The answer with a call's stream as its body. That to HEAD is over at once: it has no body, and
+    the next request on the connection waits for its end."""
+    if request.method == "HEAD":
+        call.cancel()
+        return Response(media_type=kind, headers=headers)
+    return StreamingResponse(body, media_type=kind, headers=headers)
+
+
 def raw(
-    call: Any, stream: AsyncIterator[bytes], first: bytes | None, method: Method, name: str = ""
+    request: Request,
+    call: Any,
+    stream: AsyncIterator[bytes],
+    first: bytes | None,
+    method: Method,
+    name: str = "",
 ) -> Response:
     """The bytes of a stream's `data` fields. An error in the middle breaks the connection off: the
     body has no length that it could be taken for whole by."""
@@ -204,7 +218,7 @@ def raw(
         # A caller's file is never a page of ours.
         "x-content-type-options": "nosniff",
     }
-    return StreamingResponse(body(), media_type=method.content_type, headers=headers)
+    return streamed(request, call, body(), method.content_type, headers)
 
 
 def frame(text: bytes, ndjson: bool) -> bytes:
@@ -245,9 +259,10 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
                         part = method.request(chunk={"path": path, "data": data})
                         yield part.SerializeToString()
 
-            call = upstream.start(method, request.headers, messages())
-            data = await call
-            return Response(response_json(method.response, data), media_type="application/json")
+            data, headers = await upstream.upload(method, request, messages())
+            return Response(
+                response_json(method.response, data), media_type="application/json", headers=headers
+            )
         finally:
             await form.close()
 

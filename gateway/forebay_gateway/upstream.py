@@ -157,6 +157,33 @@ class Upstream:
         data = await unless_gone(request, call)
         return data, returned(await call.trailing_metadata())
 
+    async def upload(
+        self, method: Method, request: Request, messages: AsyncIterator[bytes]
+    ) -> tuple[bytes, dict[str, str]]:
+        """One call with a stream of messages and one answer; as `unary` otherwise."""
+        call = self.start(method, request.headers, messages)
+        data = await unless_gone(request, call)
+        return data, returned(await call.trailing_metadata())
+
+    async def stream(
+        self, method: Method, request: Request, message: bytes
+    ) -> tuple[Any, AsyncIterator[bytes], bytes | None]:
+        """Begin a server stream: the call, its messages, and the first of them, None where there is
+        none. An error of the start is a real HTTP status, then.
+
+        Raises:
+            grpc.aio.AioRpcError: the upstream's error.
+            ClientGone: the client left before the first message; the call was cancelled.
+        """
+        call = self.start(method, request.headers, message)
+        messages = aiter(call)
+        try:
+            first = await unless_gone(request, asyncio.ensure_future(anext(messages, None)))
+        except BaseException:
+            call.cancel()
+            raise
+        return call, messages, first
+
     async def body(self, request: Request) -> bytes:
         """The request's body without its content encoding, refused as soon as it is over the bound.
 
@@ -252,7 +279,7 @@ async def _written(call: Any, message: bytes) -> bool:
     return True
 
 
-async def unless_gone(request: Request, call: Any) -> bytes:
+async def unless_gone(request: Request, call: Any) -> Any:
     """The call's answer; the call is cancelled when the client leaves first.
 
     Whether the client is still there is looked at only once an answer takes longer than most do: two

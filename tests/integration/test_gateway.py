@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import logging
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -152,6 +154,18 @@ def test_errors_by_the_table(gateway: Gateway) -> None:
     assert wrong.status_code == 400
 
 
+def test_head_of_a_stream_holds_no_connection(gateway: Gateway) -> None:
+    """The stream ran on unseen, and the connection's next request waited for its end."""
+    link = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=10)
+    link.request("HEAD", "/api/v1/models:watch")
+    answer = link.getresponse()
+    assert answer.status == 200 and answer.read() == b""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    link.request("GET", "/healthz")
+    assert link.getresponse().read() == b"ok\n"
+    link.close()
+
+
 def test_server_streams_are_sse_or_ndjson(gateway: Gateway) -> None:
     with gateway.http.stream("GET", "/api/v1/models:watch", params={"model": "iris"}) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
@@ -225,6 +239,22 @@ def test_a_field_in_both_its_spellings_is_refused(gateway: Gateway) -> None:
             answer = gateway.http.post(path, json={"rows": [ROW], **dict.fromkeys(names, "a")})
             assert answer.status_code == 400
             assert "stickyKey: is given beside sticky_key" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "part"), [("/api/v1/files", "files"), ("/v1/files", "file"), ("/v1/batches", "")]
+)
+def test_uploads_have_their_request_id(gateway: Gateway, path: str, part: str) -> None:
+    ask: Any = {"files": {part: ("a", b"x")}, "data": {"purpose": "user_data"}}
+    if not part:
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings"}
+        line["body"] = {"model": "minilm-int8", "input": "a"}  # type: ignore[assignment]
+        given = {"files": {"file": ("a", json.dumps(line).encode())}, "data": {"purpose": "batch"}}
+        file = gateway.http.post("/v1/files", **given).json()["id"]
+        ask = {"json": {"input_file_id": file, "endpoint": "/v1/embeddings"}}
+        ask["json"]["completion_window"] = "24h"
+    made = gateway.http.post(path, headers={"x-request-id": "mine-9"}, **ask)
+    assert (made.status_code, made.headers.get("x-request-id")) == (200, "mine-9"), made.text
 
 
 def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:

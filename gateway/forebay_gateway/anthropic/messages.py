@@ -11,7 +11,6 @@ from forebay.methods import methods
 from forebay.v1 import generation_pb2 as pb
 from google.rpc import status_pb2
 from grpc import aio
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -94,7 +93,7 @@ def endpoint(upstream: Upstream) -> Any:
         body = parse_json(await upstream.body(request))
         message = requests.read(body, request.state.places)
         if fields.flag(body, "stream"):
-            return await stream(upstream, request.headers, message, request.state.places)
+            return await stream(upstream, request, message, request.state.places)
         call = upstream.start(CHAT, request.headers, message.SerializeToString())
         data = await unless_gone(request, call)
         answer = pb.ChatResponse.FromString(data)
@@ -181,11 +180,11 @@ class _Blocks:
 
 
 async def stream(
-    upstream: Upstream, headers: Headers, message: pb.ChatRequest, places: Places
+    upstream: Upstream, request: Request, message: pb.ChatRequest, places: Places
 ) -> Response:
     """The answer as Anthropic's events."""
     wrapped = pb.ChatStreamRequest(request=message)
-    call, events, first = await generation.begin(upstream, STREAM, headers, wrapped)
+    call, events, first = await generation.begin(upstream, STREAM, request, wrapped)
     started = pb.ChatStreamResponse.FromString(first).started
 
     async def frames() -> AsyncIterator[bytes]:

@@ -53,9 +53,8 @@ def endpoint(upstream: Upstream) -> Any:
         body = parse_json(await upstream.body(request))
         header = _header(body)
         ask = file_pb2.DownloadFileRequest(file=header.input_file).SerializeToString()
-        download = upstream.start(files.DOWNLOAD, request.headers, ask)
-        pieces = aiter(download)
-        first = await anext(pieces, None)  # a file that is not there is an error of its own
+        # A file that is not there is an error of its own.
+        download, pieces, first = await upstream.stream(files.DOWNLOAD, request, ask)
 
         async def contents() -> AsyncIterator[bytes]:
             data = first
@@ -72,11 +71,11 @@ def endpoint(upstream: Upstream) -> Any:
                 yield pb.CreateBatchRequest(item=item).SerializeToString()
 
         try:
-            data = await upstream.start(CREATE, request.headers, messages())
+            data, headers = await upstream.upload(CREATE, request, messages())
         finally:
             download.cancel()
         out = _object(pb.CreateBatchResponse.FromString(data).batch)
-        return Response(dumps(out), media_type="application/json")
+        return Response(dumps(out), media_type="application/json", headers=headers)
 
     return create
 

@@ -286,7 +286,7 @@ async def stream(
     """The answer as SSE chunks."""
     with_usage = include_usage(body)
     wrapped = pb.ChatStreamRequest(request=message)
-    call, events, first = await generation.begin(upstream, STREAM, request.headers, wrapped)
+    call, events, first = await generation.begin(upstream, STREAM, request, wrapped)
     started = pb.ChatStreamResponse.FromString(first).started
     answers = message.sampling.n or 1
     base: dict[str, Any] = {

@@ -167,7 +167,7 @@ async def stream(
     """The continuation as SSE chunks."""
     with_usage = include_usage(body)
     wrapped = pb.CompleteStreamRequest(request=message)
-    call, events, first = await generation.begin(upstream, STREAM, request.headers, wrapped)
+    call, events, first = await generation.begin(upstream, STREAM, request, wrapped)
     started = pb.CompleteStreamResponse.FromString(first).started
     base: dict[str, Any] = {
         "id": started.id,

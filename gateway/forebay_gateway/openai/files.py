@@ -15,7 +15,7 @@ from forebay.methods import methods
 from forebay.v1 import batch_pb2, file_pb2
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from forebay_gateway import rest
 from forebay_gateway.json_codec import dumps
@@ -58,11 +58,11 @@ def upload_endpoint(upstream: Upstream) -> Any:
                     part = file_pb2.UploadFileRequest(chunk={"path": path, "data": data})
                     yield part.SerializeToString()
 
-            data = await upstream.start(UPLOAD, request.headers, messages())
+            data, headers = await upstream.upload(UPLOAD, request, messages())
         finally:
             await form.close()
         out = _object(file_pb2.UploadFileResponse.FromString(data).file)
-        return Response(dumps(out), media_type="application/json")
+        return Response(dumps(out), media_type="application/json", headers=headers)
 
     return upload
 
@@ -151,7 +151,7 @@ async def _results_object(
     data, _ = await upstream.unary(GET_BATCH, request, message.SerializeToString())
     found = batch_pb2.GetBatchResponse.FromString(data).batch
     size = 0  # it has one only when it is written
-    async for line in _lines(upstream, request, batch, kind):
+    async for line in _lines(*await _results(upstream, request, batch, kind)):
         size += len(line)
     expires = found.HasField("results_expire_at")
     return {
@@ -167,14 +167,22 @@ async def _results_object(
     }
 
 
-async def _lines(
+async def _results(
     upstream: Upstream, request: Request, batch: str, kind: str
-) -> AsyncIterator[bytes]:
+) -> tuple[Any, AsyncIterator[bytes], bytes | None]:
+    """The stream of a batch's results, begun."""
     message = batch_pb2.ReadResultsRequest(batch=batch, filter=_FILTERS[kind])
-    call = upstream.start(RESULTS, request.headers, message.SerializeToString())
+    return await upstream.stream(RESULTS, request, message.SerializeToString())
+
+
+async def _lines(
+    call: Any, results: AsyncIterator[bytes], first: bytes | None
+) -> AsyncIterator[bytes]:
+    part = first
     try:
-        async for data in call:
-            yield batch_lines.line(batch_pb2.ReadResultsResponse.FromString(data).result)
+        while part is not None:
+            yield batch_lines.line(batch_pb2.ReadResultsResponse.FromString(part).result)
+            part = await anext(results, None)
     finally:
         call.cancel()
 
@@ -186,26 +194,15 @@ def content_endpoint(upstream: Upstream) -> Any:
         name = request.path_params["file"]
         match = _RESULTS.fullmatch(name)
         if match is not None:
-            lines = _lines(upstream, request, match[1], match[2])
-            first = await anext(lines, b"")  # an error of the start is a real HTTP status
-
-            async def body() -> AsyncIterator[bytes]:
-                yield first
-                async for line in lines:
-                    yield line
-
-            return StreamingResponse(
-                body(),
-                media_type="application/jsonl",
-                headers={"x-content-type-options": "nosniff"},
-            )
+            begun = await _results(upstream, request, match[1], match[2])
+            headers = {"x-content-type-options": "nosniff"}
+            return rest.streamed(request, begun[0], _lines(*begun), "application/jsonl", headers)
         message = file_pb2.GetFileRequest(file=name)
         data, _ = await upstream.unary(GET, request, message.SerializeToString())
         file = file_pb2.GetFileResponse.FromString(data).file
         ask = file_pb2.DownloadFileRequest(file=name).SerializeToString()
-        call = upstream.start(DOWNLOAD, request.headers, ask)
-        stream = aiter(call)
-        return rest.raw(call, stream, await anext(stream, None), DOWNLOAD, file.name)
+        begun = await upstream.stream(DOWNLOAD, request, ask)
+        return rest.raw(request, *begun, DOWNLOAD, file.name)
 
     return content
 

@@ -15,7 +15,7 @@ from forebay.v1 import generation_pb2 as pb
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
-from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from forebay_gateway import http_errors
@@ -216,12 +216,10 @@ def rewritten(status: status_pb2.Status, rename: Callable[[str], str]) -> status
 
 
 async def begin(
-    upstream: Upstream, method: Method, headers: Headers, message: Message
+    upstream: Upstream, method: Method, request: Request, message: Message
 ) -> tuple[Any, AsyncIterator[bytes], bytes]:
     """Start a stream and read its first event: an error of the start is a real HTTP status."""
-    call = upstream.start(method, headers, message.SerializeToString())
-    stream = aiter(call)
-    first = await anext(stream, None)
+    call, stream, first = await upstream.stream(method, request, message.SerializeToString())
     return call, stream, first or b""
 
 

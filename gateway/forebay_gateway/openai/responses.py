@@ -103,7 +103,7 @@ async def stream(
 ) -> Response:
     """The response as OpenAI's events."""
     wrapped = pb.CreateResponseStreamRequest(request=message)
-    call, events, first = await generation.begin(upstream, STREAM, request.headers, wrapped)
+    call, events, first = await generation.begin(upstream, STREAM, request, wrapped)
     out = response_objects.Events()
 
     async def frames() -> AsyncIterator[bytes]:
