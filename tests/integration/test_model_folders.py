@@ -74,6 +74,31 @@ def test_a_version_policy_that_wants_no_version_there_is_is_said(
     assert served_version(live, "iris@1") == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "lengths", "said"),
+    [
+        ("minilm", [16, 100_000], "has 100000; allowed are lengths up to the model's max_tokens"),
+        ("minilm", [32, 16], "has 16 after 32; allowed are lengths from 1 that rise"),
+        ("minilm", [16, 16], "has 16 after 16; allowed are lengths from 1 that rise"),
+        ("minilm", [0, 16], "has 0; allowed are lengths from 1 that rise"),
+        ("iris", [16], "is for models that read texts"),
+    ],
+)
+def test_lengths_that_texts_cannot_be_padded_to_are_refused_at_load(
+    starters: Path, start: Start, tmp_path: Path, model: str, lengths: list[int], said: str
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "minilm", "iris")
+    live = start(models)
+    (models / model / "model.yaml").unlink(missing_ok=True)
+    (models / model / "model.yaml").write_text(f"batching: {{length_buckets: {lengths}}}\n")
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).UnloadModel(pb.UnloadModelRequest(model=model))
+        stub_of(live).LoadModel(pb.LoadModelRequest(model=model))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "model.yaml: batching.length_buckets: " in str(caught.value.details())
+    assert said in str(caught.value.details())
+
+
 def states(live: Live) -> dict[int, int]:
     """State of each version of iris."""
     model = stub_of(live).GetModel(pb.GetModelRequest(model="iris")).model

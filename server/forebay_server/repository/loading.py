@@ -174,6 +174,7 @@ def engine_spec(
     model = (folder / manifest.model_file).resolve()
     if folder.resolve() not in model.parents:
         raise rejected(f"model_file {manifest.model_file!r} lies outside of the model's folder")
+    _check_buckets(config.batching.length_buckets or [], head.max_tokens if head else 0)
     execution = config.execution
     spec = EngineSpec(
         model=name,
@@ -202,6 +203,17 @@ def engine_spec(
     )
     instances, threads, lone = _threads(config, defaults, head is not None, runtime(spec)[0])
     return replace(spec, instances=instances, intra_op_threads=threads, lone_threads=lone)
+
+
+def _check_buckets(lengths: list[int], longest: int) -> None:
+    """Raise unless texts may be padded to these lengths. `longest`: tokens; 0 for rows and tensors."""
+    where = "model.yaml: batching.length_buckets"
+    if lengths and not longest:
+        raise rejected(f"{where}: is for models that read texts; this one has no lengths")
+    if lengths and lengths[-1] > longest:
+        raise rejected(
+            f"{where}: has {lengths[-1]}; allowed are lengths up to the model's max_tokens, {longest}"
+        )
 
 
 def _batches(manifest: Manifest) -> bool:
@@ -262,7 +274,7 @@ def _policy(
         or defaults.max_queue_size
         or QUEUE_BATCHES[text] * size,
         max_queue_delay_s=batching.max_queue_delay_ms / 1e3,
-        length_buckets=tuple(sorted(batching.length_buckets or ())),
+        length_buckets=tuple(batching.length_buckets or ()),
     )
 
 

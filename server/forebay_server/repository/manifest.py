@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from forebay.errors import FailedPrecondition
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from forebay_server.core.interfaces import TensorSpec
 
@@ -282,6 +283,15 @@ class Batching(_Strict):
     max_queue_size: int | None = Field(default=None, ge=1)
     max_queue_delay_ms: float = Field(default=0.0, ge=0, le=10_000)
     length_buckets: list[int] | None = None
+
+    @field_validator("length_buckets")
+    @classmethod
+    def _lengths_rise(cls, lengths: list[int] | None) -> list[int] | None:
+        for before, length in pairwise([0, *(lengths or ())]):
+            if length <= before:
+                after = f" after {before}" if before else ""
+                raise ValueError(f"has {length}{after}; allowed are lengths from 1 that rise")
+        return lengths
 
 
 class CachePolicy(_Strict):
