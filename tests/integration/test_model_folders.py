@@ -99,6 +99,19 @@ def test_lengths_that_texts_cannot_be_padded_to_are_refused_at_load(
     assert said in str(caught.value.details())
 
 
+def test_a_price_for_a_model_that_has_none_is_refused_at_load(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    live = start(copy_models(starters, models := tmp_path / "models", "minilm"))
+    (models / "minilm" / "model.yaml").unlink(missing_ok=True)
+    (models / "minilm" / "model.yaml").write_text("generation: {prices: {prompt: 1.0}}\n")
+    stub_of(live).UnloadModel(pb.UnloadModelRequest(model="minilm"))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).LoadModel(pb.LoadModelRequest(model="minilm"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "generation.prices: is for language models alone" in str(caught.value.details())
+
+
 def states(live: Live) -> dict[int, int]:
     """State of each version of iris."""
     model = stub_of(live).GetModel(pb.GetModelRequest(model="iris")).model

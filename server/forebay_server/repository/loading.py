@@ -115,6 +115,11 @@ def load(
             name, version, folder, config, manifest, tokenizer, defaults
         )
         return LoadedModel(name, version, manifest, config, generation, tokenizer, time.time())
+    if "prices" in config.generation.model_fields_set:
+        raise rejected(
+            f"model.yaml: generation.prices: is for language models alone; calls of a model for "
+            f"{manifest.task} have no price"
+        )
     tokenizer = tokenizer_of(folder, manifest)
     spec = engine_spec(name, version, folder, manifest, config, defaults, tokenizer)
     nice = defaults.engine_nice if spec.isolation == "thread" else 0
