@@ -1,6 +1,8 @@
 # `make help` lists the targets. PYTHON: any Python 3.11 or newer.
 PYTHON ?= python3
-# Tests that run at once, file by file. They wait for servers and deadlines half of their time.
+# Tests that run at once, file by file, in their order: sorted by their number of tests, the long files
+# with one test each would come last, when one worker is idle. They wait for servers and deadlines half
+# of their time.
 JOBS   ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -61,7 +63,7 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 
 test: $(VENV)/.dev $(VENV)/.native ## All tests that this machine can run
 	@if command -v cargo >/dev/null; then cd server/native && cargo test --quiet --no-default-features; fi
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
 	$(BIN)/uv venv --quiet --python $(BIN)/python .venv-vllm

@@ -24,13 +24,13 @@ def test_kill_9_loses_no_item_and_runs_none_twice(
     tmp_path_factory: pytest.TempPathFactory, start_process: StartProcess
 ) -> None:
     root = str(random_openvino(tmp_path_factory.mktemp("models")))
-    total = 240
-    items = [chat(f"c{i}", f"Hello {i}", max_tokens=100, ignore_eos=True) for i in range(total)]
+    total = 120
+    items = [chat(f"c{i}", f"Hello {i}", max_tokens=60, ignore_eos=True) for i in range(total)]
     server = start_process(FOREBAY_MODELS__ROOT=root)
     stub = rpc.BatchServiceStub(server.channel)
     made = batch(stub, items)
     kept: dict[int, bytes] = {}
-    for target in (30, 90, 150):
+    for target in (15, 45, 75):
         deadline = time.monotonic() + 60
         while stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts.completed < target:
             assert time.monotonic() < deadline
@@ -64,11 +64,11 @@ def test_kill_9_of_the_engine_costs_no_item(start: Start, tmp_path: Path, engine
     else:
         live = start(random_openvino(tmp_path))
     stub = rpc.BatchServiceStub(live.channel)
-    items = [chat(f"c{i}", f"Hello {i}", max_tokens=300, ignore_eos=True) for i in range(100)]
+    items = [chat(f"c{i}", f"Hello {i}", max_tokens=100, ignore_eos=True) for i in range(64)]
     made = batch(stub, items)
     while not stub.GetBatch(pb.GetBatchRequest(batch=made.id)).batch.counts.completed:
         time.sleep(0.02)
     process = live.server.repository.pool.loaded[("tiny", 1)].client.engine
     os.kill(process.info()["pid"], signal.SIGKILL)
     done = until_ended(stub, made.id, seconds=300)
-    assert (done.counts.completed, done.counts.failed) == (100, 0)
+    assert (done.counts.completed, done.counts.failed) == (64, 0)

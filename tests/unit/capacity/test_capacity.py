@@ -72,12 +72,14 @@ def test_a_table_rides_in_as_few_batches_as_take_it(
     assert Call.of_table(rows, 256) == Call(1, rows_of_an_item, items)
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
-def test_waiting_is_that_of_the_textbook_when_nothing_is_batched(load: float) -> None:
+@pytest.mark.parametrize(("load", "seconds"), [(0.3, 2000), (0.6, 1000), (0.8, 1000)])
+def test_waiting_is_that_of_the_textbook_when_nothing_is_batched(
+    load: float, seconds: float
+) -> None:
     """M/D/1: the mean wait is load / (2 (1 - load)) service times."""
     service = 0.01
     cost = CostModel(service, 0.0)
-    out = simulate(Scenario(load / service, [Call()], cost, ALONE, seed=5), 4000)
+    out = simulate(Scenario(load / service, [Call()], cost, ALONE, seed=5), seconds)
     mean = sum(out.waits) / len(out.waits)
     assert mean == pytest.approx(load / (2 * (1 - load)) * service, rel=0.08)
     assert out.utilisation == pytest.approx(load, rel=0.03)
@@ -87,7 +89,7 @@ def test_an_engine_takes_no_batch_while_it_answers() -> None:
     """M/D/1 of both times for those that wait; an answer's own time is in the overhead."""
     cost = CostModel(0.006, 0.0, between_s=0.004)
     assert peak(cost, ALONE, [Call()]) == pytest.approx(100)
-    out = simulate(Scenario(60, [Call()], cost, ALONE, seed=5), 4000)
+    out = simulate(Scenario(60, [Call()], cost, ALONE, seed=5), 1000)
     mean = sum(out.waits) / len(out.waits)
     assert mean == pytest.approx(0.6 / (2 * 0.4) * 0.01, rel=0.08)
     took = [t - w for t, w in zip(out.latencies, out.waits, strict=True)]
@@ -99,7 +101,7 @@ def test_engines_on_one_processor_are_that_of_the_textbook(load: float) -> None:
     """M/G/1 with processor sharing: the mean latency is one service time / (1 - load)."""
     service = 0.01
     cost = CostModel(service, 0.0, contention=1.0)
-    out = simulate(Scenario(load / service, [Call()], cost, ALONE, slots=64, seed=5), 4000)
+    out = simulate(Scenario(load / service, [Call()], cost, ALONE, slots=64, seed=5), 1000)
     mean = sum(out.latencies) / len(out.latencies)
     assert mean == pytest.approx(service / (1 - load), rel=0.05)
 
@@ -107,11 +109,11 @@ def test_engines_on_one_processor_are_that_of_the_textbook(load: float) -> None:
 def test_an_interpreter_that_reads_calls_holds_up_engines_on_its_processor() -> None:
     """M/D/1 at 0.3 before the engine; with contention the engine goes at half its pace meanwhile."""
     cost = CostModel(0.01, 0.0, contention=1.0, call_s=0.01)
-    alone = simulate(Scenario(1, [Call()], cost, ALONE, call_s=cost.call_s, seed=5), 4000)
+    alone = simulate(Scenario(1, [Call()], cost, ALONE, call_s=cost.call_s, seed=5), 1000)
     assert alone.quantile(0.5) == pytest.approx(0.02, rel=0.01)
-    busy = simulate(Scenario(30, [Call()], cost, ALONE, call_s=cost.call_s, seed=5), 2000)
+    busy = simulate(Scenario(30, [Call()], cost, ALONE, call_s=cost.call_s, seed=5), 500)
     free = CostModel(0.01, 0.0, contention=0.0, call_s=0.01)
-    apart = simulate(Scenario(30, [Call()], free, ALONE, call_s=cost.call_s, seed=5), 2000)
+    apart = simulate(Scenario(30, [Call()], free, ALONE, call_s=cost.call_s, seed=5), 500)
     assert apart.quantile(0.5) < 1.2 * alone.quantile(0.5)
     mean = [sum(o.latencies) / len(o.latencies) for o in (apart, busy)]
     assert 1.08 * mean[0] < mean[1] < 1.5 * mean[0]
