@@ -248,6 +248,13 @@ impl Call {
             .is_ok()
     }
 
+    /// Whether Python has taken it, and not said yet whose it is.
+    pub(crate) fn is_new(&self) -> bool {
+        self.state.load(Ordering::Acquire) == TAKEN
+            && self.owner.lock().is_none()
+            && !self.answered()
+    }
+
     /// Whether it has ended, or somebody is about to end it.
     pub(crate) fn answered(&self) -> bool {
         self.answer.lock().is_none()

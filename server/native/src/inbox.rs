@@ -47,6 +47,15 @@ struct State {
 }
 
 impl State {
+    /// What is new of calls that were taken. Of one that another thread has just taken, and not said yet
+    /// whose it is, nobody would know what to do: that waits.
+    fn hear(&mut self) -> Vec<(Arc<Call>, Gone)> {
+        let all = std::mem::take(&mut self.gone).into_iter();
+        let (early, heard) = all.partition(|(call, _)| call.is_new());
+        self.gone = early;
+        heard
+    }
+
     fn end_waiting(&mut self) {
         let error = Refusal::new(Code::Unavailable, "the server is shutting down");
         for call in self.waiting.drain(..) {
@@ -60,6 +69,8 @@ pub struct Inbox {
     bounds: Bounds,
     state: Mutex<State>,
     ready: Condvar,
+    /// Held by whoever looks at the calls that wait: two at once would mix up their order.
+    refusing: Mutex<()>,
     bytes: AtomicUsize,
     /// Calls that were refused because too many waited.
     pub refused: AtomicUsize,
@@ -73,6 +84,7 @@ impl Inbox {
             bounds,
             state: Mutex::default(),
             ready: Condvar::new(),
+            refusing: Mutex::default(),
             bytes: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
             abandoned: AtomicUsize::new(0),
@@ -138,11 +150,8 @@ impl Inbox {
     }
 
     fn tell(&self, call: &Arc<Call>, why: Gone) {
-        let mut state = self.state.lock();
-        state.gone.push((call.clone(), why));
-        if state.gone.len() == 1 {
-            self.ready.notify_one();
-        }
+        self.state.lock().gone.push((call.clone(), why));
+        self.ready.notify_one();
     }
 
     /// Waits for calls; empty after `timeout`, or when closed.
@@ -164,7 +173,7 @@ impl Inbox {
             if !state.waiting.is_empty() {
                 self.ready.notify_one();
             }
-            let gone = std::mem::take(&mut state.gone);
+            let gone = state.hear();
             if !taken.is_empty() || !gone.is_empty() || state.closed {
                 return (taken, gone);
             }
@@ -176,6 +185,7 @@ impl Inbox {
 
     /// Ends the calls that wait and get a refusal; the others keep their order.
     pub fn refuse(&self, why: impl Fn(&Call) -> Option<Refusal>) {
+        let _alone = self.refusing.lock();
         // Looked at aside, so that nobody who brings a call has to wait for it.
         let mut waiting = std::mem::take(&mut self.state.lock().waiting);
         waiting.retain(|call| {
@@ -312,6 +322,9 @@ mod tests {
         assert!(taken.len() == 1 && Arc::ptr_eq(&taken[0], &late) && gone.is_empty());
         inbox.leave(&late, None);
         let (taken, gone) = inbox.take(9, Duration::ZERO);
+        assert!(taken.is_empty() && gone.is_empty(), "it is nobody's yet");
+        *late.owner.lock() = Some(Box::new(()));
+        let (taken, gone) = inbox.take(9, Duration::ZERO);
         assert!(taken.is_empty() && gone.len() == 1 && gone[0].1 == Gone::Cancelled);
     }
 
@@ -404,6 +417,38 @@ mod tests {
         assert!(taken.len() == 2 && Arc::ptr_eq(&taken[0], &calls[0].0));
         assert!(Arc::ptr_eq(&taken[1], &calls[2].0));
         assert_eq!(calls[1].0.refusal().unwrap().message, "full");
+    }
+
+    #[test]
+    fn two_that_refuse_at_once_keep_the_order() {
+        let inbox = inbox(9);
+        let ((first, _f), (second, _s)) = (call(), call());
+        let gates = [Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0))];
+        inbox.put(first.clone());
+        let looks = |gate: &Arc<AtomicUsize>| {
+            let (inbox, gate) = (inbox.clone(), gate.clone());
+            std::thread::spawn(move || {
+                inbox.refuse(|_| {
+                    while gate.load(Ordering::SeqCst) == 0 {
+                        std::thread::yield_now();
+                    }
+                    None
+                });
+            })
+        };
+        let one = looks(&gates[0]);
+        while inbox.waiting() == 1 {
+            std::thread::yield_now();
+        }
+        inbox.put(second.clone());
+        let other = looks(&gates[1]);
+        std::thread::sleep(Duration::from_millis(20));
+        for (gate, thread) in gates.iter().zip([one, other]) {
+            gate.store(1, Ordering::SeqCst);
+            thread.join().unwrap();
+        }
+        let (taken, _) = inbox.take(9, Duration::ZERO);
+        assert!(Arc::ptr_eq(&taken[0], &first) && Arc::ptr_eq(&taken[1], &second));
     }
 
     #[test]

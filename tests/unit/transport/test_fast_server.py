@@ -46,7 +46,7 @@ def serving(*addresses: str, **more: Any) -> Iterator[forebay_native.Server]:
         "overload": ("full", b""),
         "too_large": b"",
     }
-    methods = [(METHOD, [], False)]
+    methods = [(METHOD, [1], False)]
     server = forebay_native.Server(addresses or [LOCAL], methods, "/nowhere", **settings | more)
     try:
         yield server
@@ -118,6 +118,17 @@ def test_all_addresses_have_one_port_and_share_the_bound_of_connections() -> Non
                     assert second.recv(1) == b"", "one is open"
                 connections(server, 1)
             connections(server, 0)
+
+
+def test_who_leaves_before_it_is_said_whose_it_is_is_named_afterwards() -> None:
+    """Another thread may ask for news while this one still reads what it has taken."""
+    with serving() as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        leaver = channel.unary_unary(METHOD).future(b"asked", timeout=20)
+        (arrival, *_), _ = server.take(1, 10)
+        leaver.cancel()
+        assert server.take(1, 0.5) == ([], [])
+        arrival[0].set_owner("me")
+        assert server.take(1, 10) == ([], [("me", "cancelled")])
 
 
 @contextlib.contextmanager
