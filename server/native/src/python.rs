@@ -350,11 +350,11 @@ impl PyServer {
             details,
         };
         let (shed, inbox) = (&self.server.shared.shed, &self.server.shared.inbox);
-        shed.refuse(&call.call, like_it, refusal);
+        let Some(alike) = shed.refuse(&call.call, like_it, refusal.clone()) else {
+            return;
+        };
         // Also those that wait for Python already: nobody comes in behind them.
-        py.detach(|| {
-            inbox.refuse(|c| shed.refusal(c.method, &c.message, c.deadline, || Duration::MAX));
-        });
+        py.detach(|| inbox.refuse(|c| shed.is_one(c, &alike).then(|| refusal.clone())));
     }
 
     /// Calls that were refused here because too much waits, by method, since the last time.

@@ -28,9 +28,30 @@ const STILL: usize = 2;
 /// More are not kept: the next call is refused by Python, as without.
 const MOST_RULES: usize = 64;
 
-struct Rule {
+/// The calls that a refusal is about.
+#[derive(Clone)]
+pub struct Alike {
     method: u32,
     key: Vec<u8>,
+    within: Option<Duration>,
+    /// Bytes of a message; smaller ones are let through.
+    least: usize,
+}
+
+impl Alike {
+    /// Whether it is about a call, but for its key, which takes longer to find.
+    fn may_mean(&self, method: u32, size: usize, deadline: Option<Instant>, now: Instant) -> bool {
+        let late = match (self.within, deadline) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(within), Some(deadline)) => deadline.saturating_duration_since(now) <= within,
+        };
+        late && self.method == method && size >= self.least
+    }
+}
+
+struct Rule {
+    alike: Alike,
     until: Instant,
     /// From `until` to `slowly`, a call is let through after each `gap`; then, for `again`, as they come
     /// while Python is not behind.
@@ -38,9 +59,6 @@ struct Rule {
     again: Duration,
     gap: Duration,
     pace: Mutex<Pace>,
-    within: Option<Duration>,
-    /// Bytes of a message; smaller ones are let through.
-    least: usize,
     refusal: Refusal,
 }
 
@@ -125,19 +143,28 @@ impl Shed {
         }
     }
 
-    /// For so long, calls that ask the same as this one get this refusal.
-    pub fn refuse(&self, like: &Call, holds: Holds, refusal: Refusal) {
-        let Some(key) = self.key(like.method, &like.message) else {
-            return;
+    /// For so long, calls that ask the same as this one get this refusal. Gives which those are; None
+    /// where nothing is shed.
+    pub fn refuse(&self, like: &Call, holds: Holds, refusal: Refusal) -> Option<Alike> {
+        let size = like.message.len();
+        let alike = Alike {
+            method: like.method,
+            key: self.key(like.method, &like.message)?,
+            within: holds.within,
+            least: if holds.by_size {
+                size - size / NEARLY
+            } else {
+                0
+            },
         };
         let now = Instant::now();
         let slowly = holds.time * if holds.gap.is_zero() { 0 } else { SLOWLY };
         let mut rules = self.rules.write();
-        rules.retain(|r| !(r.over(now) || r.method == like.method && r.key == key));
+        let replaced = |r: &Rule| r.alike.method == alike.method && r.alike.key == alike.key;
+        rules.retain(|r| !(r.over(now) || replaced(r)));
         if rules.len() < MOST_RULES {
             rules.push(Rule {
-                method: like.method,
-                key,
+                alike: alike.clone(),
                 until: now + holds.time,
                 slowly: now + holds.time + slowly,
                 again: slowly,
@@ -148,16 +175,21 @@ impl Shed {
                     let_through: 0,
                     kept_back: 0,
                 }),
-                within: holds.within,
-                least: if holds.by_size {
-                    like.message.len() - like.message.len() / NEARLY
-                } else {
-                    0
-                },
                 refusal,
             });
         }
         self.live.store(rules.len(), Ordering::Relaxed);
+        Some(alike)
+    }
+
+    /// Whether a call is one of these.
+    pub fn is_one(&self, call: &Call, of: &Alike) -> bool {
+        of.may_mean(
+            call.method,
+            call.message.len(),
+            call.deadline,
+            Instant::now(),
+        ) && self.key(call.method, &call.message).as_ref() == Some(&of.key)
     }
 
     /// What a call is refused with, if it is. `behind`: how long a call has waited for Python.
@@ -180,18 +212,13 @@ impl Shed {
                 lapsed += 1;
                 continue;
             }
-            if rule.method != method || message.len() < rule.least {
+            if !rule.alike.may_mean(method, message.len(), deadline, now) {
                 continue;
             }
             if key.is_none() {
                 key = Some(self.key(method, message)?);
             }
-            let late = match (rule.within, deadline) {
-                (None, _) => true,
-                (Some(_), None) => false,
-                (Some(within), Some(deadline)) => deadline.saturating_duration_since(now) <= within,
-            };
-            if late && key.as_ref() == Some(&rule.key) && !rule.lets_through(now, &behind) {
+            if key.as_ref() == Some(&rule.alike.key) && !rule.lets_through(now, &behind) {
                 return Some(rule.refusal.clone());
             }
         }

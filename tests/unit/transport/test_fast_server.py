@@ -131,6 +131,38 @@ def test_who_leaves_before_it_is_said_whose_it_is_is_named_afterwards() -> None:
         assert server.take(1, 10) == ([], [("me", "cancelled")])
 
 
+def test_what_waits_is_refused_by_what_is_said_of_it_alone() -> None:
+    """Not by what was said of it before, and lets some of its kind through by now."""
+    asked = {
+        name: b"\x0a\x01" + name.encode() for name in "ab"
+    }  # field 1, which tells queues apart
+    with serving() as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        ask = channel.unary_unary(METHOD)
+
+        def taken(name: str) -> tuple[Any, Any]:
+            call = ask.future(asked[name], timeout=20)
+            (arrival, *_), _ = server.take(1, 10)
+            return arrival[0], call
+
+        def refuse(call: Any, hold_s: float) -> None:
+            server.refuse_alike(call, hold_s, hold_s / 100, None, False, "full", b"\x08\x08")
+
+        refuse(taken("b")[0], 0.2)
+        full, _ = taken("a")
+        time.sleep(0.3)  # for 0.8 seconds, one is let through every 2 ms
+        let_through = ask.future(asked["b"], timeout=20)
+        deadline = time.monotonic() + 10
+        while server.stats()["waiting_calls"] != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        refuse(full, 10)
+        alike = ask.future(asked["a"], timeout=20)
+        assert alike.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        (arrival, *_), _ = server.take(1, 10)
+        server.answer([(arrival[0], 0, b"told", "", [])])
+        assert let_through.result() == b"told"
+
+
 @contextlib.contextmanager
 def websocket(folder: Path, **more: Any) -> Iterator[tuple[Any, socket.socket, socket.socket]]:
     """A server, and both ends of a WebSocket that goes through it: the client's and the gateway's."""
