@@ -25,6 +25,9 @@ from forebay.settings.prompts import (
     REWRITE_PROMPT,
 )
 
+#: Times of the transport, in seconds: gRPC's core counts milliseconds in 31 bits.
+LONGEST_S = 2_000_000.0
+
 
 class SettingsError(Exception):
     """A setting that stops the start; the message names it, its source and what is allowed."""
@@ -52,9 +55,13 @@ class GrpcSettings(Section):
     port: int = Field(default=50051, ge=0, le=65535)
     max_message_bytes: int = Field(default=16 << 20, ge=1024, le=1 << 30)
     max_items_per_call: int = Field(default=8192, ge=1)
-    max_connection_age_s: float = Field(default=0.0, ge=0, description="0 = connections stay")
-    keepalive_s: float = Field(default=60.0, ge=1)
-    drain_s: float = Field(default=30.0, ge=0, description="time for running calls at shutdown")
+    max_connection_age_s: float = Field(
+        default=0.0, ge=0, le=LONGEST_S, description="0 = connections stay"
+    )
+    keepalive_s: float = Field(default=60.0, ge=1, le=LONGEST_S)
+    drain_s: float = Field(
+        default=30.0, ge=0, le=LONGEST_S, description="time for running calls at shutdown"
+    )
     lane: Literal["auto", "fast", "ordinary"] = Field(
         default="auto", description="auto: the fast lane where its extension is installed"
     )
@@ -66,15 +73,23 @@ class GrpcSettings(Section):
     max_waiting_calls: int = Field(default=16384, ge=1)
     max_waiting_bytes: int = Field(default=512 << 20, ge=1 << 20)
     max_waiting_s: float = Field(
-        default=0.5, gt=0, description="while a call waits longer to be taken, others are refused"
+        default=0.5,
+        gt=0,
+        le=LONGEST_S,
+        description="while a call waits longer to be taken, others are refused",
     )
-    keepalive_timeout_s: float = Field(default=20.0, ge=1)
+    keepalive_timeout_s: float = Field(default=20.0, ge=1, le=LONGEST_S)
     receive_timeout_s: float = Field(
-        default=30.0, gt=0, description="time for a handshake, and for a unary request to come in"
+        default=30.0,
+        gt=0,
+        le=LONGEST_S,
+        description="time for a handshake, and for a unary request to come in",
     )
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    tls_reload_s: float = Field(default=10.0, gt=0, description="how often the files are looked at")
+    tls_reload_s: float = Field(
+        default=10.0, gt=0, le=LONGEST_S, description="how often the files are looked at"
+    )
     tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
     gateway_socket: str = Field(
         default="",
@@ -117,9 +132,14 @@ class HttpSettings(Section):
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="of multipart forms")
     cors_origins: list[str] = []
-    timeout_s: float = Field(default=300.0, gt=0, description="when the caller names none")
+    timeout_s: float = Field(
+        default=300.0, gt=0, le=LONGEST_S, description="when the caller names none"
+    )
     idle_timeout_s: float = Field(
-        default=75.0, ge=1, description="for connections that have no request, and slow bodies"
+        default=75.0,
+        ge=1,
+        le=LONGEST_S,
+        description="for connections that have no request, and slow bodies",
     )
     flagged_labels: list[str] = Field(
         default=["negative", "toxic"], description="labels that /v1/moderations flags"

@@ -215,3 +215,25 @@ def test_loopback_needs_no_keys(host: str) -> None:
     s = load_settings({"grpc.host": host}, environ={}).settings
     assert not s.keys_required
     s.check_exposure()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grpc.max_connection_age_s",
+        "grpc.keepalive_s",
+        "grpc.keepalive_timeout_s",
+        "grpc.drain_s",
+        "grpc.max_waiting_s",
+        "grpc.receive_timeout_s",
+        "grpc.tls_reload_s",
+        "http.timeout_s",
+        "http.idle_timeout_s",
+    ],
+)
+def test_times_that_no_transport_can_count_are_refused(name: str) -> None:
+    """They ended the start without a word of the setting."""
+    load_settings({name: 2e6}, environ={})
+    for given in (2e6 + 1, 1e30):
+        with pytest.raises(SettingsError, match=rf"{name}.*2000000"):
+            load_settings({name: given}, environ={})
