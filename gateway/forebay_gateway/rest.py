@@ -291,9 +291,12 @@ def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awa
 
         async def requests() -> AsyncIterator[bytes]:
             while True:
-                try:
-                    text = await socket.receive_text()
-                except (WebSocketDisconnect, KeyError):
+                frame = await socket.receive()
+                if frame["type"] == "websocket.disconnect":
+                    return
+                text = frame.get("text")
+                if text is None:
+                    fault.append(InvalidArgument.at("frame", "is binary; JSON in text is needed"))
                     return
                 if not text.strip():  # an empty message is the client's half-close
                     return
@@ -303,8 +306,9 @@ def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awa
                     fault.append(e)
                     return
 
-        call = upstream.start(method, socket.headers, requests())
+        call: Any = None
         try:
+            call = upstream.start(method, socket.headers, requests())
             async for data in call:
                 await socket.send_text(response_json(method.response, data).decode())
             if fault:
@@ -317,7 +321,8 @@ def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awa
         except (WebSocketDisconnect, RuntimeError):
             return
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     return endpoint
 
@@ -325,6 +330,7 @@ def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awa
 async def _close(socket: WebSocket, body: dict[str, Any]) -> None:
     try:
         await socket.send_text(orjson.dumps(body).decode())
-        await socket.close(1011, body["error"]["message"][:120])
+        # A reason has 123 bytes at most.
+        await socket.close(1011, body["error"]["message"].encode()[:120].decode(errors="ignore"))
     except (WebSocketDisconnect, RuntimeError):
         return

@@ -20,6 +20,7 @@ import uvicorn
 from forebay.settings import HttpSettings
 from forebay_gateway.app import create_app
 from forebay_gateway.protocol import Http1
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tests.conftest import Live, Start
@@ -204,6 +205,27 @@ def test_bidirectional_streams_are_websockets(gateway: Gateway) -> None:
             assert len(answer["response"]["embeddings"][0]["values"]) == 384
         socket.send(json.dumps({"request": {"texts": []}}))
         assert "error" in json.loads(socket.recv())
+
+
+@pytest.mark.parametrize(
+    ("frame", "headers", "param"),
+    [
+        (b'{"request": {"texts": ["a"]}}', {}, "frame"),
+        (json.dumps({"é" * 100: 1}), {}, "é" * 100),
+        ("{}", {"x-forebay-timeout-ms": "soon"}, "x-forebay-timeout-ms"),
+    ],
+)
+def test_faults_of_a_websocket_are_told(
+    gateway: Gateway, frame: str | bytes, headers: dict[str, str], param: str
+) -> None:
+    url = f"ws://127.0.0.1:{gateway.port}/api/v1/embeddings:embedStream"
+    with connect(url, additional_headers=headers) as socket:
+        socket.send(frame)
+        assert json.loads(socket.recv(timeout=10))["error"]["param"] == param
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=10)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1011 and closed.value.rcvd.reason
 
 
 def test_uploads_are_multipart(gateway: Gateway, starters: Path) -> None:
