@@ -106,6 +106,11 @@ class OnnxEngine:
                 options.add_session_config_entry("session.force_spinning_stop", "1")
             if own is not None:
                 options.register_custom_ops_library(trees.library())
+                # A model in memory would have the weights that it names beside itself read from the
+                # server's working directory.
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(path.parent)
+                )
             return ort.InferenceSession(own or str(path), options, providers=chosen)
 
         try:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from forebay.errors import FailedPrecondition
 from forebay_server.core.interfaces import Batch, EngineSpec, Item, TensorSpec
 from forebay_server.engines import trees
 from forebay_server.engines.onnx import OnnxEngine
@@ -292,6 +293,38 @@ def test_rows_that_are_too_short_are_refused_and_not_read_beyond(tmp_path: Path)
     _, ours = both(model, tmp_path)
     with pytest.raises(Exception, match="rows of 2 features; 6 are needed"):
         ours.run(None, {"x": rows(1, 5)[:, :2]})
+
+
+def with_weights_beside(file: str) -> onnx.ModelProto:
+    """Trees, whose sums get a number added that lies in another file."""
+    model = ensemble(2)
+    model.graph.node[0].output[0] = "sums"
+    beside = TensorProto(name="more", dims=[1], data_type=TensorProto.FLOAT)
+    beside.data_location = TensorProto.EXTERNAL
+    beside.external_data.add(key="location", value=file)
+    model.graph.initializer.append(beside)
+    model.graph.node.append(helper.make_node("Add", ["sums", "more"], ["y"]))
+    model.opset_import.append(helper.make_opsetid("", 13))
+    return model
+
+
+def test_weights_in_another_file_are_read_beside_the_model_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = np.float32(1000).tobytes()
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    for made in (folder, elsewhere):
+        made.mkdir()
+    monkeypatch.chdir(elsewhere)
+    path = folder / "model.onnx"
+    path.write_bytes(with_weights_beside("weights.bin").SerializeToString())
+    (elsewhere / "weights.bin").write_bytes(number)
+    with pytest.raises(FailedPrecondition, match="External data path does not exist"):
+        opened(path, FEATURES)
+    caplog.clear()
+    (folder / "weights.bin").write_bytes(number)
+    assert answer(opened(path, FEATURES), rows(1, 3)).min() > 500
+    assert not caplog.text
 
 
 def opened(path: Path, features: int) -> OnnxEngine:
