@@ -156,6 +156,8 @@ class Server:
             asyncio.create_task(self.ledger.keep()),
             asyncio.create_task(self.repository.watch_folder(s.models.poll_s)),
         ]
+        if isinstance(limiter, RedisLimiter):
+            self._background.append(asyncio.create_task(limiter.keep()))
         log.info("serving gRPC on %s:%d by the %s lane", s.grpc.host, self.port, self.lanes.lane)
 
     @property

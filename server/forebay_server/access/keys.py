@@ -29,6 +29,9 @@ from forebay_server.storage.tables import api_keys
 log = logging.getLogger("forebay.access")
 
 SCOPES = ("infer", "read", "admin")
+#: Seconds until a reload is given up that the database does not answer: a connection that hangs must
+#: not keep revoked keys in force.
+RELOAD_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,8 @@ class KeyStore:
         while True:
             await asyncio.sleep(every_s)
             try:
-                await self.reload()
+                async with asyncio.timeout(RELOAD_S):
+                    await self.reload()
             except Exception:
                 log.exception("reloading the keys failed; the old ones stay in force")
 

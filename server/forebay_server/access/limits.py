@@ -8,6 +8,7 @@ bucket may go into debt by the calls in flight, and later callers wait the debt 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import math
@@ -28,6 +29,8 @@ log = logging.getLogger("forebay.access")
 #: What floating-point sums may lack of a whole call: who waited as told is not refused for it. The
 #: bucket keeps the difference as debt, so nothing is overspent.
 SLACK = 1e-6
+#: Seconds for which a call in flight holds its permit in Redis, and how often that is renewed meanwhile.
+LEASE_S, RENEWALS = 60.0, 4
 #: Seconds without trying after Redis failed: else each call would wait for its timeout.
 REST_S = 2.0
 #: Seconds after which a full house may have room. A guess: no clock says when calls end.
@@ -225,15 +228,16 @@ local function keep(key, l, rate, full, now)
 end
 """
 #: KEYS: requests bucket, tokens bucket, calls in flight. ARGV: rate, burst, tokens/min, most in
-#: flight, ids of the calls. -1 = no such limit. Calls in flight are a sorted set with a lease, so
-#: that a server that dies does not hold its permits for ever.
+#: flight, seconds of a lease, ids of the calls. -1 = no such limit. Calls in flight are a sorted set
+#: of leases that their servers renew: one that dies holds its permits no longer than a lease.
 _ADMIT = (
     _LUA
     + """
 local now = clock()
 local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
 local tpm, most = tonumber(ARGV[3]), tonumber(ARGV[4])
-local granted, wait, what, rl, tl = #ARGV - 4, 0, '', 0, 0
+local lease = tonumber(ARGV[5])
+local granted, wait, what, rl, tl = #ARGV - 5, 0, '', 0, 0
 if rate > 0 then
   rl = level(KEYS[1], rate, burst, now)
   local held = math.max(0, math.floor(rl + 1e-6))
@@ -247,7 +251,7 @@ if tpm > 0 then
   end
 end
 if most > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - 3600)
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - lease)
   local free = math.max(0, most - redis.call('ZCARD', KEYS[3]))
   if free < granted then
     granted = free
@@ -258,8 +262,8 @@ end
 if granted > 0 then
   if rate > 0 then rl = rl - granted; keep(KEYS[1], rl, rate, burst, now) end
   if most > 0 then
-    for i = 5, 4 + granted do redis.call('ZADD', KEYS[3], now, ARGV[i]) end
-    redis.call('EXPIRE', KEYS[3], 3600)
+    for i = 6, 5 + granted do redis.call('ZADD', KEYS[3], now, ARGV[i]) end
+    redis.call('PEXPIRE', KEYS[3], math.ceil(lease * 1000))
   end
 end
 return {granted, what, string.format('%.9f', wait), string.format('%.9f', rl), string.format('%.9f', tl)}
@@ -278,6 +282,17 @@ for i = 3, #ARGV do redis.call('ZREM', KEYS[2], ARGV[i]) end
 return 0
 """
 )
+#: KEYS: calls in flight. ARGV: seconds of a lease, ids of calls that go on. Those that have ended
+#: meanwhile stay ended.
+_RENEW = (
+    _LUA
+    + """
+local now = clock()
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now, ARGV[i]) end
+redis.call('PEXPIRE', KEYS[1], math.ceil(tonumber(ARGV[1]) * 1000))
+return 0
+"""
+)
 
 
 class RedisLimiter:
@@ -288,6 +303,7 @@ class RedisLimiter:
     Args:
         observe: told of each decision that was made without Redis.
         clock: monotonic seconds.
+        lease_s: seconds for which a call holds its permit unless `keep` renews it.
     """
 
     def __init__(
@@ -295,6 +311,7 @@ class RedisLimiter:
         url: str,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[], None] = lambda: None,
+        lease_s: float = LEASE_S,
     ) -> None:
         self._redis: Any = connect(url, 0.25)
         import redis
@@ -303,6 +320,8 @@ class RedisLimiter:
         self._observe = observe
         self._admit = self._redis.register_script(_ADMIT)
         self._release = self._redis.register_script(_RELEASE)
+        self._renew = self._redis.register_script(_RENEW)
+        self._lease_s = lease_s
         self._error = redis.RedisError
         self._own = ProcessLimiter(clock)
         self._lock = threading.Lock()
@@ -328,6 +347,7 @@ class RedisLimiter:
                     -1 if rate is None else capacity(limits),
                     limits.tokens_per_minute or -1,
                     limits.max_concurrency or -1,
+                    self._lease_s,
                     *members,
                 ],
             )
@@ -377,6 +397,24 @@ class RedisLimiter:
             self._rest(e)
             with self._lock:
                 self._ended.setdefault(key_id, []).extend(ended)
+
+    async def keep(self) -> None:
+        """Renew the leases of calls in flight for ever."""
+        while True:
+            await asyncio.sleep(self._lease_s / RENEWALS)
+            await asyncio.to_thread(self.renew)
+
+    def renew(self) -> None:
+        """Renew the leases of this server's calls in flight. While Redis is away they run out."""
+        with self._lock:
+            running = {key_id: list(members) for key_id, members in self._shared.items() if members}
+        for key_id, members in running.items():
+            if self._clock() < self._resting_until:
+                return
+            try:
+                self._renew(keys=_names(key_id)[2:], args=[self._lease_s, *members])
+            except self._error as e:
+                self._rest(e)
 
     def _admit_own(self, key_id: str, limits: Limits, calls: int) -> Admitted:
         self._observe()

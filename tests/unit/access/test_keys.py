@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from forebay.errors import NotFound, PermissionDenied, Unauthenticated
 from forebay_cli.main import app
+from forebay_server.access import keys
 from forebay_server.access.keys import KeyStore, Limits, require_scope
 from forebay_server.storage.database import Database
 from typer.testing import CliRunner
@@ -19,7 +22,7 @@ from .conftest import Clock
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until it holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 
@@ -113,6 +116,30 @@ async def test_changes_of_another_process_are_seen(url: str, database: Database)
     async with asyncio.timeout(10):
         with contextlib.suppress(asyncio.CancelledError):
             await refresh
+    await other_database.close()
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+async def test_a_connection_that_hangs_keeps_no_revoked_key_in_force(
+    url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "RELOAD_S", 1.0)
+    mine, other_database = KeyStore(database, True), await Database.open(url)
+    other = KeyStore(other_database, True)
+    key, _ = await other.create("a", ("infer",))
+    await mine.reload()
+    async with database.read() as db:
+        backend = (await db.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one()
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        refresh = asyncio.create_task(mine.keep_fresh(0.0))
+        await other.revoke(key.id)
+        await until(lambda: not mine.list(include_inactive=False))
+    finally:
+        os.kill(backend, signal.SIGCONT)
+    refresh.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await refresh
     await other_database.close()
 
 

@@ -7,8 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import redis
 from forebay_server.access.keys import Limits
 from forebay_server.access.limits import (
+    LEASE_S,
     Limiter,
     LimitSpent,
     ProcessLimiter,
@@ -224,6 +226,33 @@ def test_a_lot_of_calls_pays_and_gives_back_in_redis_as_one(redis_server: RedisS
     assert after.calls == 1  # of the burst of five; the house has room for four
     assert after.standing.remaining_tokens is not None
     assert 29 <= after.standing.remaining_tokens <= 32
+
+
+def test_a_server_that_dies_gives_its_permits_back(redis_server: RedisServer) -> None:
+    """One that lives keeps them for as long as it says so."""
+    limits = Limits(max_concurrency=2)
+    dead, alive, other = (RedisLimiter(redis_server.url) for _ in range(3))
+    assert admitted(dead, limits)
+    assert admitted(alive, limits)
+    flight = "forebay:{k}:flight"
+    client = redis.Redis.from_url(redis_server.url)
+    for member in client.zrange(flight, 0, -1):  # a lease has passed
+        client.zincrby(flight, -LEASE_S - 1, member)
+    client.close()
+    alive.renew()
+    assert admitted(other, limits)
+    assert not admitted(other, limits), "a living server's permit was given away"
+
+
+def test_calls_that_have_ended_are_not_renewed(redis_server: RedisServer) -> None:
+    limits = Limits(max_concurrency=1)
+    limiter, other = RedisLimiter(redis_server.url), RedisLimiter(redis_server.url)
+    assert admitted(limiter, limits)
+    members = {k: list(m) for k, m in limiter._shared.items()}
+    limiter.release("k", limits, 0)
+    limiter._shared = members  # as `renew` saw them just before
+    limiter.renew()
+    assert admitted(other, limits)
 
 
 def test_without_redis_a_servers_own_limits_hold_and_permits_come_back(
