@@ -9,8 +9,9 @@ one waits for the other.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Database:
         """
         engine = _engine(url)
         if engine.dialect.name == "sqlite":
+            _private(engine.url.database)
             event.listen(engine.sync_engine, "connect", _sqlite_pragmas)
             event.listen(engine.sync_engine, "begin", _sqlite_begin)
         try:
@@ -138,6 +140,14 @@ def _away(error: Exception) -> bool:
     # asyncpg's own errors, which may come bare while it connects, have a state as well.
     state = getattr(getattr(error, "orig", error), "sqlstate", None)
     return str(state or "").startswith(AWAY)
+
+
+def _private(path: str | None) -> None:
+    """Make the file for its owner alone, where it is new; SQLite's files beside it take its mode over.
+    The folder may be one that all can read, and callers' documents are in it."""
+    if path and path != ":memory:" and not path.startswith("file:"):
+        with suppress(OSError):  # opening it says what is wrong
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
 def _sqlite_begin(connection: sa.Connection) -> None:

@@ -85,6 +85,16 @@ async def test_a_commit_is_as_durable_as_sqlite_can_make_it(tmp_path: Path) -> N
     await database.close()
 
 
+async def test_nobody_else_may_read_its_files(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    database = await Database.open(sqlite_url(tmp_path))
+    async with database.begin() as db:
+        await db.execute(model_aliases.insert().values(model="m", alias="a", version=1))
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o600} and "forebay.db-wal" in modes
+    await database.close()
+
+
 async def test_servers_that_start_at_once_migrate_once(tmp_path: Path) -> None:
     databases = await asyncio.gather(*(Database.open(sqlite_url(tmp_path)) for _ in range(6)))
     for database in databases:
