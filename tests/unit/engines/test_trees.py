@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 LIBRARY = trees.library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(
+    LIBRARY is None, reason="the extension forebay_native is not built (cargo is needed)"
+)
 FEATURES = 6
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-LACKS = "the extra `export` is not installed: make test-export"
+LACKS = "the extras `export` and `openvino-export` are not installed: make test-export"
 torch = pytest.importorskip("torch", reason=LACKS)
 transformers = pytest.importorskip("transformers", reason=LACKS)
 ov = pytest.importorskip("openvino", reason=LACKS)
