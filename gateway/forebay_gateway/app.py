@@ -89,6 +89,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,  # see _http_exception
     )
     upstream = Upstream(
         target, settings.timeout_s, settings.max_body_bytes, settings.max_upload_bytes, client
@@ -142,11 +143,12 @@ def create_app(
     app.router.routes.insert(0, table)  # for what Doors leaves
     # A page of static files, without a build step.
     app.mount("/ui", StaticFiles(directory=Path(__file__).parent / "ui", html=True), name="ui")
-    app.add_route("/", lambda request: RedirectResponse("/ui/"), methods=["GET"])
+    for path in ("/", "/ui"):
+        app.add_route(path, lambda request: RedirectResponse("/ui/"), methods=["GET"])
     app.mount("/docs/assets", StaticFiles(directory=_swagger_folder()), name="assets")
     page = schema.openapi(PATHS)
     app.openapi = lambda: page
-    app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_exception(table))  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _our_fault)
     app.add_middleware(Doors, table=table)
     app.add_middleware(Measured, registry=registry)
@@ -231,20 +233,33 @@ def _swagger_folder() -> Path:
     return Path(swagger_ui_path)
 
 
-async def _http_exception(request: Request, error: HTTPException) -> Response:
-    """Unknown paths and wrong methods, in the same shape as all errors."""
-    if error.status_code == 405:
-        text = f"{request.url.path} does not take {request.method}"
-        body: ForebayError = Unimplemented(text, reason="METHOD_NOT_ALLOWED")
-        answer = http_errors.response(body.to_status(), dict(error.headers or {}))
-        answer.status_code = 405
-        return answer
-    if error.status_code == 404:
-        return http_errors.response(NotFound("path", request.url.path).to_status())
-    status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message=str(error.detail))
-    answer = http_errors.response(status)
-    answer.status_code = error.status_code
+def _http_exception(table: RouteTable) -> Callable[[Request, HTTPException], Awaitable[Response]]:
+    async def answer(request: Request, error: HTTPException) -> Response:
+        """Unknown paths and wrong methods, in the same shape as all errors."""
+        # Not `request.url`: that is made of the Host header, which may be missing, or nonsense.
+        path = request.scope["path"]
+        if error.status_code == 405:
+            text = f"{path} does not take {request.method}"
+            body: ForebayError = Unimplemented(text, reason="METHOD_NOT_ALLOWED")
+            refused = http_errors.response(body.to_status(), dict(error.headers or {}))
+            refused.status_code = 405
+            return refused
+        if error.status_code == 404:
+            if path.endswith("/") and table.matches({**request.scope, "path": path[:-1]})[1]:
+                return _without_slash(request)
+            return http_errors.response(NotFound("path", path).to_status())
+        status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message=str(error.detail))
+        refused = http_errors.response(status)
+        refused.status_code = error.status_code
+        return refused
+
     return answer
+
+
+def _without_slash(request: Request) -> Response:
+    """To the path without its last slash, on the host and by the scheme that the client sees."""
+    path, query = request.scope["raw_path"].decode("latin-1"), request.scope["query_string"]
+    return RedirectResponse(path[:-1] + (f"?{query.decode('latin-1')}" if query else ""))
 
 
 async def _our_fault(request: Request, error: Exception) -> Response:

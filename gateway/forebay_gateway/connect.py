@@ -137,7 +137,7 @@ def _unsupported(known: dict[str, bool]) -> Response:
 
 def _known_encoding(request: Request, header: str, known: tuple[str, ...]) -> str:
     """How a body is packed, as a header says. The protocol asks for UNIMPLEMENTED and the list."""
-    given = request.headers.get(header) or "identity"
+    given = request.headers.get(header, "").lower() or "identity"
     if given not in known:
         raise Unimplemented(f"{header} is {given!r:.40}; supported are {', '.join(known)}")
     return given

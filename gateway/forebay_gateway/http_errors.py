@@ -46,7 +46,7 @@ def our_fault(request: Request) -> tuple[status_pb2.Status, dict[str, str]]:
     given = request.headers.get("x-request-id", "")
     known = given.isascii() and given.isprintable() and 0 < len(given) <= 128
     number = given if known else uuid.uuid4().hex
-    log.exception("%s %r failed; request id %s", request.method, request.url.path, number)
+    log.exception("%s %r failed; request id %s", request.method, request.scope["path"], number)
     error = Internal(f"internal error of the gateway; the log has more under request id {number}")
     return error.to_status(), {"x-request-id": number}
 

@@ -204,7 +204,7 @@ class Upstream:
                 parts.append(part)
         except ClientDisconnect:
             raise ClientGone from None
-        encoding = request.headers.get("content-encoding", "identity")
+        encoding = ", ".join(request.headers.getlist("content-encoding")).lower() or "identity"
         return self.unpacked(encoding, b"".join(parts))
 
     def unpacked(self, encoding: str, body: bytes) -> bytes:
@@ -229,7 +229,7 @@ class Upstream:
     async def form(self, request: Request) -> FormData:
         """The request's multipart form. Raises InvalidArgument, TooLarge."""
         kind = request.headers.get("content-type", "")
-        if not kind.startswith("multipart/form-data"):
+        if not kind.lower().startswith("multipart/form-data"):
             raise InvalidArgument.at("content-type", f"is {kind!r}; multipart/form-data is needed")
         receive, limit, size = request.receive, self._max_upload, 0
         length = request.headers.get("content-length")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.client
 import json
 import logging
@@ -165,6 +166,46 @@ def test_head_of_a_stream_holds_no_connection(gateway: Gateway) -> None:
     link.request("GET", "/healthz")
     assert link.getresponse().read() == b"ok\n"
     link.close()
+
+
+def test_what_is_said_of_a_path_does_not_hang_on_the_host(gateway: Gateway) -> None:
+    """Without one, paths and redirects named where the gateway listens."""
+
+    def ask(line: str, host: str = "") -> tuple[int, str | None, bytes]:
+        with socket.create_connection(("127.0.0.1", gateway.port), 10) as raw:
+            raw.sendall(f"{line} HTTP/1.0\r\n{host}\r\n".encode())
+            answer = http.client.HTTPResponse(raw)
+            answer.begin()
+            return answer.status, answer.headers["location"], answer.read()
+
+    for host in ("", "Host: [\r\n"):
+        status, _, body = ask("GET /nowhere/at/all", host)
+        assert status == 404
+        assert json.loads(body)["error"]["message"] == "path '/nowhere/at/all' was not found."
+        _, _, body = ask("PUT /v1/embeddings", host)
+        assert json.loads(body)["error"]["message"] == "/v1/embeddings does not take PUT"
+        assert ask("GET /ui", host)[:2] == (307, "/ui/")
+        moved = ask("GET /api/v1/models/a%20b/?x=%2F", host)
+        assert moved[:2] == (307, "/api/v1/models/a%20b?x=%2F")
+        assert ask("GET //example.org/", host)[0] == 404
+
+
+def test_names_of_types_and_encodings_have_no_case(gateway: Gateway) -> None:
+    parts = (("purpose", "user_data"), ('file"; filename="a', "x"))
+    form = "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in parts
+    )
+    kind = {"content-type": "Multipart/Form-Data; boundary=x"}
+    made = gateway.http.post("/v1/files", content=f"{form}--x--\r\n", headers=kind)
+    assert made.status_code == 200, made.text
+    path = "/api/v1/tabular:predict"
+    packed = gzip.compress(json.dumps({"rows": [ROW]}).encode())
+    coded = {"content-encoding": "GZIP"}
+    assert gateway.http.post(path, content=packed, headers=coded).status_code == 200
+    twice = [("content-encoding", "identity"), ("content-encoding", "gzip")]
+    refused = gateway.http.post(path, content=packed, headers=twice)
+    assert error_of(refused)["param"] == "content-encoding"
 
 
 def test_server_streams_are_sse_or_ndjson(gateway: Gateway) -> None:
