@@ -141,11 +141,12 @@ def _tensor(
     rng: np.random.Generator,
     name: str,
     datatype: str,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     rows: int,
 ) -> Any:
-    """Values like those of the signature; free dimensions other than the first are 1."""
-    full = [rows, *(abs(n) if n else 1 for n in shape[1:])]
+    """Values like those of the signature; free dimensions other than the first are 1, and there are no
+    others where nothing is known of them."""
+    full = [rows, *(abs(n) if n else 1 for n in (shape or ())[1:])]
     features = manifest.tabular.features if manifest.tabular else []
     known = {f.name: f for f in features}.get(name)
     if datatype == "BYTES":
