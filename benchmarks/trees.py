@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import skl2onnx
-from forebay_server.engines import trees
+from forebay_server.engines import tree_depth, trees
 from numpy.typing import NDArray
 from skl2onnx.common.data_types import FloatTensorType
 from sklearn.ensemble import (
@@ -63,7 +63,7 @@ def candidates(estimator: Any, folder: Path) -> dict[str, Callable[[NDArray[np.f
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     plain = ort.InferenceSession(str(path), _options())
-    own = trees.replaced(path)
+    own = trees.replaced(tree_depth.read(path))
     library = trees.library()
     assert own is not None and library is not None, "the extension is needed: make up builds it"
     with_ours = _options()

@@ -15,6 +15,7 @@ from forebay.v1 import model_pb2 as pb
 from tests.conftest import Live, Start, copy_models
 from tests.integration.test_inference import violations
 from tests.integration.test_registry import served_version, stub_of, upload
+from tests.unit.engines.test_hostile_trees import chain
 
 #: What a config.json may not be.
 CONFIGS = ["[]", '{"id2label": ["yes"], "architectures": 3}', '"a word"']
@@ -110,6 +111,20 @@ def test_a_price_for_a_model_that_has_none_is_refused_at_load(
         stub_of(live).LoadModel(pb.LoadModelRequest(model="minilm"))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "generation.prices: is for language models alone" in str(caught.value.details())
+
+
+def test_trees_that_would_end_the_process_are_refused(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    live = start(copy_models(starters, tmp_path / "models", "iris"))
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(chain(200_000).SerializeToString())
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(live).ImportVersion(upload(folder, "deep"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "is deeper than 4096 levels" in str(caught.value.details())
+    assert served_version(live) == 1
 
 
 def states(live: Live) -> dict[int, int]:

@@ -15,7 +15,7 @@ from forebay.errors import Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.core.interfaces import Batch, EngineSpec, Result, TensorSpec
-from forebay_server.engines import arrays, providers, trees
+from forebay_server.engines import arrays, providers, tree_depth, trees
 from forebay_server.engines.arrays import Executed, Prepared
 from forebay_server.engines.occupancy import Occupancy
 from forebay_server.engines.onnx_format import of_any_rank
@@ -91,7 +91,11 @@ class OnnxEngine:
             (providers.NAMES[name], providers.options(name, path, cache, device)) for name in order
         ]
         threads = self.spec.intra_op_threads
-        own = trees.replaced(path) if order == ["cpu"] and trees.library() else None
+        model = tree_depth.read(path)
+        own = None
+        if model is not None and order == ["cpu"] and trees.library():
+            own = trees.replaced(model)
+        del model
 
         def opened(threads: int, alone: bool = False) -> ort.InferenceSession:
             options = self._session_options(threads)

@@ -35,7 +35,9 @@ def _message(name: str) -> Any:
         "ModelProto": [
             ("graph", 7, optional, f.TYPE_MESSAGE, "GraphProto"),
             ("opset_import", 8, repeated, f.TYPE_MESSAGE, "OperatorSetIdProto"),
+            ("functions", 25, repeated, f.TYPE_MESSAGE, "FunctionProto"),
         ],
+        "FunctionProto": [("node", 7, repeated, f.TYPE_MESSAGE, "NodeProto")],
         "OperatorSetIdProto": [
             ("domain", 1, optional, f.TYPE_STRING, ""),
             ("version", 2, optional, f.TYPE_INT64, ""),
@@ -68,9 +70,11 @@ def _message(name: str) -> Any:
             ("name", 1, optional, f.TYPE_STRING, ""),
             ("i", 3, optional, f.TYPE_INT64, ""),
             ("s", 4, optional, f.TYPE_BYTES, ""),
+            ("g", 6, optional, f.TYPE_MESSAGE, "GraphProto"),
             ("floats", 7, repeated, f.TYPE_FLOAT, ""),
             ("ints", 8, repeated, f.TYPE_INT64, ""),
             ("strings", 9, repeated, f.TYPE_BYTES, ""),
+            ("graphs", 11, repeated, f.TYPE_MESSAGE, "GraphProto"),
             ("type", 20, optional, f.TYPE_INT32, ""),
         ],
     }

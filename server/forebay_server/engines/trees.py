@@ -9,13 +9,10 @@ missing, run as they always did.
 from __future__ import annotations
 
 import importlib.util
-import mmap
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from forebay_server.engines.onnx_format import model_of
 
 #: The domain of the extension's operators.
 DOMAIN = "forebay"
@@ -52,15 +49,9 @@ def library() -> str | None:
     return None
 
 
-def replaced(path: Path) -> bytes | None:
-    """The model with the extension's operators; None when it has no trees, or none that they know."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return None
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data.find(b"TreeEnsemble") < 0:
-                return None
-            model = model_of(data[:])
+def replaced(model: Any) -> bytes | None:
+    """The model (of `tree_depth.read`, which it changes) with the extension's operators; None when it
+    has no trees that they know."""
     nodes = model.graph.node
     found = 0
     for at in reversed(range(len(nodes))):

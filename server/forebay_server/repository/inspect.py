@@ -8,6 +8,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from forebay_server.engines import tree_depth
 from forebay_server.engines.onnx import DATATYPES
 from forebay_server.engines.onnx_format import of_any_rank
 from forebay_server.repository import language_models
@@ -73,6 +74,7 @@ def _model_file(folder: Path) -> str:
 
 
 def _signature(path: Path) -> tuple[list[Tensor], list[Tensor]]:
+    tree_depth.read(path)
     try:
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as e:

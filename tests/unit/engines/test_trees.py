@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from forebay.errors import FailedPrecondition
 from forebay_server.core.interfaces import Batch, EngineSpec, Item, TensorSpec
-from forebay_server.engines import trees
+from forebay_server.engines import tree_depth, trees
 from forebay_server.engines.onnx import OnnxEngine
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -142,7 +142,7 @@ def both(model: onnx.ModelProto, folder: Path) -> tuple[ort.InferenceSession, or
     """ONNX Runtime's own, in the trees' order, and the extension's."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    made = trees.replaced(path)
+    made = trees.replaced(tree_depth.read(path))
     assert made is not None
     kinds = {n.op_type for n in onnx.load_from_string(made).graph.node}
     assert not {k for k in kinds if k.startswith("TreeEnsemble")}
@@ -206,6 +206,18 @@ def test_regressors_of_other_kinds(more: dict[str, Any], tmp_path: Path) -> None
     same(ensemble(3, **more), tmp_path)
 
 
+def test_a_leaf_without_a_weight_adds_its_nodes_own_value(tmp_path: Path) -> None:
+    """As ONNX Runtime does for a single target, and for that alone."""
+    for targets in (1, 2):
+        model = ensemble(6, targets=targets, dense=False)
+        own = {a.name: a for a in model.graph.node[0].attribute}
+        own["nodes_values"].floats[:] = [v or 3.25 for v in own["nodes_values"].floats]
+        for name in ("treeids", "nodeids", "ids"):
+            del own[f"target_{name}"].ints[::2]
+        del own["target_weights"].floats[::2]
+        same(model, tmp_path)
+
+
 THREE: list[Any] = [[0, 1, 2], [7, 3, 5], ["setosa", "versicolor", "virginica"]]
 
 
@@ -260,7 +272,7 @@ def test_classifiers_of_two(
 def test_what_the_operators_do_not_know_is_left_to_onnx_runtime(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(ensemble(1, mode=mode).SerializeToString())
-    assert trees.replaced(path) is None
+    assert trees.replaced(tree_depth.read(path)) is None
 
 
 def test_a_model_whose_trees_the_extension_refuses_runs_as_it_is(

@@ -237,6 +237,11 @@ unsafe fn kernel_of(
     };
     let forest = Forest::new(&attributes)?;
     let base = floats(c"base_values");
+    let targets = forest.targets();
+    let one_of_two = classifies && targets == 2 && base.len() == 1;
+    if !base.is_empty() && base.len() != targets && !one_of_two {
+        return Err(format!("{} base values for {targets} targets", base.len()).into());
+    }
     let finish = if classifies {
         if labels.len() < 2 {
             return Err(format!("{} classes", labels.len()).into());

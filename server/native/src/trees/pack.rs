@@ -35,8 +35,8 @@ pub const MODE_LT: i64 = 2;
 /// stay in the cache.
 type Known = HashMap<Vec<(u32, u32)>, u32>;
 
-/// Of each leaf by tree and node: targets and what it adds to them.
-type Weights = HashMap<(i64, i64), Vec<(u32, f32)>>;
+/// Of a tree's leaves by node: targets and what it adds to them.
+type Weights = HashMap<i64, Vec<(u32, f32)>>;
 
 impl Forest {
     /// # Errors
@@ -75,7 +75,7 @@ impl Forest {
             missing: a.missing_tracks_true.contains(&1),
             ..Self::default()
         };
-        let leaf_weights = weights_by_leaf(a)?;
+        let mut leaf_weights = weights_by_tree(a)?;
         let mut first = 0;
         let mut ids = HashSet::new();
         let mut known = Known::new();
@@ -85,10 +85,14 @@ impl Forest {
             if !ids.insert(id) {
                 return Err(format!("tree {id} is in two places"));
             }
-            made.add(a, first, len, &leaf_weights, &mut known)?;
+            let own = leaf_weights.remove(&id).unwrap_or_default();
+            made.add(a, first, len, &own, &mut known)?;
             first += len;
         }
-        Ok(made)
+        match leaf_weights.keys().next() {
+            Some(id) => Err(format!("weights of tree {id}, which is not there")),
+            None => Ok(made),
+        }
     }
 
     /// Add the tree whose nodes are `len` from `first` on, the first of them its root.
@@ -108,6 +112,9 @@ impl Forest {
         if len > MAX_NODES {
             return Err(format!("a tree of {len} nodes"));
         }
+        if let Some(id) = leaf_weights.keys().find(|&id| !at.contains_key(id)) {
+            return Err(format!("weights of node {id}, which is not in its tree"));
+        }
         let mut tree = vec![Node::default()];
         let (mut depth, mut seen) = (0, vec![false; len]);
         let mut queue = VecDeque::from([(0, 0, 0)]);
@@ -118,8 +125,8 @@ impl Forest {
             }
             depth = depth.max(level);
             if a.modes[from] == MODE_LEAF {
-                let own = leaf_weights.get(&(a.tree_ids[from], ids[i]));
-                tree[place] = Node::leaf(self.leaf(own.map_or(&[], Vec::as_slice), known), place);
+                let own = leaf_weights.get(&ids[i]).map_or(&[][..], Vec::as_slice);
+                tree[place] = Node::leaf(self.leaf(own, a.values[from], known), place);
                 continue;
             }
             let feature = usize::try_from(a.feature_ids[from])
@@ -158,10 +165,11 @@ impl Forest {
         Ok(())
     }
 
-    /// What a leaf's node holds: its value, or where its weights are.
-    fn leaf(&mut self, own: &[(u32, f32)], known: &mut Known) -> f32 {
+    /// What a leaf's node holds: its value, or where its weights are. `value`: the node's own, which
+    /// ONNX Runtime takes for a single target's leaf that has no weight.
+    fn leaf(&mut self, own: &[(u32, f32)], value: f32, known: &mut Known) -> f32 {
         if self.targets == 1 {
-            return own.first().map_or(0.0, |w| w.1);
+            return own.first().map_or(value, |w| w.1);
         }
         let key = own.iter().map(|w| (w.0, w.1.to_bits())).collect();
         let place = *known.entry(key).or_insert_with(|| {
@@ -173,15 +181,17 @@ impl Forest {
     }
 }
 
-fn weights_by_leaf(a: &Attributes) -> Result<Weights, String> {
-    let mut out = Weights::new();
+fn weights_by_tree(a: &Attributes) -> Result<HashMap<i64, Weights>, String> {
+    let mut out = HashMap::<i64, Weights>::new();
     for (i, &weight) in a.target_weights.iter().enumerate() {
         let target = a.target_ids[i];
         let target = u32::try_from(target)
             .ok()
             .filter(|&t| (t as usize) < a.targets)
             .ok_or_else(|| format!("target {target} of {}", a.targets))?;
-        out.entry((a.target_tree_ids[i], a.target_node_ids[i]))
+        out.entry(a.target_tree_ids[i])
+            .or_default()
+            .entry(a.target_node_ids[i])
             .or_default()
             .push((target, weight));
     }

@@ -43,7 +43,7 @@ impl Transform {
 
 /// Finishes a row's sums in place.
 pub struct Regressor {
-    /// One for all targets, or one each; or none.
+    /// One for each target, or none.
     pub base: Vec<f32>,
     /// Of how many trees to take the average; None = their sum.
     pub average: Option<f32>,

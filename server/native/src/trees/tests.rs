@@ -137,6 +137,16 @@ fn what_no_tree_can_be_is_an_error_or_harmless() {
 }
 
 #[test]
+fn weights_of_what_is_not_there_are_an_error() {
+    for (tree, node) in [(7, 0), (0, 7_000)] {
+        let mut a = random(&mut Dice(5), 2, 3, 1);
+        a.target_tree_ids[0] = tree;
+        a.target_node_ids[0] = node;
+        assert!(Forest::new(&a).is_err());
+    }
+}
+
+#[test]
 fn a_loop_is_an_error() {
     let mut dice = Dice(5);
     let mut a = random(&mut dice, 1, 3, 1);
