@@ -201,9 +201,10 @@ class Call:
 
     def on_cancel(self, hook: Callable[[], None]) -> None:
         """Run `hook` when the client is gone; at once when it is gone already."""
-        if self._cancel_hooks is None:
-            self._cancel_hooks = []
-        self._cancel_hooks.append(hook)
+        hooks = self._cancel_hooks  # another thread that ends the call takes them away meanwhile
+        if hooks is None:
+            hooks = self._cancel_hooks = []
+        hooks.append(hook)
         if self.cancelled:
             hook()
 
