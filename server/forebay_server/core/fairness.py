@@ -20,8 +20,10 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, float, int]] = []
-        self._entries: dict[int, tuple[str, T]] = {}
+        self._entries: dict[int, tuple[str, float, T]] = {}
+        #: Of each key, where its last entry will end, and where the last that was served did.
         self._finish: dict[str, float] = {}
+        self._served: dict[str, float] = {}
         self._waiting: dict[str, int] = {}
         self._virtual = 0.0
         self._sequence = itertools.count()
@@ -34,7 +36,7 @@ class FairQueue(Generic[T]):
         start = max(self._virtual, self._finish.get(key, 0.0))
         self._finish[key] = start + max(cost, 1.0)
         ticket = next(self._sequence)
-        self._entries[ticket] = (key, value)
+        self._entries[ticket] = (key, self._finish[key], value)
         self._waiting[key] = self._waiting.get(key, 0) + 1
         heapq.heappush(self._heap, (-priority, start, ticket))
         return ticket
@@ -46,16 +48,22 @@ class FairQueue(Generic[T]):
             entry = self._entries.pop(ticket, None)
             if entry is None:
                 continue
+            key, finish, value = entry
             self._virtual = max(self._virtual, start)
-            self._left(entry[0])
-            return entry[1]
+            self._served[key] = max(finish, self._served.get(key, 0.0))
+            self._left(key)
+            return value
         return None
 
     def drop(self, ticket: int) -> None:
-        """Take an entry back; nothing when it has left."""
+        """Take an entry back; nothing when it has left. A key of which nothing else waits owes nothing
+        for what was taken back."""
         entry = self._entries.pop(ticket, None)
         if entry is not None:
-            self._left(entry[0])
+            key = entry[0]
+            if self._waiting[key] == 1:
+                self._finish[key] = self._served.get(key, 0.0)
+            self._left(key)
 
     def _left(self, key: str) -> None:
         self._waiting[key] -= 1
@@ -66,3 +74,4 @@ class FairQueue(Generic[T]):
                 k for k, f in self._finish.items() if f <= self._virtual and k not in self._waiting
             ]:
                 del self._finish[stale]
+                self._served.pop(stale, None)

@@ -44,6 +44,28 @@ def test_a_lone_entry_goes_before_a_flood_that_came_first() -> None:
     assert "lone" in [queue.get(), queue.get()]
 
 
+def test_a_key_owes_nothing_for_what_it_took_back() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.put("steady", 10, "steady0")
+    assert queue.get() == "steady0"
+    for ticket in [queue.put("sorry", 1000, f"sorry{i}") for i in range(50)]:
+        queue.drop(ticket)
+    queue.put("sorry", 10, "again")
+    for i in range(1, 20):
+        queue.put("steady", 10, f"steady{i}")
+    assert "again" in [queue.get(), queue.get()]
+    while queue.get() is not None:
+        pass
+    # What was served is owed for all the same.
+    queue.drop(queue.put("sorry", 1000, "no"))
+    queue.put("sorry", 500, "long")
+    assert queue.get() == "long"
+    queue.drop(queue.put("sorry", 1000, "no"))
+    queue.put("sorry", 10, "next")
+    queue.put("steady", 10, "first")
+    assert [queue.get(), queue.get()] == ["first", "next"]
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50)), min_size=1, max_size=80))
 def test_nothing_is_lost_and_keys_keep_their_order(entries: list[tuple[str, int]]) -> None:
     queue: FairQueue[tuple[str, int]] = FairQueue()
