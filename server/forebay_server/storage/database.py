@@ -71,7 +71,8 @@ class Database:
             raise OSError(f"the database cannot be used: {e.orig}") from None
         except Exception as e:
             await engine.dispose()
-            if type(e).__module__.startswith("asyncpg."):  # what it says while it connects
+            # What asyncpg says while it connects, and the system's word to it.
+            if isinstance(e, OSError) or type(e).__module__.startswith("asyncpg."):
                 raise OSError(f"the database cannot be used: {e}") from None
             raise
         return cls(engine)
