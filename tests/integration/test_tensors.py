@@ -209,7 +209,7 @@ def test_calls_of_a_model_of_any_rank_run_alone(tensors: Live, raw: bool) -> Non
 
 
 def test_a_scalar_and_a_manifests_word_are_held_to(tensors: Live) -> None:
-    assert infer(tensors, request("scalar", np.float32(3).reshape(()))) == 3
+    assert infer(tensors, request("scalar", np.full((), 3, np.float32))) == 3
     assert infer(tensors, request("said", np.ones((3, 2), np.float32))).shape == (3, 2)
     for model in ("scalar", "said"):
         with pytest.raises(grpc.RpcError) as caught:
