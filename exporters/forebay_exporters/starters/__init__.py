@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from forebay_exporters.artefact import is_whole
 
@@ -25,7 +27,7 @@ def make_starters(
     progress: Progress = lambda text, share: None,
     only: tuple[str, ...] = NAMES,
 ) -> dict[str, str]:
-    """Make what is missing.
+    """Make what is missing. Waits for another process that does.
 
     Args:
         root: the model repository.
@@ -48,14 +50,33 @@ def make_starters(
         "sentiment": partial(sentiment.make, root, cache, progress),
     }
     faults: dict[str, str] = {}
-    for name in missing(root):
-        if name not in only:
-            continue
-        progress(f"making {name}", 0.0)
-        try:
-            if (root / name / "1" / "manifest.json").exists():  # one of ours: its files are known
-                shutil.rmtree(root / name / "1")
-            makers[name]()
-        except (ExportError, OSError, ValueError, RuntimeError) as e:
-            faults[name] = str(e)
+
+    def wanted() -> list[str]:
+        return [n for n in missing(root) if n in only]
+
+    if not wanted():
+        return faults
+    try:
+        lock = _lock(cache)
+    except OSError as e:
+        return dict.fromkeys(wanted(), str(e))
+    with lock:
+        for name in wanted():
+            progress(f"making {name}", 0.0)
+            try:
+                if (
+                    root / name / "1" / "manifest.json"
+                ).exists():  # one of ours: its files are known
+                    shutil.rmtree(root / name / "1")
+                makers[name]()
+            except (ExportError, OSError, ValueError, RuntimeError) as e:
+                faults[name] = str(e)
     return faults
+
+
+def _lock(cache: Path) -> IO[str]:
+    """Held until it is closed: of two that begin at once, the second finds the models of the first."""
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = (cache / "starters.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock

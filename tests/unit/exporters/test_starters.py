@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from forebay_exporters.starters import make_starters, missing
@@ -31,6 +33,26 @@ def test_a_starter_is_made_once_and_again_when_a_file_is_cut(tmp_path: Path) -> 
     assert "iris" in missing(root)
     make()
     assert len(model.read_bytes()) == len(whole)
+
+
+def test_two_that_begin_at_once_make_it_once(tmp_path: Path) -> None:
+    both = Barrier(2)
+
+    def make() -> tuple[dict[str, str], list[str]]:
+        made: list[str] = []
+        both.wait(10)
+        faults = make_starters(
+            tmp_path / "models",
+            tmp_path,
+            progress=lambda text, _: made.append(text),
+            only=("iris", "digits"),
+        )
+        return faults, made
+
+    with ThreadPoolExecutor() as pool:
+        results = [f.result() for f in [pool.submit(make), pool.submit(make)]]
+    assert [faults for faults, _ in results] == [{}, {}]
+    assert sum(made.count("making iris") for _, made in results) == 1
 
 
 def test_a_graph_that_is_not_the_model_is_refused(starters: Path, tmp_path: Path, monkeypatch):
