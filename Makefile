@@ -81,6 +81,9 @@ test-export: $(VENV)/.dev ## Tests that need torch, in an environment of their o
 	$(BIN)/uv pip install --quiet --python .venv-export/bin/python -e ".[export,openvino-export]" pytest
 	.venv-export/bin/python -m pytest -p no:cacheprovider -o addopts= tests/unit/exporters/test_huggingface.py tests/unit/exporters/test_llama_graph.py
 
+test-pages: $(VENV)/.dev $(VENV)/.native ## Follow docs/go.md and docs/node.md, command by command (minutes; needs go and npm)
+	FOREBAY_TEST_PAGES=1 $(BIN)/python -m pytest tests/e2e/test_language_pages.py
+
 docs: $(VENV)/.dev ## Write the contract reference to build/docs
 	$(BIN)/python tools/gen_docs.py
 

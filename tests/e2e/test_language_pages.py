@@ -1,4 +1,7 @@
-"""The pages for Go and Node.js, followed from an empty folder: every file written, every command run."""
+"""The pages for Go and Node.js, followed from an empty folder: every file written, every command run.
+
+`make test-pages`: they fetch and build packages for minutes, so that `make test` passes them over.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,14 @@ import pytest
 from tests.conftest import ROOT, Live, Start, copy_models
 from tests.integration.language_models import random_openvino
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not os.environ.get("FOREBAY_TEST_PAGES"),
+        reason="packages of Go and Node.js are fetched and built by `make test-pages` alone",
+    ),
+]
 #: What a page's commands need, and what they say where a package registry cannot be reached.
 TOOLS = {"go": "go", "node": "npm"}
 TARGET = "localhost:50051"

@@ -438,7 +438,7 @@ def test_one_keys_flood_does_not_starve_another(
     )
     keys = [live.run(live.server.keys.create(n, ("infer",)))[1] for n in ("flood", "lone")]
     stub = rpc.GenerationServiceStub(live.channel)
-    request = user("Count to 30", max_tokens=60, ignore_eos=True)
+    request = user("Count to 30", max_tokens=150, ignore_eos=True)
     order: list[str] = []
     lock = threading.Lock()
 
@@ -451,6 +451,7 @@ def test_one_keys_flood_does_not_starve_another(
         flood = [pool.submit(one, "flood", keys[0]) for _ in range(60)]
         client = live.server.repository.pool.loaded[("tiny", 1)].client
         while client.gate.waiting < 30:
+            assert len(order) < 30, "they came too slowly"
             time.sleep(0.01)
         lone = pool.submit(one, "lone", keys[1])
         lone.result(60)
