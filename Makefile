@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := server,gateway,sklearn,retrieval,cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help up test fuzz soak test-fast test-export wheel tiny-lm vllm lint proto docs fmt bench bench-peers bench-gpu clean
+.PHONY: help up test fuzz soak test-fast test-export test-pages wheel tiny-lm vllm lint proto docs fmt bench bench-peers bench-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
