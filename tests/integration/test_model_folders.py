@@ -54,7 +54,7 @@ def test_an_odd_config_json_hurts_no_other_model_and_is_named(
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "JSON" in str(error.details())
     with pytest.raises(grpc.RpcError) as caught:
-        stub_of(live).ImportVersion(upload(odd, "new"))
+        stub_of(live).ImportVersion(upload(odd, "new", piece=500_000))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "JSON" in str(caught.value.details())
 
@@ -121,7 +121,7 @@ def test_trees_that_would_end_the_process_are_refused(
     folder.mkdir()
     (folder / "model.onnx").write_bytes(chain(200_000).SerializeToString())
     with pytest.raises(grpc.RpcError) as caught:
-        stub_of(live).ImportVersion(upload(folder, "deep"))
+        stub_of(live).ImportVersion(upload(folder, "deep", piece=500_000))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "is deeper than 4096 levels" in str(caught.value.details())
     assert served_version(live) == 1

@@ -213,13 +213,13 @@ def test_a_memory_budget_evicts_what_was_used_longest_ago(
     assert states["housing"] == pb.MODEL_STATE_AVAILABLE
 
 
-def upload(folder: Path, model: str, **header):
-    """The stream of an import."""
+def upload(folder: Path, model: str, piece: int = 1000, **header):
+    """The stream of an import, in pieces of so many bytes."""
     yield pb.ImportVersionRequest(header=pb.ImportHeader(model=model, **header))
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
-        for i in range(0, max(1, len(data)), 1000):
-            yield pb.ImportVersionRequest(chunk={"path": path.name, "data": data[i : i + 1000]})
+        for i in range(0, max(1, len(data)), piece):
+            yield pb.ImportVersionRequest(chunk={"path": path.name, "data": data[i : i + piece]})
 
 
 def test_import_makes_a_version_that_serves(starters: Path, start: Start, tmp_path: Path) -> None:
