@@ -259,7 +259,7 @@ def test_a_conversation_of_thousands_is_cut_in_seconds_and_holds_nobody_up(
             waits.append(time.monotonic() - asked)
         assert cut.result().dropped_messages > 3000
     assert time.monotonic() - started < 30
-    assert max(waits) < 5  # of a minute, when it was cut turn by turn
+    assert max(waits) < 2
 
 
 def test_template_values_that_the_server_gives_are_refused(
