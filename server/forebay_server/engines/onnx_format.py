@@ -87,8 +87,8 @@ def _message(name: str) -> Any:
             made.field.add(
                 name=field,
                 number=number,
-                label=label,  # type: ignore[arg-type]
-                type=kind,  # type: ignore[arg-type]
+                label=label,
+                type=kind,
                 type_name=f".forebay.onnx.{of}" if of else None,
             )
     pool = descriptor_pool.DescriptorPool()
