@@ -145,8 +145,12 @@ def split(
     the head. Gives the places of the messages of each head; and of those that are malformed, have no
     records, or have a head of more than 4 KiB."""
 
-class RowReader:
-    """Reads rows of google.protobuf.Struct by the names of their features.
+def column_sizes(split: Split, members: Sequence[int], fields: tuple[int, int, int]) -> list[int]:
+    """How many values the first column (record) of each member has, by what it says of itself; for
+    `fields` see FeatureReader.columns."""
+
+class FeatureReader:
+    """Reads tables by the names of their features.
 
     Args:
         numbers: (name, least, most, needed) of features that take numbers and booleans.
@@ -158,10 +162,20 @@ class RowReader:
         numbers: Sequence[tuple[str, float, float, bool]],
         strings: Sequence[tuple[str, set[str], bool]],
     ) -> None: ...
-    def read(
+    def rows(
         self, split: Split, members: Sequence[int]
     ) -> tuple[bytes, list[list[str]], list[tuple[int, int]], list[int]]:
-        """The rows (records) of members that are whole, one after the other: numbers [rows, numbers]
-        as native float32 (NaN = missing, booleans are 0 and 1); a column of strings for each of
-        `strings` ("" = missing); member and number of rows. Then the members that have a row that is
-        odd: malformed, with an unknown name, or with a value that its feature does not take."""
+        """Tables whose records are rows of google.protobuf.Struct. Of the members that are whole, one
+        after the other: numbers [rows, numbers] as native float32 (NaN = missing, booleans are 0 and
+        1); a column of strings for each of `strings` ("" = missing); member and number of rows. Then
+        the members that are odd: malformed, with an unknown name, or with a value that its feature
+        does not take."""
+    def columns(
+        self, split: Split, members: Sequence[int], fields: tuple[int, int, int]
+    ) -> tuple[bytes, list[list[str]], list[tuple[int, int]], list[int]]:
+        """The same for tables whose records are columns, and the numbers as [numbers, rows]. Odd are
+        those, too, whose columns have a name twice, several lengths, or no values.
+
+        Args:
+            fields: of a column's message, its name, its values as doubles, its values as strings.
+        """

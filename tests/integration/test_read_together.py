@@ -68,6 +68,50 @@ def test_a_bad_row_among_many_ends_its_own_call_alone(live: Live) -> None:
             assert answer.predictions[0].value == price
 
 
+def test_tables_by_column_are_answered_as_their_rows_would_be(live: Live) -> None:
+    stub = tabular_pb2_grpc.TabularServiceStub(live.channel)
+    rows = [ROW | {"median_income": income} for income in INCOMES]
+    prices = [p.value for p in stub.Predict(predict_request(*rows)).predictions]
+
+    def table(first: int, n: int, *, odd: str = "") -> tabular_pb2.PredictRequest:
+        request = tabular_pb2.PredictRequest()
+        for name, value in ROW.items():
+            column = [row[name] for row in rows[first : first + n]]
+            if name == odd:
+                column[-1] = -1e9
+            kind = "strings" if isinstance(value, str) else "numbers"
+            request.columns.add(name=name, **{kind: column})
+        return request
+
+    # Of several sizes, so that some share a batch and some take several; one of seven has a number that
+    # training never saw, one of seven a column that is too short.
+    parts = [(i, 1 + i % 90) for i in range(110)]
+
+    def call(i: int, n: int) -> tabular_pb2.PredictResponse | grpc.StatusCode:
+        request = table(i, n, odd="population" if i % 7 == 1 else "")
+        if i % 7 == 2:
+            request.columns[0].numbers.append(1.0)
+        try:
+            return stub.Predict(request, timeout=30)
+        except grpc.RpcError as e:
+            assert "values; another column has" in str(e.details())  # type: ignore[attr-defined]
+            return e.code()  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda p: call(*p), parts))
+    for (i, n), answer in zip(parts, answers, strict=True):
+        if i % 7 == 2:
+            assert answer == grpc.StatusCode.INVALID_ARGUMENT
+            continue
+        assert isinstance(answer, tabular_pb2.PredictResponse)
+        got, wanted = [p.value for p in answer.predictions], prices[i : i + n]
+        if i % 7 == 1:
+            assert "outside the range" in answer.predictions[-1].warnings[0]
+            got, wanted = got[:-1], wanted[:-1]
+        assert got == wanted
+        assert answer.usage.items == n
+
+
 @pytest.mark.parametrize("model", ["iris", "digits"])
 def test_raw_tensors_are_answered_as_typed_ones(live: Live, model: str) -> None:
     stub = oip_grpc.GRPCInferenceServiceStub(live.channel)

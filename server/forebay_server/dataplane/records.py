@@ -17,6 +17,9 @@ from forebay_server.core.call import Call
 if TYPE_CHECKING:
     import forebay_native
 
+#: The fields of a message that is a table's column: its name, its values as numbers, or as strings.
+ColumnFields = tuple[int, int, int]
+
 AVAILABLE = importlib.util.find_spec("forebay_native") is not None
 
 
@@ -31,6 +34,17 @@ class Records:
         """Record `index` of each request, one after the other; None unless each request has `of`
         records, and this one has `size` bytes."""
         return self.split.concat(self.members, index, of, size)
+
+    def column_sizes(self, fields: ColumnFields) -> list[int]:
+        """Of records that are columns: how many values the first of each request has. (If they are not
+        what they should be, whoever reads them will see.)"""
+        import forebay_native
+
+        return forebay_native.column_sizes(self.split, self.members, fields)
+
+    def only(self, places: Sequence[int]) -> Records:
+        """Those of some of the requests, by their places among these."""
+        return Records(self.split, [self.members[i] for i in places])
 
 
 def take_apart(

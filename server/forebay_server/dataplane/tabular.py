@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from forebay_server.core.call import Call
 from forebay_server.core.collector import pass_on
 from forebay_server.dataplane.blocks import Blocks, answer_each
+from forebay_server.dataplane.feature_reader import FeatureReader
 from forebay_server.dataplane.models import ModelAccess, ServedModel, guarded
-from forebay_server.dataplane.records import Records
-from forebay_server.dataplane.struct_rows import RowReader
+from forebay_server.dataplane.records import ColumnFields, Records
 from forebay_server.repository.manifest import Feature, TabularHead
 
 TASKS = ("tabular-regression", "tabular-classification")
@@ -72,7 +72,7 @@ class TabularPipeline:
     def __init__(self, access: ModelAccess, max_items: int) -> None:
         self._access = access
         self._max_items = max_items
-        self._readers: WeakKeyDictionary[ServedModel, RowReader] = WeakKeyDictionary()
+        self._readers: WeakKeyDictionary[ServedModel, FeatureReader] = WeakKeyDictionary()
 
     def run(self, jobs: Sequence[TabularJob]) -> None:
         """Start all jobs. Errors end their own calls.
@@ -100,35 +100,63 @@ class TabularPipeline:
         calls: Sequence[Call],
         ref: str,
         sticky_key: str,
-        rows: Records,
+        tables: Records,
         done: Callable[
             [ServedModel, Sequence[Call], Sequence[int], Mapping[str, NDArray[Any]]], None
         ],
+        columns: ColumnFields | None = None,
     ) -> list[Call]:
-        """Start calls whose rows of google.protobuf.Struct can be read together.
+        """Start calls whose tables can be read together.
 
         Args:
-            rows: where the rows of each call stand.
+            tables: the tables of the calls: rows of google.protobuf.Struct or, with `columns`, columns.
             done: gets the model, calls, rows of each, and outputs [rows, ...]; see blocks.Done.
 
         Returns: the calls that are left for `run`, which knows how to load a model, to split traffic,
-        and to say what is odd about a row.
+        and to say what is odd about a table.
         """
         model = self._access.common(calls, ref, TASKS, sticky_key)
         if model is None:
             return list(calls)
-        if self._access.refused(model, ref, calls):
-            return []
         reader = self._readers.get(model)
         if reader is None:
-            reader = self._readers[model] = RowReader(model.manifest.tabular_head)
-        tensors, good, odd = reader.read(rows)
-        if good and sum(n for _, n in good) <= self._max_items:
+            reader = self._readers[model] = FeatureReader(model.manifest.tabular_head)
+        if columns is None:
+            if self._access.refused(model, ref, calls):
+                return []
+            tensors, good, odd = reader.rows(tables)
+            if sum(n for _, n in good) > self._max_items:
+                return list(calls)
+            left = [calls[i] for i in odd]
+        else:
+            calls, tables, left = self._admit_tables(model, ref, calls, tables, columns)
+            tensors, good, odd = reader.columns(tables, columns)
+            left += [calls[i] for i in odd]
+        if good:
             blocks = Blocks(self._access, model, "rows", partial(done, model))
             blocks.submit(tensors, [calls[i] for i, _ in good], [n for _, n in good])
-        else:
-            odd = range(len(calls))
-        return [calls[i] for i in odd]
+        return left
+
+    def _admit_tables(
+        self,
+        model: ServedModel,
+        ref: str,
+        calls: Sequence[Call],
+        tables: Records,
+        columns: ColumnFields,
+    ) -> tuple[list[Call], Records, list[Call]]:
+        """The calls that the queue will take, with their tables, and those that are too large; the
+        others are ended, before any table is read."""
+        places, large, ahead = [], [], 0
+        for i, (call, rows) in enumerate(zip(calls, tables.column_sizes(columns), strict=True)):
+            if rows > self._max_items:
+                large.append(call)
+            elif not self._access.refused(model, ref, [call], rows, ahead):
+                ahead += rows
+                places.append(i)
+        if len(places) + len(large) < len(calls):
+            pass_on()
+        return [calls[i] for i in places], tables.only(places), large
 
     def _admitted(self, job: TabularJob, model: ServedModel, ahead: int = 0) -> bool:
         """Whether the queue will take it, behind so many rows of other jobs; else it is ended."""

@@ -34,7 +34,12 @@ from forebay_server.services.base import Service, answers_in_order
 from forebay_server.services.common import exactly_one
 
 PREDICT = "/forebay.v1.TabularService/Predict"
-_ROWS = pb.PredictRequest.DESCRIPTOR.fields_by_name["rows"].number
+_ROWS, _COLUMNS = pb.PredictRequest.ROWS_FIELD_NUMBER, pb.PredictRequest.COLUMNS_FIELD_NUMBER
+_COLUMN = (
+    pb.FeatureColumn.NAME_FIELD_NUMBER,
+    pb.FeatureColumn.NUMBERS_FIELD_NUMBER,
+    pb.FeatureColumn.STRINGS_FIELD_NUMBER,
+)
 _TYPES = {
     "number": pb.FEATURE_TYPE_NUMBER,
     "string": pb.FEATURE_TYPE_STRING,
@@ -53,22 +58,27 @@ class TabularService(Service):
         self._validator = validator
 
     def predict_raw(self, calls: Sequence[Call]) -> list[Call]:
-        """Predict, where rows can be read without parsing their requests."""
+        """Predict, where tables can be read without parsing their requests."""
         if not AVAILABLE:
             return list(calls)
-        taken, left = take_apart(calls, _ROWS)
-        for head, own, rows in taken:
-            request = self._head(head)
-            if request is None or request.columns:
-                left += own
-            else:
-                left += self._tables.run_together(
-                    own, request.model, request.sticky_key, rows, _reply_all
-                )
-        return left
+        odd: list[Call] = []
+        left: Sequence[Call] = calls
+        for field, columns in ((_ROWS, None), (_COLUMNS, _COLUMN)):
+            if not left:
+                break
+            taken, left = take_apart(left, field)
+            for head, own, tables in taken:
+                request = self._head(head)
+                if request is None or request.rows or request.columns:
+                    odd += own
+                else:
+                    odd += self._tables.run_together(
+                        own, request.model, request.sticky_key, tables, _reply_all, columns
+                    )
+        return [*odd, *left]
 
     def _head(self, data: bytes) -> pb.PredictRequest | None:
-        """A request without its rows; None where it is not what it should be."""
+        """A request without its table; None where it is not what it should be."""
         try:
             request = pb.PredictRequest.FromString(data)
             self._validator.check(request)

@@ -1,11 +1,12 @@
 //! Forebay's fast lane: terminates gRPC's HTTP/2, gives Python all waiting calls as one batch, and
 //! takes the answers back. It knows no contract: bytes in, bytes out. Calls of other methods go
 //! through to the ordinary lane over a Unix socket, unchanged. So it does with some routes of HTTP/1.1 and
-//! with the gateway. Beside it, `split`
-//! takes many messages apart at one of their fields, and `rows` reads google.protobuf.Struct. And there is
-//! an operator for ONNX Runtime that has nothing to do with all that: `trees`.
+//! with the gateway. Beside it, `split` takes many messages apart at one of their fields, and `rows` and
+//! `columns` read tables from the pieces. And there is an operator for ONNX Runtime that has nothing to do
+//! with all that: `trees`.
 
 pub mod call;
+pub mod columns;
 pub mod connection;
 pub mod cork;
 pub mod frame;

@@ -409,7 +409,8 @@ fn forebay_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(records::split, module)?)?;
     module.add_class::<records::PySplit>()?;
-    module.add_class::<records::PyRowReader>()?;
+    module.add_class::<records::PyFeatureReader>()?;
+    module.add_function(wrap_pyfunction!(records::column_sizes, module)?)?;
     module.add_class::<PyCall>()?;
     module.add_class::<PyServer>()
 }

@@ -23,7 +23,7 @@ pub struct Number {
 }
 
 impl Number {
-    fn takes(&self, value: f64) -> bool {
+    pub fn takes(&self, value: f64) -> bool {
         if value.is_nan() {
             !self.needed
         } else {
@@ -42,7 +42,7 @@ pub struct Text {
 }
 
 impl Text {
-    fn takes(&self, value: &str) -> bool {
+    pub fn takes(&self, value: &str) -> bool {
         if value.is_empty() {
             !self.needed
         } else {
