@@ -56,7 +56,7 @@ def run(settings: Settings, supervised: bool = False) -> int:
     from forebay_server.storage.database import SchemaError
 
     o = settings.observability
-    listener = configure(o.log_format, o.log_level, o.access_log)
+    writer = configure(o.log_format, o.log_level, o.access_log)
 
     async def main() -> int:
         loop = asyncio.get_running_loop()
@@ -90,4 +90,4 @@ def run(settings: Settings, supervised: bool = False) -> int:
     try:
         return uvloop.run(main())
     finally:
-        listener.stop()
+        writer.stop()

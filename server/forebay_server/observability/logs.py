@@ -5,21 +5,25 @@ The secret part of an API key is masked wherever it turns up, tracebacks include
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
 import queue
 import re
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
 #: Records that may wait for a slow reader of the log; beyond it lines are dropped and counted.
 BACKLOG = 10_000
+#: Seconds that a record waits for others at most, and so many are written together.
+GATHER_S, MOST_TOGETHER = 0.02, 256
 ACCESS = "forebay.access_log"
 _KEY = re.compile(r"fbk_([0-9A-Za-z]+)_[\w-]+")
 
@@ -130,6 +134,53 @@ class _BoundedHandler(logging.handlers.QueueHandler):
             self._lines.put(_lost(lost))
 
 
+class LogWriter:
+    """The thread that formats and writes.
+
+    A busy server makes a record for each few calls. Woken up for each of them, this thread would take the
+    interpreter from the one that serves the next: it waits a moment, and writes together what has come.
+    """
+
+    def __init__(
+        self, records: queue.SimpleQueue[Any], out: TextIO, formatter: logging.Formatter
+    ) -> None:
+        self._records = records
+        self._out = out
+        self._formatter = formatter
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what waits, and end."""
+        self._records.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        going = True
+        while going:
+            some = [self._records.get()]
+            if self._records.empty() and some[0] is not None:
+                time.sleep(GATHER_S)
+            with contextlib.suppress(queue.Empty):
+                while len(some) < MOST_TOGETHER:
+                    some.append(self._records.get_nowait())
+            going = None not in some
+            text = "".join(self._text(r) + "\n" for r in some if r is not None)
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more; it is closed
+                self._out.write(text)
+                self._out.flush()
+
+    def _text(self, record: logging.LogRecord) -> str:
+        try:
+            return self._formatter.format(record)
+        except Exception as e:
+            said = f"a log line could not be formatted: {record.msg!r}: {e}"
+            level = logging.ERROR
+            return self._formatter.format(
+                logging.LogRecord("forebay.log", level, "", 0, said, None, None)
+            )
+
+
 def _lost(lines: int) -> logging.LogRecord:
     text = "%d log lines were dropped: whoever reads the log is too slow"
     return logging.LogRecord("forebay.log", logging.WARNING, "", 0, text, (lines,), None)
@@ -140,20 +191,18 @@ def mask(text: str) -> str:
     return _KEY.sub(r"fbk_\1_***", text) if "fbk_" in text else text
 
 
-def configure(format_: str, level: str, access_log: bool) -> logging.handlers.QueueListener:
-    """Set the process's logging up; `stop()` the listener at the end to write what waits."""
-    out = logging.StreamHandler(sys.stderr)
-    out.setFormatter(JsonFormatter() if format_ == "json" else ConsoleFormatter())
+def configure(format_: str, level: str, access_log: bool) -> LogWriter:
+    """Set the process's logging up; `stop()` the writer at the end to write what waits."""
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    listener = logging.handlers.QueueListener(lines, out)
     root = logging.getLogger()
     root.handlers = [_BoundedHandler(lines)]
     root.setLevel(level)
     logging.getLogger(ACCESS).disabled = not access_log
     for noisy in ("alembic", "sqlalchemy", "asyncio", "aiosqlite", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    listener.start()
-    return listener
+    return LogWriter(
+        lines, sys.stderr, JsonFormatter() if format_ == "json" else ConsoleFormatter()
+    )
 
 
 def _timestamp(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from forebay_server.observability.logs import (
     AccessLines,
     ConsoleFormatter,
     JsonFormatter,
+    LogWriter,
     _BoundedHandler,
     mask,
 )
@@ -91,15 +93,48 @@ def test_lines_that_do_not_fit_are_dropped_and_counted() -> None:
     assert handler.dropped == 0
 
 
+def test_what_waits_is_written_in_order_before_the_writer_stops() -> None:
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    out = io.StringIO()
+    writer = LogWriter(records, out, JsonFormatter())
+    for i in range(1000):
+        records.put(record(str(i)))
+    writer.stop()
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == [str(i) for i in range(1000)]
+
+
+def test_a_line_that_cannot_be_formatted_loses_no_other() -> None:
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    out = io.StringIO()
+    writer = LogWriter(records, out, JsonFormatter())
+    records.put(logging.LogRecord("forebay.x", logging.INFO, "", 0, "%d of it", ("two",), None))
+    records.put(record("next"))
+    writer.stop()
+    first, second = (json.loads(line)["message"] for line in out.getvalue().splitlines())
+    assert "could not be formatted: '%d of it'" in first
+    assert second == "next"
+
+
+def test_a_log_that_was_closed_ends_nothing() -> None:
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    out = io.StringIO()
+    writer = LogWriter(records, out, JsonFormatter())
+    out.close()
+    records.put(record("lost"))
+    writer.stop()
+    assert records.empty()
+
+
 def test_a_reader_that_stands_still_holds_nobody_up() -> None:
     """More than a pipe holds is logged while nobody reads; then all of it is there, in order."""
     code = (
         "import logging, sys\n"
         "from forebay_server.observability.logs import configure\n"
-        "listener = configure('json', 'INFO', True)\n"
+        "writer = configure('json', 'INFO', True)\n"
         "for i in range(2000): logging.getLogger('forebay.x').info('%d %s', i, 'x' * 200)\n"
         "print('logged', flush=True)\n"
-        "listener.stop()\n"
+        "writer.stop()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
