@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 #: Version 00 ends after the flags; later versions may go on after another dash; ff is no version.
@@ -42,9 +42,9 @@ _PROCESS = secrets.token_hex(8)
 _numbers = count(secrets.randbits(32))
 
 
-def new_request_id() -> str:
-    """128 bits as hexadecimal: 64 random ones of this process, and a number."""
-    return f"{_PROCESS}{next(_numbers):016x}"
+def new_request_ids(count: int) -> list[str]:
+    """Each 128 bits as hexadecimal: 64 random ones of this process, and a number."""
+    return [f"{_PROCESS}{n:016x}" for n in islice(_numbers, count)]
 
 
 class Tracer:

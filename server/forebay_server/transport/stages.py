@@ -15,8 +15,8 @@ from forebay_server.access.usage import UsageKey, UsageLedger
 from forebay_server.core.call import ANONYMOUS, Call, Principal
 from forebay_server.observability.logs import ACCESS, AccessLines, access_record
 from forebay_server.observability.metrics import Metrics
-from forebay_server.observability.tracing import Tracer, new_request_id, parse_traceparent
-from forebay_server.transport.pipeline import Stage, given_id
+from forebay_server.observability.tracing import Tracer, new_request_ids, parse_traceparent
+from forebay_server.transport.pipeline import REQUEST_ID, Stage, given_id
 
 #: Codes of calls that were refused before any work.
 REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -32,13 +32,15 @@ class Tracing:
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Take the caller's ids, or make some."""
-        for call in calls:
-            call.request_id = given_id(call) or new_request_id()
+        enabled = self._tracer.enabled
+        for call, request_id in zip(calls, new_request_ids(len(calls)), strict=True):
+            given = given_id(call) if REQUEST_ID in call.metadata else ""
+            call.request_id = given or request_id
             parent = call.metadata.get("traceparent")
             trace = parse_traceparent(parent) if parent else None
             if trace is not None:
                 call.note("trace", trace)
-            if self._tracer.enabled:
+            if enabled:
                 span = self._tracer.start(call.method.path.lstrip("/"), trace)
                 span.set_attribute("rpc.system", "grpc")
                 span.set_attribute("rpc.service", call.method.service)

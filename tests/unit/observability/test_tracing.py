@@ -6,7 +6,7 @@ import pytest
 from forebay_server.observability.tracing import (
     TraceContext,
     Tracer,
-    new_request_id,
+    new_request_ids,
     parse_traceparent,
 )
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -51,7 +51,7 @@ def test_a_bad_header_is_left_out(header: str | None) -> None:
 
 
 def test_request_ids_are_unlike_each_other() -> None:
-    assert len({new_request_id() for _ in range(1000)}) == 1000
+    assert len({*new_request_ids(1000), *new_request_ids(1), *new_request_ids(999)}) == 2000
 
 
 def test_without_an_exporter_nothing_is_traced() -> None:
