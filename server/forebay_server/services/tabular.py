@@ -40,6 +40,8 @@ _COLUMN = (
     pb.FeatureColumn.NUMBERS_FIELD_NUMBER,
     pb.FeatureColumn.STRINGS_FIELD_NUMBER,
 )
+#: Heads (requests without their tables) that are remembered.
+_HEADS = 256
 _TYPES = {
     "number": pb.FEATURE_TYPE_NUMBER,
     "string": pb.FEATURE_TYPE_STRING,
@@ -56,6 +58,8 @@ class TabularService(Service):
         self._tables = tables
         self._access = access
         self._validator = validator
+        # Callers repeat theirs from call to call.
+        self._head = lru_cache(_HEADS)(self._read_head)
 
     def predict_raw(self, calls: Sequence[Call]) -> list[Call]:
         """Predict, where tables can be read without parsing their requests."""
@@ -68,23 +72,24 @@ class TabularService(Service):
                 break
             taken, left = take_apart(left, field)
             for head, own, tables in taken:
-                request = self._head(head)
-                if request is None or request.rows or request.columns:
+                known = self._head(head)
+                if known is None:
                     odd += own
                 else:
-                    odd += self._tables.run_together(
-                        own, request.model, request.sticky_key, tables, _reply_all, columns
-                    )
+                    odd += self._tables.run_together(own, *known, tables, _reply_all, columns)
         return [*odd, *left]
 
-    def _head(self, data: bytes) -> pb.PredictRequest | None:
-        """A request without its table; None where it is not what it should be."""
+    def _read_head(self, data: bytes) -> tuple[str, str] | None:
+        """The model and the sticky key of a request without its table; None where it is not what it
+        should be."""
         try:
             request = pb.PredictRequest.FromString(data)
             self._validator.check(request)
         except (DecodeError, ForebayError):
             return None
-        return request
+        if request.rows or request.columns:
+            return None
+        return request.model, request.sticky_key
 
     def predict(self, calls: Sequence[Call]) -> None:
         """Predict."""
