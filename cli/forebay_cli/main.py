@@ -84,6 +84,9 @@ def gateway(
 
         # Before the library is imported: it looks once.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder(settings, settings.http.port))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+        # Its server knows SIGTERM and SIGINT alone.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     from forebay_gateway.serve import run
 
     try:

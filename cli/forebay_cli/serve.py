@@ -42,7 +42,9 @@ def http_port(settings: Settings) -> HttpPort | None:
 
 
 def run(settings: Settings, supervised: bool = False) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain. A second SIGTERM or SIGINT ends at once.
+
+    SIGHUP is left ignored where it is (`nohup`). A terminal that closes may send it twice.
 
     Args:
         supervised: drain when the supervisor is gone, too.
@@ -61,7 +63,11 @@ def run(settings: Settings, supervised: bool = False) -> int:
     async def main() -> int:
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # How each is answered while the server drains.
+        ends = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_DFL}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            ends[signal.SIGHUP] = signal.SIG_IGN
+        for number in ends:
             loop.add_signal_handler(number, stop.set)
         server = Server(settings, http_port(settings))
         if supervised:
@@ -81,9 +87,9 @@ def run(settings: Settings, supervised: bool = False) -> int:
             log.error("%s", e)
             return 1
         await stopping
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number, then in ends.items():
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, then)
         await server.stop()
         return 0
 

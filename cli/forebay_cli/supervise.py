@@ -74,8 +74,10 @@ def main() -> int:
         nonlocal stopped
         stopped = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # `nohup` has SIGHUP ignored, and it stays so.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
     environment = {**os.environ, **spec["environment"]}
     # Sessions of their own: the terminal's Ctrl-C reaches this process alone, which ends them in order.
     processes = [

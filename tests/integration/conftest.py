@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.server_process import ServerProcess, StartProcess
+
+
+@pytest.fixture
+def hang_ups() -> Iterator[None]:
+    """Processes that a test starts begin with SIGHUP's own action, under `nohup` too."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

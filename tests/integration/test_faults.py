@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from forebay.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
@@ -224,7 +225,11 @@ def free_port() -> int:
     return find()
 
 
-def test_sigterm_under_load_answers_every_accepted_call(starters: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hang_ups")
+def test_a_signal_under_load_ends_after_every_accepted_call(
+    starters: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     # 50 batches of 50 ms: however fast the machine, most calls still wait at the signal.
     yaml = "engine_options: {base_s: 0.05}\nbatching: {max_batch_size: 4}\n"
     models = deterministic(tmp_path / "m", starters, "det", yaml)
@@ -238,10 +243,61 @@ def test_sigterm_under_load_answers_every_accepted_call(starters: Path, tmp_path
             time.sleep(0.01)
         time.sleep(0.4)  # all are accepted, most of them wait in the queue
         done_before = sum(f.done() for f in futures)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
+        if number == signal.SIGHUP:  # a terminal that closes may send it twice
+            time.sleep(0.3)
+            process.send_signal(number)
         codes = [f.code() for f in futures]
     assert done_before < 200
     assert codes == [grpc.StatusCode.OK] * 200
+    assert process.wait(20) == 0
+
+
+@pytest.mark.usefixtures("hang_ups")
+def test_sighup_ends_a_gateway_after_its_requests(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    yaml = "engine_options: {base_s: 0.5}\nbatching: {max_batch_size: 1}\n"
+    live = start(deterministic(tmp_path / "m", starters, "det", yaml))
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "forebay_cli", "gateway", "--http-port", str(port)]
+    env = os.environ | {"FOREBAY_HOME": str(tmp_path / "home")}
+    with (
+        subprocess.Popen([*command, "--upstream", live.target], env=env) as gateway,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        try:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    assert httpx.get(f"{url}/readyz").status_code == 200
+                    break
+                except httpx.ConnectError:  # it does not listen yet
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            body = {"model": "det", "input": "a"}
+            waiting = [pool.submit(httpx.post, f"{url}/v1/embeddings", json=body) for _ in range(4)]
+            done, _ = concurrent.futures.wait(
+                waiting, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            assert len(done) < 4
+            gateway.send_signal(signal.SIGHUP)
+            assert [w.result().status_code for w in waiting] == [200] * 4
+            assert gateway.wait(30) == -signal.SIGTERM
+        finally:
+            gateway.kill()
+
+
+@pytest.mark.usefixtures("hang_ups")
+def test_a_server_under_nohup_stays(starters: Path, tmp_path: Path) -> None:
+    port = free_port()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what `nohup` does
+    process = serve(tmp_path / "home", copy_models(starters, tmp_path / "m", "iris"), port)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
     assert process.wait(20) == 0
 
 

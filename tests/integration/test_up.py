@@ -114,7 +114,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hang_ups")
 def test_it_answers_when_it_says_so_and_a_signal_ends_all(
     starters: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
