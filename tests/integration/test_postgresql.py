@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from forebay.v1 import (
     embedding_pb2_grpc,
     key_pb2,
     key_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
     usage_pb2,
     usage_pb2_grpc,
 )
+from forebay_server.storage import database
 
 from tests.conftest import Live, NewDatabase, Start, copy_models
-from tests.integration.test_access import bearer, make_key
+from tests.integration.test_access import bearer, make_key, retry_delay
 
 #: A version that is a time: more than 32 bits.
 DATED = 20260131120000
@@ -100,3 +105,34 @@ def test_calls_go_on_when_it_has_closed_its_connections(pair: list[Live], admin:
 
     pair[0].run(terminate())
     make_key(pair[1], admin)
+
+
+def test_a_statement_that_takes_too_long_is_unavailable(
+    starters: Path,
+    start: Start,
+    postgres: NewDatabase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(database, "STATEMENT_S", 1.0)
+    live = start(copy_models(starters, tmp_path, "minilm"), storage__database=postgres())
+    held, end = threading.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        """Keep everybody from a table, until the end."""
+        async with live.server._database.begin() as db:
+            await db.exec_driver_sql("LOCK TABLE model_aliases")
+            held.set()
+            await end.wait()
+
+    holding = asyncio.run_coroutine_threadsafe(hold(), live.loop)
+    assert held.wait(10)
+    models = model_pb2_grpc.ModelServiceStub(live.channel)
+    asked = model_pb2.SetAliasRequest(model="minilm", alias="a", version=1)
+    with pytest.raises(grpc.RpcError) as caught:
+        models.SetAlias(asked, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert retry_delay(caught.value) == 1
+    live.loop.call_soon_threadsafe(end.set)
+    holding.result(10)
+    models.SetAlias(asked, timeout=30)

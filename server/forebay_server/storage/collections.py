@@ -24,6 +24,8 @@ T = TypeVar("T")
 PART = 500
 #: Points of one page when an index is built.
 PAGE = 4000
+#: Points that one statement deletes with their collection: it has STATEMENT_S at most.
+DELETED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +104,17 @@ class CollectionStore:
         """Remove a collection; gives the number of its points."""
         async with self._database.begin() as db:
             p = collection_points
-            gone = await db.execute(sa.delete(p).where(p.c.collection_id == collection_id))
+            count, rest = 0, [p.c.collection_id == collection_id]
+            while rest:
+                labels = sa.select(p.c.label).where(*rest).order_by(p.c.label)
+                end = await db.scalar(labels.offset(DELETED).limit(1))
+                some = rest if end is None else [*rest, p.c.label < end]
+                count += (await db.execute(sa.delete(p).where(*some))).rowcount
+                rest = [] if end is None else [rest[0], p.c.label >= end]
             s = collection_snapshots
             await db.execute(sa.delete(s).where(s.c.collection_id == collection_id))
             await db.execute(sa.delete(collections).where(collections.c.id == collection_id))
-            return gone.rowcount
+            return count
 
     async def upsert(
         self,

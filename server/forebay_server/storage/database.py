@@ -28,6 +28,9 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 HEAD = "0005_versions"
 #: PostgreSQL's advisory lock that holds migrations apart. Any fixed number will do.
 MIGRATION_LOCK = 0x464F5245
+#: Seconds that PostgreSQL may take for one statement: on a connection that hangs, callers would wait
+#: for ever. Migrations may take longer.
+STATEMENT_S = 60.0
 #: Classes of PostgreSQL's SQLSTATE that say nothing about the statement: the connection is lost, the
 #: transaction was in another's way (deadlock), too little of something (connections, disk), a lock
 #: is not to be had, an operator intervened (restart, failover), the system failed.
@@ -75,6 +78,9 @@ class Database:
             if isinstance(e, OSError) or type(e).__module__.startswith("asyncpg."):
                 raise OSError(f"the database cannot be used: {e}") from None
             raise
+        if engine.dialect.name == "postgresql":
+            await engine.dispose()
+            engine = _engine(url, STATEMENT_S)
         return cls(engine)
 
     @property
@@ -87,7 +93,8 @@ class Database:
         """One transaction that writes.
 
         Raises:
-            Unavailable: the database is away, full or locked for too long. Nothing was written.
+            Unavailable: the database is away, full, locked for too long, or takes longer than
+                STATEMENT_S for a statement. Nothing was written.
         """
         with _outages():
             async with self._engine.begin() as connection:
@@ -105,12 +112,20 @@ class Database:
         await self._engine.dispose()
 
 
-def _engine(url: str) -> AsyncEngine:
-    """The engine for a URL, of which no error shows anything: it may hold a password."""
+def _engine(url: str, statement_s: float | None = None) -> AsyncEngine:
+    """The engine for a URL, of which no error shows anything: it may hold a password.
+
+    Args:
+        statement_s: asyncpg's bound on one statement. It cancels it, or ends a connection that does
+            not answer to that in as long again.
+    """
+    bound = {} if statement_s is None else {"command_timeout": statement_s}
     try:
         # A connection that a restart or a failover has closed is replaced before its use: one
         # question each time. Nobody else closes those to a file.
-        return create_async_engine(url, pool_pre_ping=url.startswith("postgresql"))
+        return create_async_engine(
+            url, pool_pre_ping=url.startswith("postgresql"), connect_args=bound
+        )
     except ModuleNotFoundError as e:
         extra = " (install the extra `postgres`)" if e.name == "asyncpg" else ""
         raise SettingsError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 import sqlalchemy as sa
 from forebay.errors import Unavailable
 from forebay_server.repository.state import HistoryEvent, Routing
+from forebay_server.storage import collections as collections_module
+from forebay_server.storage import database as database_module
+from forebay_server.storage.collections import CollectionStore
 from forebay_server.storage.database import MIGRATIONS, Database, SchemaError
 from forebay_server.storage.routing_state import StoredRoutingState
 from forebay_server.storage.tables import metadata, model_aliases, usage
@@ -185,6 +190,60 @@ async def test_a_connection_that_is_lost_midway_is_unavailable(
             await db.exec_driver_sql("SELECT 1")
             await _terminate(shared[1])
             await db.exec_driver_sql("SELECT 2")
+
+
+@pytest.mark.parametrize("hangs", ["statement", "connection"])
+async def test_a_statement_without_end_is_unavailable(
+    hangs: str, postgres: NewDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "STATEMENT_S", 0.5)
+    database = await Database.open(postgres())
+    stopped = None
+    try:
+        with pytest.raises(Unavailable) as caught:
+            async with asyncio.timeout(20), database.begin() as db:
+                if hangs == "connection":  # nobody answers, not even that it was cancelled
+                    stopped = (await db.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one()
+                    os.kill(stopped, signal.SIGSTOP)
+                await db.exec_driver_sql("SELECT pg_sleep(60)")
+        assert caught.value.retry_after_s == 1.0
+        async with database.begin() as db:
+            assert (await db.exec_driver_sql("SELECT 2")).scalar() == 2
+    finally:
+        if stopped is not None:
+            os.kill(stopped, signal.SIGCONT)
+        await database.close()
+
+
+async def test_a_migration_may_take_longer_than_a_statement(
+    postgres: NewDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it waits for another server's."""
+    url = postgres()
+    other = await Database.open(url)
+    monkeypatch.setattr(database_module, "STATEMENT_S", 0.2)
+    async with other.begin() as db:
+        await db.execute(sa.select(sa.func.pg_advisory_xact_lock(database_module.MIGRATION_LOCK)))
+        opening = asyncio.create_task(Database.open(url))
+        await asyncio.sleep(1)
+        assert not opening.done()
+    await (await opening).close()
+    await other.close()
+
+
+@pytest.mark.parametrize("points", [0, 4, 5])
+async def test_a_collection_goes_with_all_its_points(
+    database: tuple[Database, str], points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collections_module, "DELETED", 2)
+    store = CollectionStore(database[0])
+    kept, gone = [await store.create(name, "{}") for name in ("kept", "gone")]
+    for row in (kept, gone):
+        await store.upsert(row.id, [(str(i), b"", None) for i in range(points)])
+    assert await store.delete(gone.id) == points
+    assert [row.name for row in await store.all()] == ["kept"]
+    assert len(await store.labels(kept.id)) == points
+    assert await store.labels(gone.id) == []
 
 
 async def test_of_two_in_a_deadlock_one_is_unavailable(shared: tuple[Database, str]) -> None:
