@@ -228,6 +228,42 @@ def test_answers_that_nobody_reads_are_held_back_and_let_go(hardened: Live) -> N
     client.socket.close()
 
 
+@pytest.mark.parametrize("port", ["grpc", "http"])
+def test_a_peer_that_takes_no_answers_is_let_go(hardened: Live, port: str) -> None:
+    """Its kernel acknowledges and says that there is no room. The server's would ask it for minutes,
+    after the connection's close too, and for ever on HTTP, which has no PING."""
+    with socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        if port == "grpc":
+            peer.connect(("127.0.0.1", hardened.server.port))
+            wide = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0x7FFFFFFF))
+            peer.sendall(PREFACE + wide + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
+            head, body = block(hardened), framed(GOOD)
+            for stream in range(1, 401, 2):
+                peer.sendall(frame(HEADERS, END_HEADERS, stream, head))
+                peer.sendall(frame(DATA, END_STREAM, stream, body))
+        else:
+            peer.connect(("127.0.0.1", hardened.server.lanes.http_port))
+            request = (
+                b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            )
+            text = b'{"model": "minilm", "input": "hello"}'
+            peer.sendall((request + b"content-length: %d\r\n\r\n" % len(text) + text) * 200)
+        ends = peer.getpeername()[1], peer.getsockname()[1]
+        assert kernel_knows(*ends)
+        until = time.monotonic() + 15
+        while kernel_knows(*ends):
+            assert time.monotonic() < until, "its connection is kept"
+            time.sleep(0.1)
+
+
+def kernel_knows(server: int, peer: int) -> bool:
+    """Whether the server's end of a connection is there, closed by the server or not."""
+    rows = [line.split()[1:3] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ends = f":{server:04X}", f":{peer:04X}"
+    return any(local.endswith(ends[0]) and remote.endswith(ends[1]) for local, remote in rows)
+
+
 def test_a_peer_that_is_gone_without_a_word_is_noticed(hardened: Live) -> None:
     """Half-open: it answers no PING. The kernel would keep such a connection for ever."""
     peer = opened(hardened)

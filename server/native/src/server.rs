@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use rustls::ServerConfig;
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -62,6 +64,16 @@ pub struct Config {
     pub too_large: Vec<u8>,
     /// A second port, for HTTP/1.1.
     pub http: Option<http1::Config>,
+}
+
+impl Config {
+    /// How long a peer may leave untaken what was sent: as long as until an idle one is found to be
+    /// dead. The kernel's own bound is a quarter of an hour, and none for a peer that does not read.
+    #[cfg(target_os = "linux")]
+    fn untaken(&self) -> Duration {
+        // The kernel counts milliseconds in 31 bits.
+        (self.keepalive + self.keepalive_timeout).min(Duration::from_millis(i32::MAX as u64))
+    }
 }
 
 /// What connections share.
@@ -315,7 +327,7 @@ async fn accept(
         let accepted = tokio::select! {
             biased;
             _ = phase.changed() => return,
-            accepted = next(&listener) => accepted,
+            accepted = next(&listener, &shared.config) => accepted,
         };
         let Ok((stream, peer)) = accepted else {
             // Out of descriptors, say: give those that are held time to end.
@@ -341,11 +353,13 @@ async fn accept(
     }
 }
 
-async fn next(listener: &Listener) -> io::Result<(Box<dyn Stream>, String)> {
+async fn next(listener: &Listener, config: &Config) -> io::Result<(Box<dyn Stream>, String)> {
     match listener {
         Listener::Tcp(listener) => {
             let (stream, peer) = listener.accept().await?;
             stream.set_nodelay(true)?;
+            #[cfg(target_os = "linux")]
+            SockRef::from(&stream).set_tcp_user_timeout(Some(config.untaken()))?;
             let family = if peer.is_ipv4() { "ipv4" } else { "ipv6" };
             Ok((Box::new(stream), format!("{family}:{peer}")))
         }
