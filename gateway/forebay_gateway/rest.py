@@ -17,7 +17,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc import aio
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -90,10 +90,12 @@ def unary(upstream: Upstream, binding: Binding) -> Endpoint:
 
 
 async def read(upstream: Upstream, binding: Binding, request: Request) -> Message:
-    """The request message: the body, then what the path says, then the query."""
+    """The request message: the body or the query, then what the path says."""
     data: dict[str, Any] = {}
     if binding.body:
-        data = parse_json(await upstream.body(request))
+        body = await upstream.body(request)  # all of it first: else the refusal races with it
+        _no_query(request, "body")
+        data = parse_json(body)
     elif request.query_params:
         data = _from_query(binding.method, request)
     return with_places(binding.method, data, request.path_params)
@@ -109,6 +111,15 @@ def with_places(method: Method, data: dict[str, Any], places: Mapping[str, str])
                 raise InvalidArgument.at(own, f"is {given!r} in the body and {value!r} in the path")
         data[name] = value
     return to_message(method.request, data)
+
+
+def _no_query(request: HTTPConnection, place: str) -> None:
+    """Refuse parameters where fields are read from another place: they would be passed over."""
+    for name in request.query_params:
+        raise InvalidArgument.at(
+            name,
+            f"is a query parameter; this method has none, and reads its fields from the {place}",
+        )
 
 
 def _from_query(method: Method, request: Request) -> dict[str, Any]:
@@ -237,6 +248,7 @@ def upload(upstream: Upstream, binding: Binding) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         form = await upstream.form(request)
         try:
+            _no_query(request, "form")
             header: dict[str, Any] = {}
             files = []
             for name, value in form.multi_items():
@@ -308,6 +320,7 @@ def websocket(upstream: Upstream, binding: Binding) -> Callable[[WebSocket], Awa
 
         call: Any = None
         try:
+            _no_query(socket, "messages")
             call = upstream.start(method, socket.headers, requests())
             async for data in call:
                 await socket.send_text(response_json(method.response, data).decode())

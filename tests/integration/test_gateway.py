@@ -129,6 +129,31 @@ def test_bad_requests_are_400_and_name_the_field(gateway, path, body, param) -> 
         assert error_of(response)["param"] == param
 
 
+@pytest.mark.parametrize("query", ["dry_run=true", "dimensions=8&texts=a"])
+@pytest.mark.parametrize(
+    "path", ["embeddings:embed", "generation:completeStream", "models:import", "keys/a:revoke"]
+)
+def test_queries_where_fields_are_in_the_body_are_refused(
+    gateway: Gateway, path: str, query: str
+) -> None:
+    given: dict[str, Any] = {"json": {"texts": ["a"]}}
+    if path == "models:import":
+        given = {"data": {"model": "x"}, "files": {"files": ("a", b"a")}}
+    refused = gateway.http.post(f"/api/v1/{path}?{query}", **given)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, query.split("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings?api-version=2024-02-01", {"model": "minilm", "input": "a"}),
+        ("/v2/rerank?beta=true", {"model": "minilm", "query": "a", "documents": ["a"]}),
+    ],
+)
+def test_queries_that_other_apis_clients_add_are_taken(gateway: Gateway, path, body) -> None:
+    assert gateway.http.post(path, json=body).status_code == 200
+
+
 @pytest.mark.parametrize("depth", [60, 300])
 def test_filters_too_deep_are_the_callers_error(gateway: Gateway, depth: int) -> None:
     deep = '{"all_of":{"filters":[' * depth + '{"all_of":{}}' + "]}}" * depth
@@ -255,12 +280,15 @@ def test_bidirectional_streams_are_websockets(gateway: Gateway) -> None:
         (b'{"request": {"texts": ["a"]}}', {}, "frame"),
         (json.dumps({"é" * 100: 1}), {}, "é" * 100),
         ("{}", {"x-forebay-timeout-ms": "soon"}, "x-forebay-timeout-ms"),
+        ("{}", {}, "dry_run"),
     ],
 )
 def test_faults_of_a_websocket_are_told(
     gateway: Gateway, frame: str | bytes, headers: dict[str, str], param: str
 ) -> None:
     url = f"ws://127.0.0.1:{gateway.port}/api/v1/embeddings:embedStream"
+    if param == "dry_run":
+        url += "?dry_run=true"
     with connect(url, additional_headers=headers) as socket:
         with suppress(ConnectionClosed):  # what headers say is told at once
             socket.send(frame)
