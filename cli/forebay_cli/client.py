@@ -37,7 +37,7 @@ def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
 
 def _open(settings: Settings, target: str) -> grpc.Channel:
     # A certificate in the same settings is that of the server which is called.
-    secure = settings.client.secure or settings.grpc.tls_key is not None
+    secure = settings.client.secure or settings.grpc.secure
     if not secure or target.startswith("unix:"):
         return grpc.insecure_channel(target)
     try:

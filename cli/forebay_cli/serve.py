@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from forebay.errors import ForebayError
 from forebay.settings import Settings, SettingsError
+from forebay.tls import tls_files
 
 from forebay_cli.supervised import listen
 
@@ -38,6 +39,7 @@ def http_port(settings: Settings) -> HttpPort | None:
         max_body_bytes=http.max_body_bytes,
         timeout_s=http.timeout_s,
         idle_timeout_s=http.idle_timeout_s,
+        tls=tls_files("http", http),
     )
 
 

@@ -7,7 +7,7 @@ A process's standard input is a pipe whose other end is here alone: a line on it
 is near (see supervised), and its end, that this process is gone, by kill -9 too.
 
 SPEC is JSON: `commands` (lists of arguments, in the order of their start; ended in reverse),
-`environment`, `patience_s` (from a signal to SIGKILL), `ready` (see `answers`), `said` (printed
+`environment`, `patience_s` (from a signal to SIGKILL), `ready` (arguments of `answers`), `said` (printed
 when `ready` answers), `since` (seconds of the monotonic clock), `remove` (a folder, at the end).
 """
 
@@ -49,20 +49,43 @@ def end(process: subprocess.Popen[bytes], patience_s: float) -> int:
     return 0 if status == -signal.SIGTERM else status
 
 
-def answers(target: str) -> bool:
-    """True when host:port[/path] takes a connection, and a path gives 200."""
-    address, slash, path = target.partition("/")
-    host, _, port = address.rpartition(":")
-    with (
-        contextlib.suppress(OSError),
-        socket.create_connection((host.strip("[]"), int(port)), 1) as s,
-    ):
-        if not slash:
+def answers(address: str, path: str = "", tls: bool = False) -> bool:
+    """True when host:port, or a Unix socket's path, takes a connection, and a path gives 200.
+
+    Args:
+        tls: ask by TLS. Whose the certificate is does not matter: nothing is told.
+    """
+    with contextlib.suppress(OSError), connected(address) as plain:
+        if not path:
             return True
-        s.settimeout(1)
-        s.sendall(f"GET /{path} HTTP/1.0\r\nHost: {address}\r\n\r\n".encode())
-        return s.recv(64).split(b" ")[1:2] == [b"200"]
+        with secured(plain) if tls else plain as s:
+            s.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            return s.recv(64).split(b" ")[1:2] == [b"200"]
     return False
+
+
+def connected(address: str) -> socket.socket:
+    """A connection that waits a second at most. Raises OSError: there is none."""
+    if not address.startswith("/"):
+        host, _, port = address.rpartition(":")
+        return socket.create_connection((host.strip("[]"), int(port)), 1)
+    s = socket.socket(socket.AF_UNIX)
+    s.settimeout(1)
+    try:
+        s.connect(address)
+    except OSError:
+        s.close()
+        raise
+    return s
+
+
+def secured(plain: socket.socket) -> socket.socket:
+    """The connection by TLS. Raises OSError: the other side does not speak it."""
+    import ssl  # megabytes, which most do without
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(plain)
 
 
 def main() -> int:
@@ -89,7 +112,7 @@ def main() -> int:
     said, status = False, 0
     while not stopped:
         if not said and time.monotonic() < spec["since"] + READY_TIMEOUT_S:
-            said = answers(spec["ready"])
+            said = answers(**spec["ready"])
             if said:
                 took = time.monotonic() - spec["since"]
                 print(f"Forebay is ready ({took:.1f} s).\n{spec['said']}", flush=True)

@@ -37,12 +37,13 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     commands = [[sys.executable, "-m", "forebay_cli", "serve", "--supervised", *flags]]
     if settings.http.enabled:
         commands += gateways(settings, http_port, flags)
-    url = f"http://{settings.http.host}:{http_port}"
+    url = _url(settings, http_port)
     said = [f"  gRPC     {settings.grpc.host}:{grpc_port}"]
     if settings.http.enabled:
         said += [f"  REST     {url}/api/v1", f"  OpenAI   {url}/v1", f"  docs     {url}/docs"]
-    grpc_target = f"{settings.grpc.host}:{grpc_port}"
-    http_target = f"{settings.http.host}:{http_port}/readyz"
+    ready: dict[str, object] = {"address": f"{settings.grpc.host}:{grpc_port}"}
+    if settings.http.enabled:
+        ready = _ready(settings, http_port, "/readyz", sockets.get("FOREBAY_HTTP__GATEWAY", ""))
     spec = {
         "commands": commands,
         "environment": {
@@ -54,11 +55,31 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
         },
         "remove": folder,
         "patience_s": settings.grpc.drain_s + SLACK_S,
-        "ready": http_target if settings.http.enabled else grpc_target,
+        "ready": ready,
         "said": "\n".join([*said, "Ctrl-C drains and stops."]),
         "since": started,
     }
     _become(spec)
+
+
+def _url(settings: Settings, port: int) -> str:
+    http = settings.http
+    return f"{'https' if http.secure else 'http'}://{http.host}:{port}"
+
+
+def _ready(settings: Settings, port: int, path: str, behind: str = "") -> dict[str, object]:
+    """Whom the supervisor asks whether HTTP is served.
+
+    Args:
+        behind: the gateway's Unix socket, where the server has the port.
+    """
+    http = settings.http
+    if http.secure and behind:
+        return {"address": behind, "path": path}
+    address = f"{http.host}:{port}"
+    if http.tls_client_ca is not None:  # it has no certificate to show
+        return {"address": address}
+    return {"address": address, "path": path, "tls": http.secure}
 
 
 def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
@@ -67,7 +88,7 @@ def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
     http, names = settings.http, {}
     if http.enabled and http.direct and http.workers == 1 and _has_fast_lane(settings):
         names["FOREBAY_HTTP__GATEWAY"] = "gateway.sock"
-    if http.enabled and not http.upstream and settings.grpc.tls_key is not None:
+    if http.enabled and not http.upstream and settings.grpc.secure:
         # The certificate is for the names that clients use, and may ask for one in return.
         names["FOREBAY_GRPC__GATEWAY_SOCKET"] = "server.sock"
     if not names:
@@ -91,6 +112,7 @@ def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
     http = settings.http
     _must_be_free(http.host, http.port)
     port = http.port or free_port()
+    url = _url(settings, port)
     spec = {
         "commands": gateways(settings, port, ["--config", str(config)] if config else []),
         "environment": {
@@ -98,8 +120,8 @@ def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
             "FOREBAY_HTTP__UPSTREAM": http.upstream,
         },
         "patience_s": settings.grpc.drain_s + SLACK_S,
-        "ready": f"{http.host}:{port}/healthz",
-        "said": f"  REST     http://{http.host}:{port}/api/v1",
+        "ready": _ready(settings, port, "/healthz"),
+        "said": f"  REST     {url}/api/v1",
         "since": time.monotonic(),
     }
     _become(spec)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 
 import uvicorn
 from forebay.addresses import listening
 from forebay.settings import Settings
+from forebay.tls import tls_files
 
 from forebay_gateway.app import create_app
 from forebay_gateway.protocol import Http1
+from forebay_gateway.tls import Certificates
 
 
 def run(settings: Settings, shared: bool = False) -> None:
@@ -23,7 +26,7 @@ def run(settings: Settings, shared: bool = False) -> None:
         shared: other workers listen on the same port; the kernel gives each its share of connections.
 
     Raises:
-        SettingsError: a file of TLS cannot be read.
+        SettingsError: a file of TLS cannot be read, or is not what it should be.
     """
     http = settings.http
     target = http.upstream or settings.grpc.address
@@ -33,9 +36,11 @@ def run(settings: Settings, shared: bool = False) -> None:
         # once waits before it tries again, and its worker would answer 503 meanwhile.
         _wait_for(settings.grpc.host.strip("[]"), settings.grpc.port)
     # Without an upstream it is this machine's server, whose settings are these. Sockets are in the clear.
-    secure = settings.client.secure if http.upstream else settings.grpc.tls_key is not None
+    secure = settings.client.secure if http.upstream else settings.grpc.secure
     client = settings.client if secure and not target.startswith("unix:") else None
     app = create_app(http, target, scraper(port) if port > 0 else None, client)
+    # The socket behind the server is in the clear: the server has the port, and its TLS.
+    files = tls_files("http", http) if not http.gateway else None
     config = uvicorn.Config(
         app,
         http=Http1,
@@ -50,7 +55,14 @@ def run(settings: Settings, shared: bool = False) -> None:
         server_header=False,
         proxy_headers=False,  # nothing here asks for the address or the scheme of a client
     )
+    ended = threading.Event()
+    if files is not None:
+        certificates = Certificates(files)
+        config.ssl_context_factory = lambda _config, _default: certificates.context
+        follow = (certificates.take, ended)
+        threading.Thread(target=files.follow, args=follow, daemon=True).start()
     uvicorn.Server(config).run(sockets=sockets(http.host, http.port) if shared else None)
+    ended.set()
 
 
 def _wait_for(host: str, port: int) -> None:

@@ -32,7 +32,8 @@ class Server:
             too much waits.
         too_large: serialised google.rpc.Status, without its message, of the refusal
             (RESOURCE_EXHAUSTED) of a message beyond `max_message_bytes`.
-        tls: contents of PEM files: certificate chain, key, authority of client certificates.
+        tls: contents of PEM files: certificate chain, key, authority of client certificates; None:
+            the port is in the clear.
         http: a second port, for HTTP/1.1: `addresses`; `gateway`, the Unix socket that other requests
             go to; `routes`, paths with `{places}` whose POST requests `take` gives, each with
             answers (status, headers, body) by gRPC's status code for those that end in the
@@ -42,10 +43,11 @@ class Server:
             for how long a connection may have no whole request, and the body of a request for the
             gateway may be waited for, of which each 500 bytes give back a second; `unreachable`, the answer when the gateway does not listen;
             `stalled`, the one to a request for it that does not come in whole.
+        http_tls: as `tls`, for that port.
 
     Raises:
         OSError: it cannot listen there.
-        ValueError: the TLS files are not what they should be.
+        ValueError: the TLS files are not what they should be; it names grpc.tls_... or http.tls_...
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Server:
         too_large: bytes,
         tls: tuple[bytes, bytes, bytes | None] | None = None,
         http: Mapping[str, object] | None = None,
+        http_tls: tuple[bytes, bytes, bytes | None] | None = None,
     ) -> None: ...
     @property
     def port(self) -> int:
@@ -121,8 +124,10 @@ class Server:
     def take_refusals(self) -> list[int]:
         """Calls that were refused without Python because too much waits, by method, since the last
         time."""
-    def set_tls(self, certificate: bytes, key: bytes, client_ca: bytes | None = None) -> None:
-        """For connections from now on. Raises ValueError, and keeps the old ones."""
+    def set_tls(
+        self, certificate: bytes, key: bytes, client_ca: bytes | None = None, *, http: bool = False
+    ) -> None:
+        """For connections from now on, of the gRPC port or of that of HTTP. Raises ValueError, and keeps the old ones."""
     def drain(self, timeout_s: float) -> bool:
         """Stop listening, send GOAWAY, wait for running calls. True when all connections ended."""
     def close(self) -> None:

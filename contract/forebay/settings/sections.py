@@ -48,7 +48,32 @@ class Section(BaseModel):
         return value.expanduser() if isinstance(value, Path) else value
 
 
-class GrpcSettings(Section):
+class PortSettings(Section):
+    """TLS of a port that is listened on."""
+
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_reload_s: float = Field(
+        default=10.0, gt=0, le=LONGEST_S, description="how often the files are looked at"
+    )
+    tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
+
+    @property
+    def secure(self) -> bool:
+        """Whether the port speaks TLS."""
+        return self.tls_key is not None
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> PortSettings:
+        """Half of a TLS setting would listen in the clear: refuse it."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; one of them is missing")
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
+
+
+class GrpcSettings(PortSettings):
     """The gRPC server."""
 
     host: str = "127.0.0.1"
@@ -85,12 +110,6 @@ class GrpcSettings(Section):
         le=LONGEST_S,
         description="time for a handshake, and for a unary request to come in",
     )
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_reload_s: float = Field(
-        default=10.0, gt=0, le=LONGEST_S, description="how often the files are looked at"
-    )
-    tls_client_ca: Path | None = Field(default=None, description="set: clients need a certificate")
     gateway_socket: str = Field(
         default="",
         description="Unix socket in the clear for the gateway, where the port has TLS; `up` sets it",
@@ -104,17 +123,8 @@ class GrpcSettings(Section):
         host = f"[{self.host}]" if ":" in self.host and "[" not in self.host else self.host
         return f"{host}:{self.port}"
 
-    @model_validator(mode="after")
-    def _whole_tls(self) -> GrpcSettings:
-        """Half of a TLS setting would listen in the clear: refuse it."""
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key belong together; one of them is missing")
-        if self.tls_client_ca is not None and self.tls_key is None:
-            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
-        return self
 
-
-class HttpSettings(Section):
+class HttpSettings(PortSettings):
     """The gateway."""
 
     enabled: bool = True

@@ -12,14 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from forebay.addresses import listening
 from forebay.errors import MessageTooLarge, QueueFull
 from forebay.methods import Method
-from forebay.settings import GrpcSettings
+from forebay.settings import GrpcSettings, SettingsError
+from forebay.tls import Pem, TlsFiles, tls_files
 
 from forebay_server.core.call import Call
 from forebay_server.core.collector import Collector
@@ -64,7 +64,7 @@ class FastLane:
 
     Raises:
         OSError: it cannot listen there.
-        ValueError: the TLS files are not what they should be.
+        SettingsError: the TLS files cannot be read, or are not what they should be.
     """
 
     def __init__(
@@ -95,28 +95,34 @@ class FastLane:
         self._http_ended = http_ended
         self._routes = list(http.routes) if http is not None else []
         full = too_many()
-        self._server = forebay_native.Server(
-            _addresses(settings),
-            [(m.path, _telling(m), m.kind == STREAM) for m in self._methods],
-            ordinary,
-            threads=settings.transport_threads,
-            max_message_bytes=settings.max_message_bytes,
-            max_header_bytes=settings.max_header_bytes,
-            max_connections=settings.max_connections,
-            max_streams=settings.max_streams,
-            max_waiting_calls=settings.max_waiting_calls,
-            max_waiting_bytes=settings.max_waiting_bytes,
-            max_waiting_s=settings.max_waiting_s,
-            keepalive_s=settings.keepalive_s,
-            keepalive_timeout_s=settings.keepalive_timeout_s,
-            max_age_s=settings.max_connection_age_s,
-            age_grace_s=settings.drain_s,
-            receive_timeout_s=settings.receive_timeout_s,
-            overload=(full.message, full.to_status().SerializeToString()),
-            too_large=_too_large(settings.max_message_bytes),
-            tls=_tls(settings),
-            http=http.config() if http is not None else None,
-        )
+        tls = tls_files("grpc", settings)
+        http_tls = http.tls if http is not None else None
+        try:
+            self._server = forebay_native.Server(
+                _addresses(settings),
+                [(m.path, _telling(m), m.kind == STREAM) for m in self._methods],
+                ordinary,
+                threads=settings.transport_threads,
+                max_message_bytes=settings.max_message_bytes,
+                max_header_bytes=settings.max_header_bytes,
+                max_connections=settings.max_connections,
+                max_streams=settings.max_streams,
+                max_waiting_calls=settings.max_waiting_calls,
+                max_waiting_bytes=settings.max_waiting_bytes,
+                max_waiting_s=settings.max_waiting_s,
+                keepalive_s=settings.keepalive_s,
+                keepalive_timeout_s=settings.keepalive_timeout_s,
+                max_age_s=settings.max_connection_age_s,
+                age_grace_s=settings.drain_s,
+                receive_timeout_s=settings.receive_timeout_s,
+                overload=(full.message, full.to_status().SerializeToString()),
+                too_large=_too_large(settings.max_message_bytes),
+                tls=tls.read() if tls is not None else None,
+                http=http.config() if http is not None else None,
+                http_tls=http_tls.read() if http_tls is not None else None,
+            )
+        except ValueError as e:  # what it says of the TLS files
+            raise SettingsError(str(e)) from None
         self.port = self._server.port
         self.http_port = self._server.http_port
         self._on_end = Collector(self._end).add
@@ -125,8 +131,10 @@ class FastLane:
             threading.Thread(target=self._run, name=f"fast-ingest-{i}", daemon=True)
             for i in range(settings.ingest_threads)
         ]
-        if settings.tls_key is not None:
-            self._threads.append(threading.Thread(target=self._reload_tls, daemon=True))
+        for files, of_http in ((tls, False), (http_tls, True)):
+            if files is not None:
+                renew = (files, of_http)
+                self._threads.append(threading.Thread(target=self._renew, args=renew, daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -260,22 +268,13 @@ class FastLane:
         details = error.to_status().SerializeToString()
         return call.origin, _CODES[error.code], details, error.message, trailers_of(call)
 
-    def _reload_tls(self) -> None:
+    def _renew(self, files: TlsFiles, http: bool) -> None:
         """Take renewed certificates without a restart."""
-        seen = _stamps(self._settings)
-        while not self._ending.wait(self._settings.tls_reload_s):
-            stamps = _stamps(self._settings)
-            if stamps == seen:
-                continue
-            try:
-                files = _tls(self._settings)
-                if files is not None:
-                    self._server.set_tls(*files)
-            except (OSError, ValueError) as e:  # half written, say: try again
-                log.warning("the new TLS files are not usable yet: %s", e)
-                continue
-            seen = stamps
-            log.info("TLS certificates reloaded")
+
+        def take(pem: Pem) -> None:
+            self._server.set_tls(*pem, http=http)
+
+        files.follow(take, self._ending)
 
 
 def _addresses(settings: GrpcSettings) -> list[str]:
@@ -296,22 +295,3 @@ def _telling(method: Method) -> list[int]:
         return []
     fields = method.request.DESCRIPTOR.fields_by_name
     return [fields[n].number for n in ("model", "model_name", "model_version") if n in fields]
-
-
-def _files(settings: GrpcSettings) -> list[Path]:
-    every = (settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-    return [p for p in every if p is not None]
-
-
-def _stamps(settings: GrpcSettings) -> list[int]:
-    try:
-        return [p.stat().st_mtime_ns for p in _files(settings)]
-    except OSError:
-        return []
-
-
-def _tls(settings: GrpcSettings) -> tuple[bytes, bytes, bytes | None] | None:
-    if settings.tls_certificate is None or settings.tls_key is None:
-        return None
-    ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
-    return settings.tls_certificate.read_bytes(), settings.tls_key.read_bytes(), ca

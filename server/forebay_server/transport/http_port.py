@@ -21,6 +21,7 @@ from forebay.errors import (
     Unavailable,
 )
 from forebay.methods import Method
+from forebay.tls import TlsFiles
 from google.rpc import status_pb2
 
 from forebay_server.core.call import Call
@@ -73,6 +74,7 @@ class HttpPort:
         idle_timeout_s: a connection that has no request, or whose headers do not end, ends then;
             so does a request for the gateway whose body is waited for as long, of which each 500
             bytes give back a second.
+        tls: None: the port is in the clear.
     """
 
     host: str
@@ -85,6 +87,7 @@ class HttpPort:
     max_body_bytes: int
     timeout_s: float
     idle_timeout_s: float
+    tls: TlsFiles | None = None
 
     def config(self) -> dict[str, object]:
         """As the extension takes it. Raises OSError: the host is unknown."""

@@ -17,6 +17,7 @@ import grpc
 from forebay.addresses import listening
 from forebay.constraints import Validator
 from forebay.settings import GrpcSettings
+from forebay.tls import tls_files
 from grpc import aio
 
 from forebay_server.access.idempotency import IdempotencyStore
@@ -83,7 +84,8 @@ class Lanes:
             servicers: functions that add standard services (health, reflection) to a server.
 
         Raises:
-            OSError: the address is taken, or the TLS files cannot be read.
+            OSError: the address is taken.
+            SettingsError: the TLS files cannot be read, or are not what they should be.
         """
         s = self._settings
         server = self._grpc = aio.server(options=self._options())
@@ -177,12 +179,12 @@ class Lanes:
             raise OSError(f"cannot listen on {address}") from e
 
     def _credentials(self) -> grpc.ServerCredentials | None:
-        s = self._settings
-        if s.tls_certificate is None or s.tls_key is None:
+        files = tls_files("grpc", self._settings)
+        if files is None:
             return None
-        roots = s.tls_client_ca.read_bytes() if s.tls_client_ca else None
+        certificate, key, roots = files.read()
         return grpc.ssl_server_credentials(
-            [(s.tls_key.read_bytes(), s.tls_certificate.read_bytes())],
+            [(key, certificate)],
             root_certificates=roots,
             require_client_auth=roots is not None,
         )

@@ -16,7 +16,7 @@ use crate::call::{Call, Outcome};
 use crate::http1;
 use crate::inbox::{Bounds, Gone};
 use crate::metadata;
-use crate::server::{Config, Method, Server};
+use crate::server::{Config, Door, Method, Server, Tls};
 use crate::shed::Holds;
 use crate::status::{self, Code, Refusal};
 use crate::tls;
@@ -102,6 +102,8 @@ type Arrival<'py> = (
     Option<f64>,
     Vec<String>,
 );
+/// Contents of PEM files: certificate chain, key, authority of client certificates.
+type PyPem = (Vec<u8>, Vec<u8>, Option<Vec<u8>>);
 /// Python's form of a `Caller`.
 type PyCaller = (Py<PyDict>, Py<PyString>);
 
@@ -134,7 +136,8 @@ impl PyServer {
     #[new]
     #[pyo3(signature = (addresses, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
         max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
-        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, too_large, tls = None, http = None))]
+        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, too_large, tls = None, http = None,
+        http_tls = None))]
     #[allow(
         clippy::too_many_arguments,
         clippy::type_complexity,
@@ -160,8 +163,9 @@ impl PyServer {
         receive_timeout_s: f64,
         overload: (String, Vec<u8>),
         too_large: Vec<u8>,
-        tls: Option<(Vec<u8>, Vec<u8>, Option<Vec<u8>>)>,
+        tls: Option<PyPem>,
         http: Option<http::PyHttp>,
+        http_tls: Option<PyPem>,
     ) -> PyResult<Self> {
         let seconds = Duration::from_secs_f64;
         let method = |(path, fields, streams)| Method {
@@ -195,9 +199,14 @@ impl PyServer {
             too_large,
             http: http.map(http::PyHttp::config).transpose()?,
         };
-        let tls = tls
-            .map(|(c, k, ca)| settings(&c, &k, ca.as_deref()))
-            .transpose()?;
+        let tls_of = |pem: Option<PyPem>, door| {
+            let settings = |(c, k, ca): PyPem| settings(&c, &k, ca.as_deref(), door);
+            pem.map(settings).transpose()
+        };
+        let tls = Tls {
+            grpc: tls_of(tls, Door::Grpc)?,
+            http: tls_of(http_tls, Door::Http)?,
+        };
         let server = py
             .detach(|| Server::start(&addresses, config, tls))
             .map_err(|e| PyOSError::new_err(e.to_string()))?;
@@ -363,9 +372,17 @@ impl PyServer {
         refusals.map(|n| n.swap(0, Ordering::Relaxed)).collect()
     }
 
-    #[pyo3(signature = (certificate, key, client_ca = None))]
-    fn set_tls(&self, certificate: &[u8], key: &[u8], client_ca: Option<&[u8]>) -> PyResult<()> {
-        self.server.set_tls(settings(certificate, key, client_ca)?);
+    #[pyo3(signature = (certificate, key, client_ca = None, *, http = false))]
+    fn set_tls(
+        &self,
+        certificate: &[u8],
+        key: &[u8],
+        client_ca: Option<&[u8]>,
+        http: bool,
+    ) -> PyResult<()> {
+        let door = if http { Door::Http } else { Door::Grpc };
+        let tls = settings(certificate, key, client_ca, door)?;
+        self.server.set_tls(door, tls);
         Ok(())
     }
 
@@ -395,13 +412,18 @@ fn settings(
     certificate: &[u8],
     key: &[u8],
     client_ca: Option<&[u8]>,
+    door: Door,
 ) -> PyResult<Arc<rustls::ServerConfig>> {
-    tls::config(&tls::Pem {
+    let pem = tls::Pem {
         certificate,
         key,
         client_ca,
-    })
-    .map_err(PyValueError::new_err)
+    };
+    let (section, protocol) = match door {
+        Door::Grpc => ("grpc", "h2"),
+        Door::Http => ("http", "http/1.1"),
+    };
+    tls::config(&pem, protocol).map_err(|e| PyValueError::new_err(format!("{section}.{e}")))
 }
 
 #[pymodule]

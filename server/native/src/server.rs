@@ -76,6 +76,21 @@ impl Config {
     }
 }
 
+/// The TLS of each port. None: it is in the clear.
+pub struct Tls {
+    pub grpc: Option<Arc<ServerConfig>>,
+    pub http: Option<Arc<ServerConfig>>,
+}
+
+impl Tls {
+    fn of(&self, door: Door) -> Option<Arc<ServerConfig>> {
+        match door {
+            Door::Grpc => self.grpc.clone(),
+            Door::Http => self.http.clone(),
+        }
+    }
+}
+
 /// What connections share.
 pub struct Shared {
     pub config: Config,
@@ -90,7 +105,7 @@ pub struct Shared {
     pub refusals: Vec<AtomicUsize>,
     pub connections: AtomicUsize,
     pub refused_connections: AtomicUsize,
-    tls: RwLock<Option<Arc<ServerConfig>>>,
+    tls: RwLock<Tls>,
 }
 
 /// Where the server is in its life, as its connections see it.
@@ -156,11 +171,7 @@ enum Listener {
 
 impl Server {
     /// Listens on each `address:port` or `unix:path`. Port 0: the first takes any, the others the same.
-    pub fn start(
-        addresses: &[String],
-        config: Config,
-        tls: Option<Arc<ServerConfig>>,
-    ) -> io::Result<Self> {
+    pub fn start(addresses: &[String], config: Config, tls: Tls) -> io::Result<Self> {
         let threads = config.threads;
         let mut builder = if threads > 1 {
             Builder::new_multi_thread()
@@ -238,9 +249,13 @@ impl Server {
         }
     }
 
-    /// Takes these TLS settings for connections from now on.
-    pub fn set_tls(&self, tls: Arc<ServerConfig>) {
-        *self.shared.tls.write() = Some(tls);
+    /// Takes these TLS settings for a port's connections from now on.
+    pub fn set_tls(&self, door: Door, tls: Arc<ServerConfig>) {
+        let mut own = self.shared.tls.write();
+        match door {
+            Door::Grpc => own.grpc = Some(tls),
+            Door::Http => own.http = Some(tls),
+        }
     }
 
     /// Stops listening, tells clients to go (GOAWAY), and waits for running calls. True when all
@@ -310,7 +325,7 @@ fn bind(address: &str, port: u16) -> io::Result<(Listener, u16)> {
 
 /// What is spoken on a port.
 #[derive(Clone, Copy)]
-enum Door {
+pub enum Door {
     Grpc,
     Http,
 }
@@ -341,11 +356,13 @@ async fn accept(
         let (shared, phase, alive) = (shared.clone(), phase.clone(), alive.clone());
         tokio::spawn(async move {
             shared.connections.fetch_add(1, Ordering::Relaxed);
-            match (door, &shared.config.http) {
-                (Door::Http, Some(config)) => {
-                    http1::serve(stream, &peer, &shared, config, phase).await;
+            if let Some(stream) = welcome(stream, door, &shared, phase.clone()).await {
+                match (door, &shared.config.http) {
+                    (Door::Http, Some(config)) => {
+                        http1::serve(stream, &peer, &shared, config, phase).await;
+                    }
+                    _ => connection::serve(stream, &peer, &shared, phase).await,
                 }
-                _ => welcome(stream, &peer, &shared, phase).await,
             }
             shared.connections.fetch_sub(1, Ordering::Relaxed);
             drop((permit, alive));
@@ -370,20 +387,22 @@ async fn next(listener: &Listener, config: &Config) -> io::Result<(Box<dyn Strea
     }
 }
 
+/// The connection's bytes, after its handshake where the port has TLS. None: there was none in time, or
+/// the server drains, to which nothing was said yet.
 async fn welcome(
     stream: Box<dyn Stream>,
-    peer: &str,
-    shared: &Arc<Shared>,
-    phase: watch::Receiver<Phase>,
-) {
-    let tls = shared.tls.read().clone();
-    let Some(tls) = tls else {
-        return connection::serve(stream, peer, shared, phase).await;
+    door: Door,
+    shared: &Shared,
+    mut phase: watch::Receiver<Phase>,
+) -> Option<Box<dyn Stream>> {
+    let Some(tls) = shared.tls.read().of(door) else {
+        return Some(stream);
     };
     let handshake = TlsAcceptor::from(tls).accept(stream);
-    let within = shared.config.receive_timeout;
-    if let Ok(Ok(stream)) = tokio::time::timeout(within, handshake).await {
-        connection::serve(Box::new(stream), peer, shared, phase).await;
+    let greeted = tokio::time::timeout(shared.config.receive_timeout, handshake);
+    tokio::select! {
+        greeted = greeted => Some(Box::new(greeted.ok()?.ok()?)),
+        _ = phase.changed() => None,
     }
 }
 

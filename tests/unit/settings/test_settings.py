@@ -115,6 +115,8 @@ def test_text_stays_text_and_lists_are_yaml() -> None:
         ({"FOREBAY_NONSENSE": "1"}, ["FOREBAY_NONSENSE"]),
         ({"FOREBAY_GRPC__TLS_KEY": "/k"}, ["FOREBAY_GRPC__TLS_KEY", "tls_certificate"]),
         ({"FOREBAY_GRPC__TLS_CLIENT_CA": "/c"}, ["tls_client_ca", "tls_key"]),
+        ({"FOREBAY_HTTP__TLS_CERTIFICATE": "/k"}, ["FOREBAY_HTTP__TLS_CERTIFICATE", "tls_key"]),
+        ({"FOREBAY_HTTP__TLS_CLIENT_CA": "/c"}, ["FOREBAY_HTTP__TLS_CLIENT_CA", "tls_key"]),
         ({"FOREBAY_CLIENT__TLS_KEY": "/k"}, ["FOREBAY_CLIENT__TLS_KEY", "tls_certificate"]),
     ],
 )
@@ -229,6 +231,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
         "grpc.tls_reload_s",
         "http.timeout_s",
         "http.idle_timeout_s",
+        "http.tls_reload_s",
     ],
 )
 def test_times_that_no_transport_can_count_are_refused(name: str) -> None:

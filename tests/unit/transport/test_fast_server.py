@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+import trustme
 
 if TYPE_CHECKING:
     import forebay_native
@@ -227,6 +229,61 @@ def test_a_client_that_stays_when_a_websocket_has_ended_is_cut_off(tmp_path: Pat
         gateway.close()
         assert client.recv(1) == b""
         connections(server, 0)
+
+
+@pytest.fixture
+def certificate() -> tuple[bytes, bytes, None]:
+    made = trustme.CA().issue_cert("localhost")
+    chain = b"".join(p.bytes() for p in made.cert_chain_pems)
+    return chain, made.private_key_pem.bytes(), None
+
+
+@pytest.mark.parametrize("of_http", [False, True])
+def test_handshakes_are_bounded_in_number_and_time_and_drains_do_not_wait_for_them(
+    certificate: tuple[bytes, bytes, None], of_http: bool
+) -> None:
+    tls = {"http_tls" if of_http else "tls": certificate}
+    bounds = {"max_connections": 1, "receive_timeout_s": 0.5}
+    with serving(http=http(LOCAL), **tls, **bounds) as server:
+        place = ("127.0.0.1", server.http_port if of_http else server.port)
+        with socket.create_connection(place, 10) as silent:
+            connections(server, 1)
+            with socket.create_connection(place, 10) as second:
+                assert second.recv(1) == b"", "one is open"
+            assert silent.recv(1) == b"", "it never said a word"
+        connections(server, 0)
+    with serving(http=http(LOCAL), receive_timeout_s=60.0, **tls) as server:
+        place = ("127.0.0.1", server.http_port if of_http else server.port)
+        with socket.create_connection(place, 10) as silent:
+            connections(server, 1)
+            assert server.drain(10)
+            assert silent.recv(1) == b""
+
+
+def test_each_port_has_a_certificate_of_its_own(certificate: tuple[bytes, bytes, None]) -> None:
+    chain, _, _ = certificate
+    for name, section in (("tls", "grpc"), ("http_tls", "http")):
+        with (
+            pytest.raises(ValueError, match=f"^{section}.tls_key: "),
+            serving(http=http(LOCAL), **{name: (chain, b"no key", None)}),
+        ):
+            pass
+    with serving(http=http(LOCAL), http_tls=certificate) as server:
+        with pytest.raises(ValueError, match=r"^http.tls_certificate: "):
+            server.set_tls(b"", certificate[1], http=True)
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with (
+            socket.create_connection(("127.0.0.1", server.http_port), 10) as raw,
+            context.wrap_socket(raw, suppress_ragged_eofs=False) as secure,
+        ):
+            secure.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            heard = b""
+            while piece := secure.recv(65536):  # raises where the end is not TLS's own
+                heard += piece
+            assert heard.startswith(b"HTTP/1.1 503 ")  # no gateway is there
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            grpc.channel_ready_future(channel).result(10)
 
 
 def test_only_a_socket_that_was_left_gives_way(tmp_path: Path) -> None:
