@@ -38,10 +38,14 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
     if settings.http.enabled:
         commands += gateways(settings, http_port, flags)
     url = _url(settings, http_port)
-    said = [f"  gRPC     {settings.grpc.host}:{grpc_port}"]
+    place = settings.grpc.model_copy(update={"port": grpc_port}).address
+    said = [f"  gRPC     {place}"]
     if settings.http.enabled:
         said += [f"  REST     {url}/api/v1", f"  OpenAI   {url}/v1", f"  docs     {url}/docs"]
-    ready: dict[str, object] = {"address": f"{settings.grpc.host}:{grpc_port}"}
+    unix = place.startswith("unix:")
+    ready: dict[str, object] = {
+        "address": os.path.abspath(place.removeprefix("unix:")) if unix else place
+    }
     if settings.http.enabled:
         ready = _ready(settings, http_port, "/readyz", sockets.get("FOREBAY_HTTP__GATEWAY", ""))
     spec = {

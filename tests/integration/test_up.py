@@ -242,3 +242,13 @@ def test_the_server_has_large_pages_unless_it_is_told_otherwise(
         environ = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
     wanted = given or huge_pages.VALUE
     assert f"{huge_pages.VARIABLE}={wanted}".encode() in environ
+
+
+def test_grpc_alone_on_a_unix_socket(starters: Path, tmp_path: Path) -> None:
+    path = tmp_path / "grpc.sock"
+    alone = {"FOREBAY_HTTP__ENABLED": "false", "FOREBAY_GRPC__HOST": f"unix:{path}"}
+    with up(starters, tmp_path, **alone) as (process, _):
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"  gRPC     unix:{path}\n"
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            grpc.channel_ready_future(channel).result(10)
