@@ -131,7 +131,11 @@ def create_app(
         ("/v1/completions", completions.endpoint(upstream)),
     ):
         add(Route(path, rest.guarded(endpoint, renamed), methods=["POST"]))
-    add(Route("/v1/messages", messages.endpoint(upstream), methods=["POST"]))
+    for path, endpoint in (
+        ("/v1/messages", messages.endpoint(upstream)),
+        ("/v1/messages/count_tokens", messages.count_endpoint(upstream)),
+    ):
+        add(Route(path, endpoint, methods=["POST"]))
     for path, endpoint in (
         ("/healthz", healthz),
         ("/readyz", _readyz(upstream)),

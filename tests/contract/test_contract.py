@@ -32,7 +32,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def test_every_method_has_a_scope_and_batched_ones_are_unary() -> None:
     found = methods()
-    assert len(found) == 94
+    assert len(found) == 95
     for method in found.values():
         assert method.scope in ("public", "infer", "read", "admin")
         assert not method.batched or method.kind == "unary"

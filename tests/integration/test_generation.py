@@ -14,7 +14,7 @@ import grpc
 import pytest
 from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
-from forebay.v1 import usage_pb2, usage_pb2_grpc
+from forebay.v1 import token_pb2, token_pb2_grpc, usage_pb2, usage_pb2_grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live, Start
@@ -192,6 +192,28 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(
     assert "2048" in said and "together" in said
     stream = pb.ChatStreamRequest(request=request)
     assert "request.messages" in refused(lambda: list(stub.ChatStream(stream)))
+
+
+def test_the_prompt_of_a_conversation_is_counted(
+    tiny: Live, stub: rpc.GenerationServiceStub
+) -> None:
+    tokens = token_pb2_grpc.TokenServiceStub(tiny.channel)
+    request = user("Who are you?", max_tokens=1)
+    request.tools.add(name="get_weather", parameters=json.dumps(WEATHER))
+    before, _ = usage_tokens(tiny)
+    count = tokens.CountChatTokens(token_pb2.CountChatTokensRequest(request=request))
+    assert (count.context_length, count.served_by.model) == (2048, "tiny")
+    assert usage_tokens(tiny)[0] == before
+    assert count.tokens == stub.Chat(request).generation_usage.prompt_tokens
+    long = user("word " * 3000)
+    long.truncate_prompt = True
+    assert (
+        tokens.CountChatTokens(token_pb2.CountChatTokensRequest(request=long)).tokens
+        > count.context_length
+    )
+    request.adapter = "law"
+    wrong = token_pb2.CountChatTokensRequest(request=request)
+    assert "request.adapter" in refused(lambda: tokens.CountChatTokens(wrong))
 
 
 def test_a_long_conversation_is_cut_when_asked_for(stub: rpc.GenerationServiceStub) -> None:

@@ -324,6 +324,45 @@ def test_anthropic_messages(gateway: Gateway, said: str) -> None:
         sdk.messages.create(model="claude-9", max_tokens=50, messages=HELLO)
 
 
+def test_anthropic_counts_what_the_model_reads(gateway: Gateway) -> None:
+    sdk = anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+    tool: Any = {"name": "get_weather", "input_schema": TOOL["function"]["parameters"]}
+    used: Any = [
+        {"role": "user", "content": "What is the weather in Paris?"},
+        {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "a", "name": "get_weather", "input": {"city": "Paris"}}]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": "sunny"}]},
+    ]  # fmt: skip
+    asked: list[Any] = [
+        {"messages": HELLO},
+        {"messages": HELLO, "system": "Be brief."},
+        {"messages": HELLO, "tools": [tool], "tool_choice": {"type": "auto"}},
+        {"messages": used, "tools": [tool]},
+    ]
+    counts = []
+    for body in asked:
+        counts.append(sdk.messages.count_tokens(model="tiny", **body).input_tokens)
+        usage = sdk.messages.create(model="tiny", max_tokens=1, **body).usage
+        assert counts[-1] == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+    assert sorted(set(counts)) == counts
+    long: Any = [{"role": "user", "content": "word " * 3000}]
+    assert sdk.messages.count_tokens(model="tiny", messages=long).input_tokens > 2048
+    body = {"model": "tiny", "messages": HELLO}
+    odd = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 5}}}
+    strict = [{"name": "f", "input_schema": odd, "strict": True}]
+    for extra, path in (
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"tools": strict}, "tools[0].input_schema"),
+    ):
+        answer = gateway.http.post("/v1/messages/count_tokens", json={**body, **extra})
+        assert answer.status_code == 400, path
+        assert answer.json()["error"]["message"].startswith(f"{path}: ")
+    with pytest.raises(anthropic.NotFoundError):
+        sdk.messages.count_tokens(model="claude-9", messages=HELLO)
+
+
 def test_rest_streams_are_server_sent_events(gateway: Gateway, said: str) -> None:
     request = {
         "messages": [{"role": "CHAT_ROLE_USER", "content": [{"text": "Who are you?"}]}],

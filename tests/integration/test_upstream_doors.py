@@ -166,3 +166,11 @@ def test_a_refusal_is_an_assistants(client: openai.OpenAI) -> None:
         asked: Any = [{"role": "user", "content": "a", "refusal": "b"}]
         client.chat.completions.create(model="far", messages=asked)
     assert caught.value.param == "messages[0].refusal"
+
+
+def test_an_upstreams_tokens_are_not_guessed(gateway: Gateway, upstream: ScriptedUpstream) -> None:
+    sdk = anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+    before = len(upstream.bodies)
+    with pytest.raises(anthropic.BadRequestError, match="'far' has no tokenizer here"):
+        sdk.messages.count_tokens(model="far", messages=ASKED)
+    assert len(upstream.bodies) == before

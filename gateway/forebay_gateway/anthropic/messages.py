@@ -1,4 +1,5 @@
-"""/v1/messages: GenerationService.Chat and ChatStream in Anthropic's shape. Bodies are read in requests.py."""
+"""/v1/messages: GenerationService.Chat and ChatStream in Anthropic's shape; /v1/messages/count_tokens:
+TokenService.CountChatTokens. Bodies are read in requests.py."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import orjson
 from forebay.errors import ForebayError
 from forebay.methods import methods
 from forebay.v1 import generation_pb2 as pb
+from forebay.v1 import token_pb2
 from google.rpc import status_pb2
 from grpc import aio
 from starlette.requests import Request
@@ -23,6 +25,7 @@ from forebay_gateway.upstream import ClientGone, Upstream, returned, unless_gone
 
 CHAT = methods()["/forebay.v1.GenerationService/Chat"]
 STREAM = methods()["/forebay.v1.GenerationService/ChatStream"]
+COUNT = methods()["/forebay.v1.TokenService/CountChatTokens"]
 STOP = {
     pb.FINISH_REASON_STOP: "end_turn",
     pb.FINISH_REASON_LENGTH: "max_tokens",
@@ -117,6 +120,24 @@ def endpoint(upstream: Upstream) -> Any:
         )
 
     return guarded(messages)
+
+
+def count_endpoint(upstream: Upstream) -> Any:
+    """POST /v1/messages/count_tokens."""
+
+    async def count(request: Request) -> Response:
+        body = parse_json(await upstream.body(request))
+        message = requests.read_counted(body, request.state.places)
+        wrapped = token_pb2.CountChatTokensRequest(request=message)
+        call = upstream.start(COUNT, request.headers, wrapped.SerializeToString())
+        answer = token_pb2.CountChatTokensResponse.FromString(await unless_gone(request, call))
+        return Response(
+            dumps({"input_tokens": answer.tokens}),
+            media_type="application/json",
+            headers=returned(await call.trailing_metadata()),
+        )
+
+    return guarded(count)
 
 
 def _stop_reason(finish: Any, stop: str, refused: bool) -> str | None:

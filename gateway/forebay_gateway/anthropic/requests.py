@@ -1,4 +1,4 @@
-"""Bodies of /v1/messages: Anthropic's requests to the contract's."""
+"""Bodies of /v1/messages and /v1/messages/count_tokens: Anthropic's requests to the contract's."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ KNOWN = (
     "cache_control",
     "output_config",
 )
+#: Of /v1/messages/count_tokens: what the prompt is made of.
+COUNTED = (
+    "model",
+    "messages",
+    "system",
+    "tools",
+    "tool_choice",
+    "cache_control",
+    "output_config",
+)
 ROLES = {
     "user": pb.CHAT_ROLE_USER,
     "assistant": pb.CHAT_ROLE_ASSISTANT,
@@ -49,8 +59,7 @@ def read(body: dict[str, Any], places: Places) -> pb.ChatRequest:
     """The request, and where its parts came from. Raises InvalidArgument that names what is wrong, or
     not supported."""
     fields.only(body, KNOWN)
-    _cache_control(body)
-    out = pb.ChatRequest(model=fields.text(body, "model"))
+    out = _conversation(body, places)
     if body.get("max_tokens") is None:
         raise InvalidArgument.at("max_tokens", "is required")
     generation.sampling(
@@ -63,6 +72,19 @@ def read(body: dict[str, Any], places: Places) -> pb.ChatRequest:
         raise InvalidArgument.at("metadata", "an object is needed")
     fields.only(metadata, ("user_id",), "metadata")
     out.user = fields.text(metadata, "user_id", "", "metadata")
+    return out
+
+
+def read_counted(body: dict[str, Any], places: Places) -> pb.ChatRequest:
+    """The request of a body of /v1/messages/count_tokens; as `read` otherwise."""
+    fields.only(body, COUNTED)
+    return _conversation(body, places)
+
+
+def _conversation(body: dict[str, Any], places: Places) -> pb.ChatRequest:
+    """What both have: all that the prompt is made of."""
+    _cache_control(body)
+    out = pb.ChatRequest(model=fields.text(body, "model"))
     system = body.get("system")
     if system:
         said = out.messages.add(role=pb.CHAT_ROLE_SYSTEM)

@@ -170,6 +170,12 @@ _LANGUAGE: dict[str, Any] = {
         ["model", "messages", "max_tokens"],
         more=True,
     ),
+    "/v1/messages/count_tokens": _post(
+        "Count the tokens of a conversation (Anthropic's shape)",
+        {"model": {"type": "string"}, "messages": _MESSAGES},
+        ["model", "messages"],
+        more=True,
+    ),
     "/v1/responses": _post(
         "Answer, and keep the conversation",
         {

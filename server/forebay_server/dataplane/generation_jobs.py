@@ -132,6 +132,20 @@ async def chat_job(access: ModelAccess, call: Call, ask: ChatAsk) -> Job:
     return job
 
 
+async def count_chat(access: ModelAccess, call: Call, ask: ChatAsk) -> tuple[int, int]:
+    """Tokens of a conversation's prompt, and of the model's context. Raises as `chat_job`, except for
+    prompts that are too long, and FailedPrecondition where only the upstream has a tokenizer."""
+    model = await _resolve(access, call, ask)
+    client = cast(GenerationClient, model.client)
+    if not client.engine.capabilities.needs_prompt_ids:
+        raise FailedPrecondition(
+            f"model {model.name!r} has no tokenizer here: only its upstream can count tokens",
+            reason="NO_TOKENIZER",
+        )
+    _check(client, ask, call)
+    return len(await _chat_ids(model, ask, ask.messages)), _context(model)
+
+
 async def completion_job(access: ModelAccess, call: Call, ask: CompleteAsk) -> Job:
     """From texts to requests, one per text."""
     model = await _resolve(access, call, ask)

@@ -9,9 +9,11 @@ from forebay.errors import InvalidArgument
 from forebay.v1 import common_pb2, token_pb2
 
 from forebay_server.core.call import Call
+from forebay_server.dataplane.generation_jobs import count_chat
 from forebay_server.dataplane.models import ModelAccess, ServedModel
 from forebay_server.services.base import Service
 from forebay_server.services.common import served_by
+from forebay_server.services.generation_messages import chat_ask
 
 #: Tasks whose models have a tokenizer; the first one's default model answers an empty name.
 TEXT_TASKS = ("embedding", "text-classification", "rerank", "zero-shot-classification")
@@ -74,6 +76,15 @@ class TokenService(Service):
         call.facts.model, call.facts.version = model.name, model.version
         return token_pb2.CountTokensResponse(
             counts=counts, max_tokens=model.encoder.max_tokens, served_by=served_by(call)
+        )
+
+    async def count_chat_tokens(self, call: Call) -> token_pb2.CountChatTokensResponse:
+        """CountChatTokens."""
+        request = cast(token_pb2.CountChatTokensRequest, call.request).request
+        tokens, context = await count_chat(self._access, call, chat_ask(request, "request."))
+        call.facts.items = 1  # no tokens: those of a prompt are charged where it is answered
+        return token_pb2.CountChatTokensResponse(
+            tokens=tokens, context_length=context, served_by=served_by(call)
         )
 
     async def _model(self, call: Call, ref: str) -> ServedModel:
