@@ -15,7 +15,7 @@ Script = Callable[[list[dict[str, str]]], str]
 class ScriptedUpstream:
     """Answers chats by `script`, which gets the messages; `asked` keeps the last message of each,
     `bodies` the whole requests. With `dies_after` it closes after so many pieces; with `refuses` what it
-    says is a refusal."""
+    says is a refusal, and `then_refuses` is one that comes behind what it says."""
 
     def __init__(self) -> None:
         self.script: Script = lambda messages: "Hello."
@@ -24,6 +24,7 @@ class ScriptedUpstream:
         self.pause_s = 0.0
         self.dies_after: int | None = None
         self.refuses = False
+        self.then_refuses = ""
         self.cut_off = threading.Event()
         upstream = self
 
@@ -41,10 +42,12 @@ class ScriptedUpstream:
                 self.send_header("connection", "close")
                 self.end_headers()
                 self.close_connection = True
-                pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
+                said = "refusal" if upstream.refuses else "content"
+                pieces = [(said, text[i : i + 4]) for i in range(0, len(text), 4)]
+                if upstream.then_refuses:
+                    pieces.append(("refusal", upstream.then_refuses))
                 try:
-                    for piece in pieces[: upstream.dies_after]:
-                        kind = "refusal" if upstream.refuses else "content"
+                    for kind, piece in pieces[: upstream.dies_after]:
                         self.event({"delta": {kind: piece}, "text": piece, "finish_reason": None})
                         time.sleep(upstream.pause_s)
                     if upstream.dies_after is not None:

@@ -17,6 +17,7 @@ from tests.conftest import Live, Start, copy_models
 from tests.integration.language_models import openvino_models
 from tests.integration.random_lm import random_model
 from tests.integration.scripted_upstream import ScriptedUpstream
+from tests.integration.test_gateway import Gateway
 from tests.integration.test_knowledge import create, upload, wait
 from tests.integration.test_upstream import put
 
@@ -63,6 +64,13 @@ def stub(live: Live) -> Stub:
     upload(stub, "office", ("handbook.md", HANDBOOK), ("cats.txt", b"Cats sleep most of the day."))
     wait(stub, "office")
     return stub
+
+
+@pytest.fixture(scope="module")
+def gateway(live: Live) -> Iterator[Gateway]:
+    running = Gateway(live)
+    yield running
+    running.stop()
 
 
 def ask(stub: Stub, question: str, model: str = "far", **fields: Any) -> pb.AskResponse:
@@ -277,3 +285,50 @@ def test_the_tiny_model_answers_from_the_context(
         right += any(c.verified and c.name == f"{thing}.txt" for c in answer.citations)
     assert right >= 2
     live.stop()
+
+
+REFUSAL = "I cannot help with that."
+
+
+@pytest.fixture
+def refusing(upstream: ScriptedUpstream) -> Iterator[None]:
+    script = upstream.script
+    upstream.script, upstream.refuses = lambda messages: REFUSAL, True
+    yield
+    upstream.script, upstream.refuses = script, False
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_refusal_is_said_and_is_no_answer(stub: Stub, gateway: Gateway) -> None:
+    question = "How many days of holiday are there?"
+    answer = ask(stub, question, history=[{"role": "TURN_ROLE_USER", "text": "Hello"}])
+    assert (answer.answer, answer.method) == (REFUSAL, pb.ANSWER_METHOD_REFUSED)
+    assert not answer.citations and not answer.unsupported and answer.sources
+    assert answer.query == question and answer.written_by.model == "far"
+    request = pb.AskStreamRequest(knowledge_base="office", question=question, model="far")
+    events = list(stub.AskStream(request))
+    assert "".join(e.token.text for e in events) == REFUSAL
+    assert events[-1].done.method == pb.ANSWER_METHOD_REFUSED
+    assert not any(e.WhichOneof("event") in ("citation", "unsupported") for e in events)
+    body = {"question": question, "model": "far"}
+    told = gateway.http.post("/api/v1/knowledge/office:ask", json=body).json()
+    assert (told["answer"], told["method"]) == (REFUSAL, "ANSWER_METHOD_REFUSED")
+    streamed = gateway.http.post("/api/v1/knowledge/office:askStream", json=body).text
+    assert '"ANSWER_METHOD_REFUSED"' in streamed
+    item = {"query": question, "answers": ["thirty"]}
+    runs = [{"name": "a", "answer": True, "model": "far"}]
+    asked = json_format.ParseDict({"items": [item], "runs": runs}, pb.EvaluateRequest())
+    asked.knowledge_base = "office"
+    figures = {m.name: m for m in stub.Evaluate(asked).results[0].metrics}
+    assert figures["answered"].value == figures["f1"].value == 0
+    assert figures["faithfulness"].n == 0
+
+
+def test_an_answer_that_ends_in_a_refusal(stub: Stub, upstream: ScriptedUpstream) -> None:
+    upstream.script, upstream.then_refuses = lambda messages: "Thirty days. ", REFUSAL
+    try:
+        answer = ask(stub, "How many days of holiday are there?")
+    finally:
+        upstream.then_refuses = ""
+    assert (answer.answer, answer.method) == ("Thirty days. " + REFUSAL, pb.ANSWER_METHOD_REFUSED)
+    assert [(u.start, u.end) for u in answer.unsupported] == [(0, 12)]

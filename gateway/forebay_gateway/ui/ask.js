@@ -29,6 +29,7 @@ const HOW = {
   ANSWER_METHOD_EXTRACTED: "Extracted: sentences of the documents, word by word",
   ANSWER_METHOD_WRITTEN: "Written by a language model",
   ANSWER_METHOD_NOT_FOUND: "Not in the documents",
+  ANSWER_METHOD_REFUSED: "Refused by the language model",
 };
 const WHY = {
   UNSUPPORTED_REASON_NO_SUCH_SOURCE: "names a source that was not given",
@@ -74,7 +75,8 @@ form.addEventListener("submit", guarded(async () => {
         const by = event.done.written_by ? `: ${event.done.written_by.model}` : "";
         const doubt = said.unsupported.length ? " · underlined words are not supported by the sources" : "";
         note.textContent = `${HOW[event.done.method]}${by} · first words after ${Math.round(first)} ms${doubt}`;
-        if (event.done.method === "ANSWER_METHOD_NOT_FOUND") turn.classList.add("absent");
+        const absent = ["ANSWER_METHOD_NOT_FOUND", "ANSWER_METHOD_REFUSED"];
+        if (absent.includes(event.done.method)) turn.classList.add("absent");
       }
     }
     history.push({ role: "TURN_ROLE_USER", text: question }, { role: "TURN_ROLE_ASSISTANT", text: said.text });

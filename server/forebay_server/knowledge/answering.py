@@ -25,7 +25,7 @@ from forebay_server.knowledge.retrieval import (
 from forebay_server.knowledge.spans import answer_span
 from forebay_server.knowledge.writer import NOT_FOUND, Writer, Written
 
-Method = Literal["extracted", "written", "not_found"]
+Method = Literal["extracted", "written", "not_found", "refused"]
 NOTHING = "The documents do not hold an answer to this question."
 
 
@@ -184,15 +184,29 @@ class Answerer:
         given = found.chunks[: reply.given]
         check = AnswerCheck(given, await self._documents(base, given), base.config.language)
         begun: str | None = ""  # held back while it may become "not in the documents"
+        refused = False
         async with aclosing(self._writer.pieces(call, reply, written)) as pieces:
             async for piece in pieces:
+                if (
+                    piece.refusal and not refused
+                ):  # its own words rest on no source: none is checked
+                    refused = True
+                    for event in [*check.feed(begun or ""), *check.end()]:
+                        yield Token(event) if isinstance(event, str) else event
+                if refused:
+                    yield Token(piece.text)
+                    continue
+                text = piece.text
                 if begun is not None:
-                    begun += piece
+                    begun += text
                     if NOT_FOUND.startswith(begun.strip().rstrip(".")):
                         continue
-                    piece, begun = begun, None
-                for event in check.feed(piece):
+                    text, begun = begun, None
+                for event in check.feed(text):
                     yield Token(event) if isinstance(event, str) else event
+        if refused:
+            yield Done("refused", written)
+            return
         if begun is not None and not begun.strip():  # it said nothing: better the documents' words
             async for event in self._extracted(call, base, question, model, found, written):
                 yield event

@@ -136,9 +136,10 @@ class Evaluator:
                     unsupported.append(event)
                 elif isinstance(event, Done):
                     method = event.method
-        out = {"answered": float(method != "not_found")}
+        answered = method not in ("not_found", "refused")
+        out = {"answered": float(answered)}
         said = " ".join(MARKER.sub("", text).split())
-        if method != "not_found":
+        if answered:
             out["faithfulness"] = faithfulness(text, citations, unsupported)
             texts = [item.query, said]
             model = base.config.embedding_model
@@ -146,7 +147,7 @@ class Evaluator:
             unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
             out["answer_relevance"] = max(0.0, float(unit[0] @ unit[1]))
         if item.answers:
-            given = "" if method == "not_found" else short_answer(said, citations)
+            given = short_answer(said, citations) if answered else ""
             out["exact_match"] = measures.exact_match(given, item.answers)
             out["f1"] = measures.f1(given, item.answers)
         return out

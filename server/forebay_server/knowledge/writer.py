@@ -46,6 +46,14 @@ class Reply:
     given: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a reply goes on with; `refusal`: the model says there why it does not answer."""
+
+    text: str
+    refusal: bool = False
+
+
 class Writer:
     """See the module.
 
@@ -106,7 +114,9 @@ class Writer:
                 turns, question = [], whole
         raise ValueError("an answer needs chunks")
 
-    async def pieces(self, call: Call, reply: Reply, written: Written) -> AsyncGenerator[str, None]:
+    async def pieces(
+        self, call: Call, reply: Reply, written: Written
+    ) -> AsyncGenerator[Piece, None]:
         """The reply, as it comes. What it takes is counted as a call of the language model's own,
         whatever its end."""
         job = reply.job
@@ -115,7 +125,9 @@ class Writer:
             async with aclosing(self._generation.run(job)) as deltas:
                 async for delta in deltas:
                     if delta.text:
-                        yield delta.text
+                        yield Piece(delta.text)
+                    if delta.refusal:
+                        yield Piece(delta.refusal, refusal=True)
         finally:
             written.tally.add(job.tally())
             call.note("part_tokens", written.tally.prompt + written.tally.completion)
@@ -153,7 +165,8 @@ class Writer:
         except InvalidArgument as e:
             raise _misfit(model, e) from e
         async with aclosing(self.pieces(call, reply, written)) as pieces:
-            return "".join([piece async for piece in pieces])
+            # Who refuses says nothing here: the question is searched for as it is.
+            return "".join([piece.text async for piece in pieces if not piece.refusal])
 
     async def _prepare(
         self, call: Call, model: str, messages: list[dict[str, Any]], length: int, given: int = 0

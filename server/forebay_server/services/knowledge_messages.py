@@ -41,6 +41,7 @@ ANSWERS = {
     "extracted": pb.ANSWER_METHOD_EXTRACTED,
     "written": pb.ANSWER_METHOD_WRITTEN,
     "not_found": pb.ANSWER_METHOD_NOT_FOUND,
+    "refused": pb.ANSWER_METHOD_REFUSED,
 }
 JOB_STATUSES = {
     "running": pb.EVALUATION_STATUS_RUNNING,
