@@ -29,6 +29,11 @@ HEADERS = (*FORWARDED.values(), API_KEY, open_inference.HEADER, _ENCODING)
 JSON: Mapping[str, str] = {"content-type": "application/json"}
 
 
+def _as_it_is(status: status_pb2.Status) -> status_pb2.Status:
+    """The words of doors whose fields are the contract's."""
+    return status
+
+
 class _Json:
     """Errors as the contract's doors have them."""
 
@@ -48,11 +53,11 @@ class Contract(_Json):
 
     def read(
         self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
-    ) -> tuple[bytes, Writer]:
+    ) -> tuple[bytes, Writer, rest.Rename]:
         """See forebay_server.transport.http_port.Route."""
         named = dict(zip(self._names, places, strict=True))
         message = rest.with_places(self.method, parse_json(body), named)
-        return message.SerializeToString(), self._write
+        return message.SerializeToString(), self._write, _as_it_is
 
     def _write(self, payload: bytes, request_id: str) -> Written:
         return JSON, response_json(self.method.response, payload)
@@ -66,14 +71,15 @@ class Embeddings(_Json):
 
     def read(
         self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
-    ) -> tuple[bytes, Writer]:
+    ) -> tuple[bytes, Writer, rest.Rename]:
         """See forebay_server.transport.http_port.Route."""
-        message, form = embeddings.read(parse_json(body))
+        value = parse_json(body)
+        message, form = embeddings.read(value)
 
         def write(payload: bytes, request_id: str) -> Written:
             return JSON, dumps(embeddings.listed(twin.EmbedResponse.FromString(payload), form))
 
-        return message.SerializeToString(), write
+        return message.SerializeToString(), write, embeddings.words(value)
 
 
 class Rerank(_Json):
@@ -86,7 +92,7 @@ class Rerank(_Json):
 
     def read(
         self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
-    ) -> tuple[bytes, Writer]:
+    ) -> tuple[bytes, Writer, rest.Rename]:
         """See forebay_server.transport.http_port.Route."""
         message = rerank.read(parse_json(body))
 
@@ -94,7 +100,7 @@ class Rerank(_Json):
             answer = pb.RerankResponse.FromString(payload)
             return JSON, dumps(rerank.listed(answer, message.return_documents, request_id))
 
-        return message.SerializeToString(), write
+        return message.SerializeToString(), write, _as_it_is
 
 
 class Infer:
@@ -107,7 +113,7 @@ class Infer:
 
     def read(
         self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
-    ) -> tuple[bytes, Writer]:
+    ) -> tuple[bytes, Writer, rest.Rename]:
         """See forebay_server.transport.http_port.Route."""
         name, version = (*places, "")[:2]
         size = headers.get(open_inference.HEADER)
@@ -118,7 +124,7 @@ class Infer:
             answer = oip.ModelInferResponse.FromString(payload)
             return open_inference.write_infer(answer, wants_binary, accepted)
 
-        return message.SerializeToString(), write
+        return message.SerializeToString(), write, _as_it_is
 
     def refuse(self, status: status_pb2.Status) -> tuple[int, Mapping[str, str], bytes]:
         """See forebay_server.transport.http_port.Route."""

@@ -389,6 +389,45 @@ def test_openai_batches_of_embeddings_and_completions(client: openai.OpenAI) -> 
     assert done.error_file_id is None
 
 
+def test_a_line_that_is_refused_names_the_field_that_its_door_names(
+    client: openai.OpenAI,
+) -> None:
+    embed: dict[str, Any] = {"model": "minilm-int8"}
+    complete: dict[str, Any] = {"model": "tiny"}
+    named = {"type": "function", "function": {"name": "g"}}
+    tool = {"type": "function", "function": {"name": "f"}}
+    odd = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 5}}}
+    strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": odd}}
+    for url, bodies in {
+        "/v1/embeddings": {
+            "input[1]": {**embed, "input": [[5], [999999]]},
+            "input": {**embed, "input": [999999]},
+            "dimensions": {**embed, "input": "a", "dimensions": 7},
+        },
+        "/v1/completions": {
+            "prompt[1]": {**complete, "prompt": ["a", ""]},
+            "prompt": {**complete, "prompt": ""},
+            "max_tokens": {**complete, "prompt": "a", "max_tokens": 99999},
+        },
+        "/v1/chat/completions": {
+            "max_tokens": asked("a", max_tokens=99999),
+            "max_completion_tokens": asked("a", max_tokens=None, max_completion_tokens=99999),
+            "structured_outputs.regex": asked("a", structured_outputs={"regex": "["}),
+            "tools[0].function.parameters": asked("a", tools=[strict]),
+            "tool_choice.function.name": asked("a", tools=[tool], tool_choice=named),
+        },
+    }.items():
+        done = run(client, [line(name, body, url) for name, body in bodies.items()], url)
+        bad = rows(client, done.error_file_id)
+        for name, body in bodies.items():
+            error = bad[name]["response"]["body"]["error"]
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.post(url.removeprefix("/v1"), body=body, cast_to=object)
+            assert error["param"] == caught.value.param == name
+            told: Any = caught.value.body
+            assert error["message"] == told["message"]
+
+
 def test_openai_errors_name_the_field(client: openai.OpenAI, gateway: Gateway) -> None:
     file = client.files.create(file=("e.jsonl", b"\n"), purpose="batch")
     good: Any = {"input_file_id": file.id, "endpoint": "/v1/embeddings"}

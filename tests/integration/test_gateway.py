@@ -369,6 +369,14 @@ def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="minilm", input="a", dimensions=3)
     assert "384" in str(caught.value)
+    long = "a" * 1_000_001
+    for given, param in ((long, "input"), (["a", long], "input[1]")):
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.moderations.create(model="sentiment", input=given)
+        assert caught.value.param == param
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.embeddings.create(model="minilm", input=given)
+        assert caught.value.param == param
 
 
 def test_base64_and_float_are_the_same_numbers(gateway: Gateway) -> None:

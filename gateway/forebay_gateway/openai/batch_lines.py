@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import orjson
-from forebay.errors import HTTP_BY_CODE, HTTP_BY_REASON, ForebayError, InvalidArgument
+from forebay.errors import (
+    HTTP_BY_CODE,
+    HTTP_BY_REASON,
+    FieldViolation,
+    ForebayError,
+    InvalidArgument,
+    http_error,
+)
 from forebay.twin.v1 import embedding_pb2 as twin
 from forebay.v1 import batch_pb2 as pb
 
-from forebay_gateway import http_errors
+from forebay_gateway import http_errors, rest
 from forebay_gateway.json_codec import dumps
 from forebay_gateway.openai import chat, completions, embeddings, fields, generation
 
@@ -20,6 +27,11 @@ ENDPOINTS: Mapping[str, str] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "complete",
     "/v1/embeddings": "embed",
+}
+_WORDS: Mapping[str, Callable[[dict[str, Any]], rest.Rename]] = {
+    "/v1/chat/completions": chat.words,
+    "/v1/completions": completions.words,
+    "/v1/embeddings": embeddings.words,
 }
 _KNOWN = ("custom_id", "method", "url", "body")
 #: Reasons that OpenAI's own files name in a way of their own.
@@ -82,14 +94,41 @@ def _read(line: bytes, number: int, endpoint: str, item: pb.BatchItem) -> None:
     for name in ("stream", "stream_options"):
         if body.pop(name, None):
             raise InvalidArgument.at(name, "has no meaning in a batch")
-    kind = ENDPOINTS[endpoint]
+    kind, form = ENDPOINTS[endpoint], ""
     if kind == "chat":
         item.chat.CopyFrom(chat.read(body))
     elif kind == "complete":
         item.complete.CopyFrom(completions.read(body))
     else:
-        request, item.note = embeddings.read(body)
+        request, form = embeddings.read(body)
         item.embed.CopyFrom(request)
+    item.note = _note(endpoint, body, form)
+
+
+def _note(endpoint: str, body: Mapping[str, Any], form: str) -> str:
+    """What a result's line needs of its request: where it was sent, the form of its vectors, and which
+    of several words its caller used, as the doors' `words` ask for it."""
+    said = [n for n in ("max_completion_tokens", "structured_outputs") if body.get(n) is not None]
+    for name in ("prompt", "input"):
+        value = body.get(name)
+        if isinstance(value, list) and isinstance(value[0], (str, list)):
+            said.append(name)
+    return orjson.dumps({"endpoint": endpoint, "form": form, "said": said}).decode()
+
+
+def _noted(note: str) -> tuple[str, rest.Rename]:
+    """The form of the vectors, and the words of the request; of notes that are not this door's, too:
+    callers by gRPC write their own."""
+    try:
+        value = orjson.loads(note)
+    except orjson.JSONDecodeError:
+        value = None
+    found = value if isinstance(value, dict) else {}
+    make, said = fields.named(_WORDS, found.get("endpoint")), found.get("said")
+    if make is None or not isinstance(said, list):
+        return ("base64" if note == "base64" else "float"), generation.renamed
+    form = "base64" if found.get("form") == "base64" else "float"
+    return form, make({name: [""] for name in said if isinstance(name, str)})
 
 
 def line(result: pb.BatchResult) -> bytes:
@@ -111,7 +150,7 @@ def line(result: pb.BatchResult) -> bytes:
 
 
 def _body(result: pb.BatchResult, kind: str) -> tuple[int, dict[str, Any]]:
-    created = result.ended_at.seconds
+    created, (form, words) = result.ended_at.seconds, _noted(result.note)
     if kind == "chat":
         return 200, chat.completion(result.chat, created)
     if kind == "complete":
@@ -119,14 +158,13 @@ def _body(result: pb.BatchResult, kind: str) -> tuple[int, dict[str, Any]]:
     if kind == "embed":
         # The same bytes, read without a Python float for each number.
         answer = twin.EmbedResponse.FromString(result.embed.SerializeToString())
-        return 200, embeddings.listed(answer, result.note or "float")
+        return 200, embeddings.listed(answer, form)
     e = result.error
     status, word = HTTP_BY_CODE.get(e.code, HTTP_BY_CODE["INTERNAL"])
-    param = generation.in_words(e.field)
-    error = {
-        "message": e.message.replace(f"{e.field}:", f"{param}:") if e.field else e.message,
-        "type": word,
-        "code": e.reason.lower(),
-        "param": param or None,
-    }
+    message, param = e.message, None
+    if e.field:
+        named = InvalidArgument(FieldViolation(e.field, ""), message=e.message).to_status()
+        told = http_error(words(named))
+        message, param = told.message, told.param
+    error = {"message": message, "type": word, "code": e.reason.lower(), "param": param}
     return HTTP_BY_REASON.get(e.reason, status), {"error": error}

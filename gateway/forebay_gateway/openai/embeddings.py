@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from forebay.v1 import embedding_pb2 as pb
 from starlette.requests import Request
 from starlette.responses import Response
 
+from forebay_gateway import rest
 from forebay_gateway.json_codec import dumps, parse_json
-from forebay_gateway.openai import fields
+from forebay_gateway.openai import fields, generation
 from forebay_gateway.upstream import Upstream
 
 EMBED = methods()["/forebay.v1.EmbeddingService/Embed"]
 KNOWN = ("input", "model", "encoding_format", "dimensions", "user")
+_IDS = re.compile(r"^(input\[\d+\])\.ids")
 
 
 def endpoint(upstream: Upstream) -> Any:
@@ -27,11 +30,27 @@ def endpoint(upstream: Upstream) -> Any:
     async def embeddings(request: Request) -> Response:
         body = parse_json(await upstream.body(request))
         message, form = read(body)
+        request.state.rename = words(body)
         data, headers = await upstream.unary(EMBED, request, message.SerializeToString())
         out = listed(twin.EmbedResponse.FromString(data), form)
         return Response(dumps(out), media_type="application/json", headers=headers)
 
     return embeddings
+
+
+def words(body: dict[str, Any]) -> rest.Rename:
+    """The contract's field paths in the words of this body."""
+    value = body.get("input")
+    if isinstance(value, list) and isinstance(value[0], (str, list)):
+        paths = (("texts", "input"), ("token_ids", "input"))
+    else:
+        names = ("texts[0]", "texts", "token_ids[0].ids", "token_ids[0]", "token_ids")
+        paths = tuple((name, "input") for name in names)
+
+    def rename(path: str) -> str:
+        return _IDS.sub(r"\1", generation.in_words(path, paths))
+
+    return lambda status: generation.rewritten(status, rename)
 
 
 def read(body: dict[str, Any]) -> tuple[pb.EmbedRequest, str]:

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from forebay_gateway.json_codec import dumps, parse_json
-from forebay_gateway.openai import fields
+from forebay_gateway.openai import fields, generation
 from forebay_gateway.upstream import Upstream
 
 CLASSIFY = methods()["/forebay.v1.ClassificationService/Classify"]
@@ -34,6 +34,9 @@ def endpoint(upstream: Upstream, flagged: Collection[str]) -> Any:
         fields.only(body, ("input", "model"))
         if isinstance(body.get("input"), list) and any(isinstance(v, dict) for v in body["input"]):
             raise InvalidArgument.at("input", "must be text: images are not supported here")
+        single = isinstance(body.get("input"), str)
+        paths = ((("texts[0]", "input"),) if single else ()) + (("texts", "input"),)
+        request.state.rename = lambda status: generation.renamed(status, paths)
         message = pb.ClassifyRequest(
             model=fields.text(body, "model", ""), texts=fields.texts(body, "input")
         )

@@ -33,6 +33,8 @@ log = logging.getLogger("forebay.transport")
 Answer = tuple[int, list[tuple[str, str]], bytes]
 #: From a response's bytes and the request's id to headers and body.
 Writer = Callable[[bytes, str], tuple[Mapping[str, str], bytes]]
+#: An error's status with the contract's field paths in the words of the request that it answers.
+Rename = Callable[[status_pb2.Status], status_pb2.Status]
 #: The extension's key for the answer to a body that is too large; the others are gRPC's codes.
 _TOO_LARGE = 0
 
@@ -45,8 +47,8 @@ class Route(Protocol):
 
     def read(
         self, body: bytes, places: Sequence[str], headers: Mapping[str, str]
-    ) -> tuple[bytes, Writer]:
-        """The call's message, and what writes its answer.
+    ) -> tuple[bytes, Writer, Rename]:
+        """The call's message, what writes its answer, and what puts its errors into its words.
 
         Args:
             places: what stands in the path's places.
@@ -124,17 +126,20 @@ class HttpPort:
 class Direct:
     """What the transport keeps of a call that came by HTTP; the call's `origin`."""
 
-    __slots__ = ("native", "places", "route", "write")
+    __slots__ = ("native", "places", "rename", "route", "write")
 
     def __init__(self, native: Any, route: Route, places: Sequence[str]) -> None:
         self.native = native
         self.route = route
         self.places = places
         self.write: Writer | None = None
+        self.rename: Rename | None = None
 
     def read(self, call: Call) -> None:
         """Put the method's message in the place of the body. Raises ForebayError."""
-        call.message, self.write = self.route.read(call.message, self.places, call.metadata)
+        call.message, self.write, self.rename = self.route.read(
+            call.message, self.places, call.metadata
+        )
 
     def answer(self, call: Call, returned: Callable[[str], object]) -> Answer:
         """What goes to the client."""
@@ -146,7 +151,8 @@ class Direct:
             except Exception:
                 log.exception("writing an answer of %s failed", self.route.path)
         error: ForebayError = call.error or Internal("the answer could not be written")
-        status, more, body = self.route.refuse(error.to_status())
+        told = error.to_status()
+        status, more, body = self.route.refuse(self.rename(told) if self.rename else told)
         return status, [*headers, *more.items()], body
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from forebay.errors import InvalidArgument, http_error
+from forebay.v1 import batch_pb2
 from forebay_gateway.anthropic import requests
 from forebay_gateway.anthropic.places import Places
-from forebay_gateway.openai import batch_lines, chat, completions, responses
+from forebay_gateway.openai import batch_lines, chat, completions, embeddings, responses
 
 USER = {"role": "user", "content": "Hello"}
 
@@ -158,6 +159,35 @@ def test_the_servers_paths_are_in_the_words_of_a_completion(
 ) -> None:
     status = completions.words({"prompt": prompt})(InvalidArgument.at(contract, "x").to_status())
     assert http_error(status).param == path
+
+
+@pytest.mark.parametrize(
+    ("given", "contract", "path"),
+    [
+        ("a", "texts[0]", "input"),
+        (["a"], "texts[0]", "input[0]"),
+        (["a"], "texts", "input"),
+        ([5, 6], "token_ids[0].ids", "input"),
+        ([5, 6], "token_ids[0].ids[1]", "input[1]"),
+        ([[5], [6]], "token_ids[1].ids", "input[1]"),
+        ("a", "dimensions", "dimensions"),
+    ],
+)
+def test_the_servers_paths_are_in_the_words_of_embeddings(
+    given: Any, contract: str, path: str
+) -> None:
+    status = embeddings.words({"input": given})(InvalidArgument.at(contract, "x").to_status())
+    assert http_error(status).param == path
+
+
+@pytest.mark.parametrize("note", ["", "float", "5", "[]", '{"endpoint": [], "said": 5}', "{"])
+def test_a_result_with_a_note_of_somebody_elses(note: str) -> None:
+    result = batch_pb2.BatchResult(note=note)
+    result.error.code, result.error.field, result.error.message = (
+        "INVALID_ARGUMENT", "sampling.top_p", "sampling.top_p: is 5"
+    )  # fmt: skip
+    error = json.loads(batch_lines.line(result))["response"]["body"]["error"]
+    assert (error["param"], error["message"]) == ("top_p", "top_p: is 5")
 
 
 def test_the_servers_paths_are_in_the_words_of_a_message() -> None:
