@@ -369,6 +369,43 @@ def test_a_cancelled_stream_stops_the_work_and_is_counted(
     assert prompt + seen <= after - before < prompt + 1500
 
 
+def test_who_leaves_while_it_waits_is_charged_nothing(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    live = start(random_openvino(tmp_path_factory.mktemp("models"), running=1))
+    stub = rpc.GenerationServiceStub(live.channel)
+    usage = usage_pb2_grpc.UsageServiceStub(live.channel)
+    long = user("Count to 30", max_tokens=1500)
+    long.sampling.ignore_eos = True
+    first = stub.ChatStream(pb.ChatStreamRequest(request=long))
+    next(e for e in first if e.text.tokens)
+    client = live.server.repository.pool.loaded[("tiny", 1)].client
+    waiting = user("Hello", n=2)
+    waiting.user = "left"
+    call = stub.Chat.future(waiting)
+    prompts = pb.CompleteRequest(prompts=["a", "b"], user="left")
+    stream = stub.CompleteStream(pb.CompleteStreamRequest(request=prompts))
+    deadline = time.monotonic() + 10
+    while client.gate.waiting < 3:
+        assert time.monotonic() < deadline and first.is_active()
+        time.sleep(0.01)
+    call.cancel()
+    stream.cancel()
+    waiting.user = "late"
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Chat(waiting, timeout=0.3)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    rows: list[Any] = []
+    while sum(r.counters.calls for r in rows) < 3:
+        assert time.monotonic() < deadline and first.is_active()
+        found = usage.ListUsage(usage_pb2.ListUsageRequest(model="tiny")).rows
+        rows = [r for r in found if r.user]
+    first.cancel()
+    for row in rows:
+        c = row.counters
+        assert (c.items, c.tokens, c.cost, c.engine_ms) == (0, 0, 0, 0), row
+
+
 def test_a_request_id_that_is_given_twice_mixes_nothing_up(
     stub: rpc.GenerationServiceStub,
 ) -> None:

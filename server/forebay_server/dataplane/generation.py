@@ -119,13 +119,12 @@ class GenerationPipeline:
             raise
         finally:
             tally = job.tally()
-            facts.items = job.answers
+            facts.items = job.begun  # who left while all waited has taken nothing
             facts.tokens = tally.prompt + tally.completion
             facts.cached = 0
-            facts.queue_s = job.queue_s
-            facts.compute_s = facts.engine_s = max(
-                0.0, time.monotonic() - call.started - job.queue_s
-            )
+            whole = time.monotonic() - call.started
+            facts.queue_s = job.queue_s or (job.waited_s if job.begun else whole)
+            facts.compute_s = facts.engine_s = max(0.0, whole - facts.queue_s)
             money = _money(prices, tally.prompt, tally.cached, tally.completion)
             call.note("cost", money)
             self._meter.ended(model.name, tally, reason)
@@ -215,6 +214,9 @@ class GenerationPipeline:
                     job.call.background,
                 )
             )
+            if not job.begun:
+                job.waited_s = time.monotonic() - job.call.started
+            job.begun += request.sampling.n
             job.client.statistics.queue.add(time.monotonic() - started)
             self._meter.queued(name, time.monotonic() - started)
             stream = job.client.engine.generate(request)

@@ -78,7 +78,8 @@ class CompleteAsk(Ask):
 @dataclass(slots=True)
 class Job:
     """Requests that are ready to run. `prompts` are their texts, for echoes; `limited` says that
-    the caller gave `max_tokens`; `cache` is the caller's word on the response cache."""
+    the caller gave `max_tokens`; `cache` is the caller's word on the response cache; `begun` counts
+    answers whose turn has come, the first of them `waited_s` after the call's start."""
 
     call: Call
     model: ServedModel
@@ -87,6 +88,8 @@ class Job:
     dropped_messages: int = 0
     prompts: list[str] = field(default_factory=list)
     queue_s: float = 0.0
+    begun: int = 0
+    waited_s: float = 0.0
     limited: bool = False
     cache: bool | None = None
 
