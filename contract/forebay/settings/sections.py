@@ -92,7 +92,7 @@ class GrpcSettings(PortSettings):
     )
     ingest_threads: int = Field(default=1, ge=1, le=64)
     transport_threads: int = Field(default=1, ge=1, le=64, description="of the fast lane")
-    max_connections: int = Field(default=4096, ge=1)
+    max_connections: int = Field(default=4096, ge=1, description="of the fast lane")
     max_streams: int = Field(default=1024, ge=1, description="calls in progress per connection")
     max_header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
     max_waiting_calls: int = Field(default=16384, ge=1)

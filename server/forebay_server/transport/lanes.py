@@ -143,6 +143,9 @@ class Lanes:
 
     def _options(self) -> list[tuple[str, int]]:
         s = self._settings
+        alone = self.lane == "ordinary"
+        # The fast lane has looked already, and adds a caller's address.
+        header_bytes = s.max_header_bytes + (0 if alone else 1024)
         options = [
             ("grpc.max_receive_message_length", s.max_message_bytes),
             ("grpc.max_send_message_length", -1),
@@ -152,8 +155,13 @@ class Lanes:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 1000),
             ("grpc.so_reuseport", 0),
+            # The first alone is where gRPC begins to refuse some, by chance.
+            ("grpc.max_metadata_size", header_bytes),
+            ("grpc.absolute_max_metadata_size", header_bytes),
         ]
-        if s.max_connection_age_s and self.lane == "ordinary":
+        if alone:
+            options.append(("grpc.max_concurrent_streams", s.max_streams))
+        if s.max_connection_age_s and alone:
             options.append(("grpc.max_connection_age_ms", int(s.max_connection_age_s * 1000)))
             options.append(("grpc.max_connection_age_grace_ms", int(s.drain_s * 1000)))
         return options
