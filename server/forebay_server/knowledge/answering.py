@@ -187,10 +187,8 @@ class Answerer:
         refused = False
         async with aclosing(self._writer.pieces(call, reply, written)) as pieces:
             async for piece in pieces:
-                if (
-                    piece.refusal and not refused
-                ):  # its own words rest on no source: none is checked
-                    refused = True
+                if piece.refusal and not refused:
+                    refused = True  # its own words rest on no source: none is checked
                     for event in [*check.feed(begun or ""), *check.end()]:
                         yield Token(event) if isinstance(event, str) else event
                 if refused:
