@@ -45,3 +45,20 @@ fn varint(data: &mut &[u8]) -> Option<u64> {
     }
     None
 }
+
+/// Many times the bytes, each time with three of them changed: what readers must survive.
+#[cfg(test)]
+pub fn mutations(data: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..20_000).map(move |_| {
+        let mut changed = data.to_vec();
+        for _ in 0..3 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let at = (state >> 8) as usize % changed.len();
+            changed[at] = state as u8;
+        }
+        changed
+    })
+}
