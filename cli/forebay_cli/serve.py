@@ -35,7 +35,7 @@ def http_port(settings: Settings) -> HttpPort | None:
         routes=direct.routes(),
         forwarded=direct.HEADERS,
         returned=direct.returned,
-        aside=direct.aside(bool(http.cors_origins)),
+        aside=direct.ASIDE,
         max_body_bytes=http.max_body_bytes,
         timeout_s=http.timeout_s,
         idle_timeout_s=http.idle_timeout_s,

@@ -42,6 +42,7 @@ from forebay_gateway.openai import (
 )
 from forebay_gateway.openai.generation import renamed
 from forebay_gateway.openai.paths import PATHS
+from forebay_gateway.origins import Origins
 from forebay_gateway.route_table import Doors, RouteTable
 from forebay_gateway.upstream import Upstream
 
@@ -155,6 +156,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_exception(table))  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _our_fault)
     app.add_middleware(Doors, table=table)
+    app.add_middleware(Origins, allowed=settings.cors_origins)
     app.add_middleware(Measured, registry=registry)
     if settings.cors_origins:
         app.add_middleware(

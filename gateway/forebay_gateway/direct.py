@@ -26,6 +26,8 @@ Writer = Callable[[bytes, str], Written]
 _ENCODING = "accept-encoding"
 #: Headers that become metadata of the calls: the gateway's, and what the Open Inference Protocol reads.
 HEADERS = (*FORWARDED.values(), API_KEY, open_inference.HEADER, _ENCODING)
+#: Headers whose requests are the gateway's: compressed bodies, and what browsers send for pages.
+ASIDE = ("content-encoding", "origin")
 JSON: Mapping[str, str] = {"content-type": "application/json"}
 
 
@@ -141,8 +143,3 @@ def routes() -> list[Contract | Embeddings | Rerank | Infer]:
 def returned(name: str) -> bool:
     """Whether a call's trailer becomes a header of the answer."""
     return RETURNED.fullmatch(name) is not None
-
-
-def aside(cors: bool) -> tuple[str, ...]:
-    """Headers whose requests are the gateway's: compressed bodies, and pages of other origins."""
-    return ("content-encoding", "origin") if cors else ("content-encoding",)

@@ -170,6 +170,21 @@ def test_both_doors_say_the_same(doors: tuple[Gateway, Gateway], case: str) -> N
     assert first == second
 
 
+def test_pages_of_other_sites_have_nothing_done(doors: tuple[Gateway, Gateway]) -> None:
+    for door in doors:
+        own = str(door.http.base_url).rstrip("/")
+        for origin, status in (
+            (own, 200),
+            ("https://app.example", 200),
+            ("https://evil.example", 403),
+        ):
+            # As a browser sends it without asking first.
+            headers = {"origin": origin, "content-type": "text/plain"}
+            answer = door.http.post(EMBED, content=TEXTS, headers=headers)
+            assert answer.status_code == status, (origin, answer.text)
+        assert answer.json()["error"]["code"] == "origin_not_allowed"
+
+
 def test_the_routes_are_those_of_batched_methods() -> None:
     paths = {r.path for r in direct.routes()}
     assert {PREDICT, EMBED, "/v1/embeddings", "/v1/rerank", "/v2/models/{name}/infer"} <= paths
