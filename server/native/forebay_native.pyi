@@ -69,7 +69,7 @@ class Server:
         max_age_s: float,
         age_grace_s: float,
         receive_timeout_s: float,
-        overload: tuple[str, bytes],
+        overload: tuple[str, bytes, float],
         too_large: bytes,
         tls: tuple[bytes, bytes, bytes | None] | None = None,
         http: Mapping[str, object] | None = None,
@@ -116,6 +116,7 @@ class Server:
         by_size: bool,
         message: str,
         details: bytes,
+        retry_s: float,
     ) -> None:
         """For so long, refuse (RESOURCE_EXHAUSTED, with the details) calls of the same method whose
         telling fields say the same, if no more than `within_s` is left until their deadline, and if

@@ -29,6 +29,7 @@ from forebay_server.transport.http_port import Direct, HttpPort
 from forebay_server.transport.inbox import MAX_TAKE
 from forebay_server.transport.pipeline import (
     REQUEST_ID,
+    TOO_MANY_RETRY_S,
     Pipeline,
     too_late,
     too_many,
@@ -115,7 +116,7 @@ class FastLane:
                 max_age_s=settings.max_connection_age_s,
                 age_grace_s=settings.drain_s,
                 receive_timeout_s=settings.receive_timeout_s,
-                overload=(full.message, full.to_status().SerializeToString()),
+                overload=(full.message, full.to_status().SerializeToString(), TOO_MANY_RETRY_S),
                 too_large=_too_large(settings.max_message_bytes),
                 tls=tls.read() if tls is not None else None,
                 http=http.config() if http is not None else None,
@@ -254,6 +255,7 @@ class FastLane:
                     error.by_size,
                     error.message,
                     error.to_status().SerializeToString(),
+                    error.retry_after_s or 0.0,
                 )
 
     def _count_refusals(self) -> None:

@@ -23,6 +23,13 @@ log = logging.getLogger("forebay.transport")
 
 #: The trailer that every call ends with.
 REQUEST_ID = "x-request-id"
+#: The trailer that tells a client's retry policy after how many milliseconds to try again; -1: never.
+#: Clients do not look at RetryInfo by themselves. https://github.com/grpc/proposal/blob/master/A6-client-retries.md
+PUSHBACK = "grpc-retry-pushback-ms"
+#: Seconds; a client's library should not stand still for longer than this: whoever calls may decide.
+MAX_PUSHBACK_S = 10.0
+#: Seconds after which to come again where too much waits for a number to be known.
+TOO_MANY_RETRY_S = 0.1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -135,10 +142,21 @@ def too_late(call: Call) -> DeadlineExceeded | None:
 
 def too_many() -> QueueFull:
     """The error of calls that are refused before any stage, because too much waits."""
-    return QueueFull("too many calls wait; try again soon", retry_after_s=0.1)
+    return QueueFull("too many calls wait; try again soon", retry_after_s=TOO_MANY_RETRY_S)
 
 
 def trailers_of(call: Call) -> list[tuple[str, str]]:
     """All metadata for the end of a call."""
     own = [(REQUEST_ID, call.request_id)] if call.request_id else []
+    if call.error is not None:
+        own += _pushback(call.error, call.deadline)
     return [*own, *call.trailers]
+
+
+def _pushback(error: ForebayError, deadline: float | None) -> list[tuple[str, str]]:
+    """What a client's retry policy hears, where it would not know better."""
+    wait = error.retry_after_s
+    if wait is None:  # UNAVAILABLE may pass at any time, what is spent or too large stays so
+        return [(PUSHBACK, "-1")] if error.code == "RESOURCE_EXHAUSTED" else []
+    left = MAX_PUSHBACK_S if deadline is None else min(MAX_PUSHBACK_S, deadline - time.monotonic())
+    return [(PUSHBACK, str(max(1, round(wait * 1000))) if wait < left else "-1")]

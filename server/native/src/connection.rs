@@ -30,7 +30,7 @@ use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal, streamed};
 use crate::server::{self, Phase, Shared};
-use crate::status::{Code, Refusal};
+use crate::status::{Code, PUSHBACK, Refusal};
 use crate::stream::{LATE_GRACE, Stream};
 
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -159,7 +159,8 @@ async fn route(
     match fast(method, body, &head.headers, shared, callers).await {
         Ok(response) => response,
         Err(mut error) => {
-            if error.code == Code::ResourceExhausted {
+            let exhausted = error.code == Code::ResourceExhausted;
+            if exhausted {
                 if error.details.is_empty() {
                     // Of such refusals only that of a message beyond the limit has none yet.
                     error = error.with_details(&shared.config.too_large);
@@ -168,6 +169,10 @@ async fn route(
                 }
             }
             let mut trailers = error.trailers();
+            if exhausted {
+                let left = metadata::timeout(&head.headers);
+                trailers.insert(PUSHBACK, error.pushback(left));
+            }
             if let Some(id) = metadata::request_id(&head.headers) {
                 trailers.insert(metadata::REQUEST_ID, id.clone());
             }

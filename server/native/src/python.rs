@@ -161,7 +161,7 @@ impl PyServer {
         max_age_s: f64,
         age_grace_s: f64,
         receive_timeout_s: f64,
-        overload: (String, Vec<u8>),
+        overload: (String, Vec<u8>, f64),
         too_large: Vec<u8>,
         tls: Option<PyPem>,
         http: Option<http::PyHttp>,
@@ -195,6 +195,7 @@ impl PyServer {
                 code: Code::ResourceExhausted,
                 message: overload.0,
                 details: overload.1,
+                retry: Duration::try_from_secs_f64(overload.2).ok(),
             },
             too_large,
             http: http.map(http::PyHttp::config).transpose()?,
@@ -346,6 +347,7 @@ impl PyServer {
         by_size: bool,
         message: String,
         details: Vec<u8>,
+        retry_s: f64,
     ) {
         let like_it = Holds {
             time: Duration::try_from_secs_f64(hold_s).unwrap_or_default(),
@@ -357,6 +359,7 @@ impl PyServer {
             code: Code::ResourceExhausted,
             message,
             details,
+            retry: Duration::try_from_secs_f64(retry_s).ok(),
         };
         let (shed, inbox) = (&self.server.shared.shed, &self.server.shared.inbox);
         let Some(alike) = shed.refuse(&call.call, like_it, refusal.clone()) else {

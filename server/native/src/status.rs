@@ -1,5 +1,7 @@
 //! Status codes, and how a status looks on the wire.
 
+use std::time::Duration;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -8,6 +10,8 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 pub const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 pub const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 pub const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+/// Milliseconds after which a client's retry policy tries again; -1: not at all.
+pub const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 /// What gRPC does not let stand as it is; all that is not ASCII is escaped too.
 const ESCAPED: &AsciiSet = &CONTROLS.add(b'%').add(0x7f);
 
@@ -29,6 +33,8 @@ pub struct Refusal {
     pub message: String,
     /// A serialised google.rpc.Status; may be empty.
     pub details: Vec<u8>,
+    /// After how long the call may come again.
+    pub retry: Option<Duration>,
 }
 
 impl Refusal {
@@ -37,6 +43,7 @@ impl Refusal {
             code,
             message: message.to_owned(),
             details: Vec::new(),
+            retry: None,
         }
     }
 
@@ -62,6 +69,17 @@ impl Refusal {
             &self.details,
             HeaderMap::new(),
         )
+    }
+
+    /// What a call that has so much time is told of when to come again: not at all where it would be too
+    /// late by then, or where the refusal would stay the same.
+    pub fn pushback(&self, left: Option<Duration>) -> HeaderValue {
+        match self.retry {
+            Some(wait) if left.is_none_or(|left| wait < left) => {
+                HeaderValue::from(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1))
+            }
+            _ => HeaderValue::from_static("-1"),
+        }
     }
 }
 
@@ -94,6 +112,18 @@ mod tests {
             let expected = [&[8, 8, 0x12], length, text.as_bytes()].concat();
             assert_eq!(refusal.details, expected);
         }
+    }
+
+    #[test]
+    fn who_would_come_again_too_late_is_told_not_to() {
+        let mut full = Refusal::new(Code::ResourceExhausted, "full");
+        assert_eq!(full.pushback(None), "-1");
+        full.retry = Some(Duration::from_millis(100));
+        assert_eq!(full.pushback(None), "100");
+        assert_eq!(full.pushback(Some(Duration::from_millis(101))), "100");
+        assert_eq!(full.pushback(Some(Duration::from_millis(100))), "-1");
+        full.retry = Some(Duration::ZERO);
+        assert_eq!(full.pushback(None), "1", "0 would be at once");
     }
 
     #[test]

@@ -45,7 +45,7 @@ def serving(*addresses: str, **more: Any) -> Iterator[forebay_native.Server]:
         "max_age_s": 0.0,
         "age_grace_s": 5.0,
         "receive_timeout_s": 5.0,
-        "overload": ("full", b""),
+        "overload": ("full", b"", 0.1),
         "too_large": b"",
     }
     methods = [(METHOD, [1], False)]
@@ -147,7 +147,7 @@ def test_what_waits_is_refused_by_what_is_said_of_it_alone() -> None:
             return arrival[0], call
 
         def refuse(call: Any, hold_s: float) -> None:
-            server.refuse_alike(call, hold_s, hold_s / 100, None, False, "full", b"\x08\x08")
+            server.refuse_alike(call, hold_s, hold_s / 100, None, False, "full", b"\x08\x08", 0.1)
 
         refuse(taken("b")[0], 0.2)
         full, _ = taken("a")
