@@ -165,9 +165,8 @@ class RequestQueue:
                 full.within_s = took / MOST_OF_DEADLINE
                 return full
         before = self.waiting_rows
-        if (
-            2 * before > policy.max_queue_size
-        ):  # emptier, the engine keeps up: it may take those first
+        # Emptier, the engine keeps up: it may take those first.
+        if 2 * before > policy.max_queue_size:
             before += ahead
         if before and before + rows > policy.max_queue_size:
             full = QueueFull(

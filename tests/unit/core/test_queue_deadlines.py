@@ -7,7 +7,7 @@ import pytest
 from forebay.errors import QueueFull
 from forebay_server.core.completion import RequestCompletion
 from forebay_server.core.interfaces import BatchPolicy, EngineRequest, Item, TokenInput
-from forebay_server.core.queue import MOST_OF_DEADLINE, RequestQueue
+from forebay_server.core.queue import GAP_SHARE, MOST_OF_DEADLINE, RequestQueue
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,6 +101,33 @@ def test_a_refusal_says_for_whom_else_it_holds(queue: RequestQueue) -> None:
     full = small.refusal(2, None, RATE, 0.0)
     assert full is not None and full.by_size and full.within_s is None
     assert small.refusal(1, None, RATE, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "holds_s"), [(1000, 0.1), (8000, 0.0625), (100_000, 0.025), (0, 0.025)]
+)
+def test_a_refusal_holds_for_half_of_what_waits(rate: float, holds_s: float) -> None:
+    """A tenth of a second at most, and a fortieth where it is little or unknown."""
+    queue = RequestQueue(BatchPolicy(max_batch_tokens=500, max_queue_size=10))
+    for _ in range(10):
+        queue.push(completion(100), rate, 0.0)
+    full = queue.refusal(1, None, rate, 0.0)
+    assert full is not None and full.holds_s == pytest.approx(holds_s)
+    late = queue.refusal(1, 1e-3, rate, 0.0)
+    assert late is not None and late.holds_s == pytest.approx(holds_s)
+
+
+def test_calls_come_in_after_a_hold_no_faster_than_engines_take_them() -> None:
+    queue = RequestQueue(BatchPolicy(max_batch_tokens=500, max_queue_size=10))
+    for _ in range(10):
+        queue.push(completion(100), RATE, 0.0)
+    one, two = (queue.refusal(rows, None, RATE, 0.0) for rows in (1, 2))
+    assert one is not None and two is not None
+    assert one.gap_s == pytest.approx(GAP_SHARE * 0.1), "ten rows take a second"
+    assert two.gap_s == pytest.approx(2 * one.gap_s)
+    assert one.retry_after_s == 1.0
+    unknown = queue.refusal(1, None, 0.0, 0.0)
+    assert unknown is not None and (unknown.gap_s, unknown.retry_after_s) == (0.0, 1.0)
 
 
 def test_rows_that_are_about_to_come_count_in_a_queue_that_is_rather_full() -> None:
