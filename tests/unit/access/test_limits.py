@@ -170,7 +170,11 @@ def test_headers_say_limit_remaining_and_reset() -> None:
         "x-ratelimit-remaining-tokens": "60",
         "x-ratelimit-reset-tokens": "0s",
     }
-    for _ in range(3):
+    limiter.release("k", limits, 15)
+    after = dict(acquire(limiter, "k", limits).headers())
+    assert after["x-ratelimit-remaining-tokens"] == "45"
+    assert after["x-ratelimit-reset-tokens"] == "15s", "a token comes back each second"
+    for _ in range(2):
         acquire(limiter, "k", limits)
     with pytest.raises(LimitSpent) as e:
         acquire(limiter, "k", limits)
