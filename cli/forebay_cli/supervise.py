@@ -7,8 +7,9 @@ A process's standard input is a pipe whose other end is here alone: a line on it
 is near (see supervised), and its end, that this process is gone, by kill -9 too.
 
 SPEC is JSON: `commands` (lists of arguments, in the order of their start; ended in reverse),
-`environment`, `patience_s` (from a signal to SIGKILL), `ready` (arguments of `answers`), `said` (printed
-when `ready` answers), `since` (seconds of the monotonic clock), `remove` (a folder, at the end).
+`environment`, `door` (the address that the server closes when the end is near), `patience_s` (from a
+signal to SIGKILL), `ready` (arguments of `answers`), `said` (printed when `ready` answers), `since`
+(seconds of the monotonic clock), `remove` (a folder, at the end).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import sys
 import time
 
 READY_TIMEOUT_S = 300.0
+#: For the server to close its HTTP port; a server that starts may take longer than is worth waiting.
+CLOSED_TIMEOUT_S = 2.0
 POLL_S = 0.1
 #: What tells a process that it will be ended soon: who balances is to send no more calls.
 LEAVE = b"leave\n"
@@ -62,6 +65,14 @@ def answers(address: str, path: str = "", tls: bool = False) -> bool:
             s.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
             return s.recv(64).split(b" ")[1:2] == [b"200"]
     return False
+
+
+def closed(address: str) -> None:
+    """Wait until nobody listens there, CLOSED_TIMEOUT_S at most: requests that still came in would find
+    their gateway gone."""
+    ends = time.monotonic() + CLOSED_TIMEOUT_S
+    while time.monotonic() < ends and answers(address):
+        time.sleep(POLL_S / 10)
 
 
 def connected(address: str) -> socket.socket:
@@ -125,6 +136,8 @@ def main() -> int:
     # Health says NOT_SERVING from now on, and not only once the server's own turn has come.
     for process in processes:
         tell(process, LEAVE)
+    if spec.get("door"):
+        closed(spec["door"])
     # The gateway first, all its workers at once: their calls in flight need the server.
     for process in processes[1:]:
         if process.poll() is None:

@@ -58,6 +58,7 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
             **sockets,
         },
         "remove": folder,
+        "door": f"{settings.http.host}:{http_port}" if "FOREBAY_HTTP__GATEWAY" in sockets else "",
         "patience_s": settings.grpc.drain_s + SLACK_S,
         "ready": ready,
         "said": "\n".join([*said, "Ctrl-C drains and stops."]),

@@ -265,8 +265,10 @@ class Server:
         await self.lanes.wait()
 
     async def leave(self) -> None:
-        """Say NOT_SERVING, for good, and serve on: balancers take their calls elsewhere meanwhile."""
+        """Say NOT_SERVING, for good, and serve gRPC on: balancers take their calls elsewhere meanwhile.
+        HTTP is closed to new requests: the gateway that most of them need drains now."""
         await self._health.enter_graceful_shutdown()
+        self.lanes.leave()
 
     async def stop(self) -> None:
         """Say NOT_SERVING, let running calls end, then close everything."""

@@ -129,6 +129,9 @@ class Server:
         self, certificate: bytes, key: bytes, client_ca: bytes | None = None, *, http: bool = False
     ) -> None:
         """For connections from now on, of the gRPC port or of that of HTTP. Raises ValueError, and keeps the old ones."""
+    def drain_http(self) -> None:
+        """Stop listening for HTTP, and end its connections as soon as they have no request. gRPC goes
+        on. Idempotent."""
     def drain(self, timeout_s: float) -> bool:
         """Stop listening, send GOAWAY, wait for running calls. True when all connections ended."""
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 import trustme
 from forebay.v1 import model_pb2, model_pb2_grpc
@@ -29,6 +31,10 @@ from typer.testing import CliRunner
 from tests.conftest import copy_models
 
 pytestmark = pytest.mark.timeout(120)
+EXTENDED = pytest.mark.skipif(
+    importlib.util.find_spec("forebay_native") is None,
+    reason="the extension forebay_native is not built (cargo is needed)",
+)
 
 
 def test_workers_share_the_port_and_count_together(starters: Path, tmp_path: Path) -> None:
@@ -205,6 +211,30 @@ def test_health_says_at_once_that_it_leaves_and_calls_are_answered_meanwhile(
             assert answer.models[0].name == "iris"
             assert process.poll() is None
         assert process.wait(60) == 0
+
+
+@EXTENDED
+def test_http_is_closed_before_its_gateway_leaves(starters: Path, tmp_path: Path) -> None:
+    """Not one request more finds the server there and the gateway gone: a balancer takes it elsewhere."""
+    seen: list[int] = []
+
+    def asked(client: httpx.Client) -> bool:
+        try:
+            seen.append(client.get("/api/v1/models").status_code)
+        except httpx.TransportError:
+            return False
+        return True
+
+    with up(starters, tmp_path) as (process, url), httpx.Client(base_url=url) as kept:
+        assert asked(kept)
+        with kept.stream("GET", "/api/v1/models:watch", timeout=30) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.terminate()
+            until(lambda: not asked(kept))
+            assert process.poll() is None  # the stream goes on
+        assert process.wait(60) == 0
+    assert set(seen) == {200}
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -139,6 +139,10 @@ class FastLane:
         for thread in self._threads:
             thread.start()
 
+    def leave(self) -> None:
+        """Take no more HTTP connections, and end those that there are after their requests."""
+        self._server.drain_http()
+
     def drain(self, timeout_s: float) -> None:
         """Stop listening, and answer what has been accepted. Blocks."""
         if not self._server.drain(timeout_s):

@@ -121,6 +121,11 @@ class Lanes:
         assert self._grpc is not None
         await self._grpc.wait_for_termination()
 
+    def leave(self) -> None:
+        """Take no more HTTP connections; gRPC goes on."""
+        if self._fast is not None:
+            self._fast.leave()
+
     async def stop(self) -> None:
         """Refuse new calls, answer those that were accepted, close."""
         assert self._grpc is not None

@@ -389,6 +389,10 @@ impl PyServer {
         Ok(())
     }
 
+    fn drain_http(&self) {
+        self.server.drain_http();
+    }
+
     fn drain(&self, py: Python<'_>, timeout_s: f64) -> bool {
         py.detach(|| self.server.drain(Duration::from_secs_f64(timeout_s)))
     }

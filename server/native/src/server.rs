@@ -122,6 +122,8 @@ pub struct Server {
     /// Of HTTP; 0 without it.
     pub http_port: u16,
     phase: watch::Sender<Phase>,
+    /// Of the HTTP port, which may drain before the other.
+    http_phase: watch::Sender<Phase>,
     alive: Mutex<Option<mpsc::Receiver<()>>>,
     handle: Handle,
     driver: Mutex<Option<Driver>>,
@@ -205,9 +207,10 @@ impl Server {
             config,
         });
         let (phase, watched) = watch::channel(Phase::Serving);
+        let (http_phase, http_watched) = watch::channel(Phase::Serving);
         let (sender, alive) = mpsc::channel(1);
         let mut http_port = 0;
-        let open = |listeners, door| {
+        let open = |listeners, door, watched: &watch::Receiver<Phase>| {
             let room = Arc::new(Semaphore::new(shared.config.max_connections));
             for listener in listeners {
                 let (shared, phase) = (shared.clone(), watched.clone());
@@ -217,15 +220,16 @@ impl Server {
         };
         if let Some((listeners, port)) = http {
             http_port = port;
-            open(listeners, Door::Http);
+            open(listeners, Door::Http, &http_watched);
         }
-        open(listeners, Door::Grpc);
+        open(listeners, Door::Grpc, &watched);
         drop(sender);
         Ok(Self {
             shared,
             port,
             http_port,
             phase,
+            http_phase,
             alive: Mutex::new(Some(alive)),
             handle,
             driver: Mutex::new(Some(Driver::new(runtime, threads)?)),
@@ -258,9 +262,15 @@ impl Server {
         }
     }
 
+    /// Stops listening for HTTP, and ends its connections as soon as they have no request. gRPC goes on.
+    pub fn drain_http(&self) {
+        self.http_phase.send_replace(Phase::Draining);
+    }
+
     /// Stops listening, tells clients to go (GOAWAY), and waits for running calls. True when all
     /// connections have ended.
     pub fn drain(&self, timeout: Duration) -> bool {
+        self.drain_http();
         self.phase.send_replace(Phase::Draining);
         let Some(mut alive) = self.alive.lock().take() else {
             return true;
