@@ -26,6 +26,6 @@ RUN mkdir -p /data/models && chown -R forebay /data
 USER 10001
 VOLUME /data
 EXPOSE 50051 8080
-HEALTHCHECK --start-period=180s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz')"]
+HEALTHCHECK --start-period=180s CMD ["forebay", "health"]
 # Beyond loopback keys are asked for: `docker exec ... forebay keys create NAME` makes the first.
 CMD ["forebay", "up"]

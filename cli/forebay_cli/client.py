@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import typer
@@ -15,12 +16,12 @@ from forebay_cli.settings import fail, settings_of
 
 
 @contextmanager
-def channel() -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
+def channel(config: Path | None = None) -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
     """The server's channel and the metadata of calls; errors become one line.
 
     The key is taken from FOREBAY_KEY.
     """
-    settings = settings_of().settings
+    settings = settings_of(config).settings
     key = os.environ.get("FOREBAY_KEY", "")
     if not (key.isascii() and key.isprintable()):
         fail("FOREBAY_KEY is no key: a key is one line of ASCII characters")

@@ -103,7 +103,7 @@ def show_config(config: Config = None) -> None:
 
 
 def _register() -> None:
-    from forebay_cli import bench, evaluate, export, keys, models, plan, tune
+    from forebay_cli import bench, evaluate, export, health, keys, models, plan, tune
 
     bench.app.command("tune")(tune.tune)
 
@@ -111,6 +111,7 @@ def _register() -> None:
     app.add_typer(models.app, name="models", help="The registry of a running server.")
     app.add_typer(bench.app, name="bench", help="Measurements on this machine.")
     app.add_typer(export.app, name="export", help="From trained models to served artefacts.")
+    app.command("health")(health.health)
     app.command("pull")(export.pull)
     app.command("eval")(evaluate.evaluate)
     app.command("plan")(plan.plan)

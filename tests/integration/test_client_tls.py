@@ -69,6 +69,23 @@ def test_commands_call_by_tls(
     assert run.output.startswith("iris@1")
 
 
+def test_health_is_asked_by_tls(
+    secured: Live, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FOREBAY_GRPC_PORT", str(secured.server.port))
+    run = CliRunner().invoke(app, ["health", "--grpc"])
+    assert (run.exit_code, run.output) == (0, "ready\n")
+    monkeypatch.setenv("FOREBAY_HTTP__ENABLED", "false")
+    assert CliRunner().invoke(app, ["health"]).exit_code == 0
+    monkeypatch.delenv("FOREBAY_CLIENT__TLS_CERTIFICATE")
+    monkeypatch.delenv("FOREBAY_CLIENT__TLS_KEY")
+    run = CliRunner().invoke(app, ["health"])
+    assert run.exit_code == 1
+    assert "UNAVAILABLE" in run.output
+
+
 def test_a_gateway_apart_calls_by_tls(secured: Live, environ: dict[str, str]) -> None:
     port = free_port()
     command = [sys.executable, "-m", "forebay_cli", "gateway", "--http-port", str(port)]

@@ -247,6 +247,15 @@ def test_clients_need_a_certificate_where_an_authority_is_named(
                 return False
 
         assert let_in(first) and not let_in(second) and not let_in(None)
+        own = first.issue_cert("health.example.com")
+        own.private_key_and_cert_chain_pem.write_to_path(tmp_path / "own.pem")
+        shown = {
+            f"FOREBAY_CLIENT__TLS_{n}": str(tmp_path / "own.pem") for n in ("CERTIFICATE", "KEY")
+        }
+        until = time.monotonic() + 30
+        while health(door, **ca, **shown).returncode:  # nobody could ask whether it is ready
+            assert time.monotonic() < until, "it does not get ready"
+        assert health(door, **ca).returncode == 1
         second.cert_pem.write_to_path(tmp_path / "ca.pem")
         until = time.monotonic() + 30
         while not all(let_in(second) for _ in range(4)):
@@ -264,6 +273,22 @@ def test_clients_need_a_certificate_where_an_authority_is_named(
     ],
 )
 @pytest.mark.parametrize("command", [pytest.param("serve", marks=EXTENDED), "gateway"])
+def health(door: Door, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`forebay health` with the settings of the door's server."""
+    command = [sys.executable, "-m", "forebay_cli", "health", *options]
+    set_up = environ(door.folder, door.port, **more)
+    return subprocess.run(command, env=set_up, capture_output=True, text=True, timeout=60)
+
+
+def test_health_asks_by_tls(door: Door) -> None:
+    done = health(door)
+    assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
+    unused = free_port()
+    done = health(door, FOREBAY_HTTP_PORT=str(unused))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"forebay: not ready: 127.0.0.1:{unused} does not answer")
+
+
 def test_files_that_are_not_what_they_should_be_stop_the_start(
     tmp_path: Path, command: str, fault: str, word: str
 ) -> None:
