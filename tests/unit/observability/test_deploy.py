@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forebay.settings import GrpcSettings
+from forebay.settings import GrpcSettings, Settings
 from kubernetes_validate import latest_version, validate
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -108,6 +108,39 @@ def test_the_autoscaler_and_the_services_point_at_the_pool() -> None:
             assert wanted.items() <= labels.items() or "forebay.dev/pool" not in wanted
     probe = deployment["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
     assert probe["httpGet"]["path"] == "/readyz"
+
+
+def test_prometheus_shows_a_key_and_names_pods_as_the_adapter_asks() -> None:
+    """Beyond loopback, where pods listen, /metrics is refused without one."""
+    for file in ("kubernetes/prometheus-scrape.yaml", "compose/prometheus.yaml"):
+        (job,) = yaml.safe_load((DEPLOY / file).read_text())["scrape_configs"]
+        assert job["authorization"]["credentials_file"], file
+    scrape = yaml.safe_load((DEPLOY / "kubernetes/prometheus-scrape.yaml").read_text())
+    (job,) = scrape["scrape_configs"]
+    (rule,) = yaml.safe_load((DEPLOY / "kubernetes/prometheus-adapter.yaml").read_text())["rules"][
+        "custom"
+    ]
+    made = {r["target_label"] for r in job["relabel_configs"] if "target_label" in r}
+    assert made == set(rule["resources"]["overrides"])
+    (kept,) = (r["regex"] for r in job["relabel_configs"] if r.get("action") == "keep")
+    pod = next(d for d in manifests() if d["kind"] == "Deployment")["spec"]["template"]
+    name, port = kept.split(";")
+    assert pod["metadata"]["labels"]["app.kubernetes.io/name"] == name
+    assert port in {p["name"] for p in pod["spec"]["containers"][0]["ports"]}
+
+
+def test_every_variable_is_a_setting() -> None:
+    """With any value: a name that is none stops the start."""
+    pod = next(d for d in manifests() if d["kind"] == "Deployment")["spec"]["template"]["spec"]
+    names = {e["name"] for e in pod["containers"][0]["env"]}
+    compose = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
+    for service in compose["services"].values():
+        names |= set(service.get("environment", ()))
+    names = {n for n in names if n.startswith("FOREBAY_")}
+    assert len(names) > 4
+    for name in names:
+        section, _, field = name.removeprefix("FOREBAY_").lower().partition("__")
+        assert field in type(getattr(Settings(), section)).model_fields, name
 
 
 def test_envoys_routes_lead_to_clusters_that_are_there() -> None:
