@@ -193,6 +193,12 @@ def test_events_pass_as_they_come_and_a_killed_server_ends_them_with_an_error(
         "stream": True,
     }
     url = f"http://127.0.0.1:{balancer.http}"
+    # A page that came from here may ask here: NGINX passes on the host with its port.
+    page = {"origin": url}
+    asked = httpx.post(
+        f"{url}/v1/chat/completions", json=body | {"stream": False, "max_tokens": 4}, headers=page
+    )
+    assert asked.status_code == 200, asked.text
     begun = threading.Barrier(AT_ONCE + 1)
 
     def events() -> list[str]:
