@@ -115,7 +115,8 @@ def _message(data: Any, descriptor: Descriptor, path: str) -> Iterator[FieldViol
         field = fields.get(name)
         here = f"{path}.{name}" if path else name
         if field is None:
-            yield FieldViolation(here, "is no field of this request")
+            known = ", ".join(f.name for f in descriptor.fields)
+            yield FieldViolation(here, f"is no field of this request; known are {known}")
             continue
         one_of = field.containing_oneof
         for slot in (field.name, one_of.name if one_of is not None else field.name):

@@ -80,7 +80,15 @@ SEARCH = collection_pb2.SearchRequest
         ),
         (CLASSIFY, {"threshold": 1e300}, "threshold", "is the number 1e+300; a number that a float32 "
             "can hold is needed"),
-        (CLASSIFY, {"text": ["a"]}, "text", "is no field of this request"),
+        (CLASSIFY, {"text": ["a"]}, "text", "is no field of this request; known are model, texts, top_k, "
+            "threshold, candidate_labels, hypothesis_template, multi_label, truncation, sticky_key"),
+        (
+            batch_pb2.CreateBatchRequest,
+            {"header": {"window": "86400s"}},
+            "header.window",
+            "is no field of this request; known are completion_window, metadata, input_file, endpoint, "
+            "results_expire_after",
+        ),
         (EMBED, {"token_ids": [{"ids": [1, "x"]}]}, "token_ids[0].ids[1]", "is the string 'x'; an "
             "integer is needed"),
         (

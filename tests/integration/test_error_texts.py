@@ -1,0 +1,38 @@
+"""What an error says to who made a mistake: the wrong thing, and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import Live
+from tests.integration.test_gateway import Gateway
+
+
+@pytest.fixture(scope="module")
+def gateway(live: Live) -> Iterator[Gateway]:
+    running = Gateway(live)
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "known"),
+    [  # a route of the server itself, routes of the gateway, a nested message
+        ("embeddings:embed", {"text": ["a"]}, "text", "texts"),
+        ("tokens:tokenize", {"text": "a"}, "text", "texts"),
+        ("collections", {"name": "c"}, "name", "collection"),
+        ("collections", {"collection": "c", "config": {"dimension": 3}}, "config.dimension", "dimensions"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_is_answered_with_the_known_ones(
+    gateway: Gateway, path: str, body: dict, field: str, known: str
+) -> None:
+    answer = gateway.http.post(f"/api/v1/{path}", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["param"] == field
+    said, _, names = error["message"].partition("; known are ")
+    assert said == f"{field}: is no field of this request"
+    assert known in names.split(", ")
