@@ -30,6 +30,8 @@ _NUMBERS = {
 }
 #: Violations that are listed at most; one bad list should not make a huge answer.
 MAX_VIOLATIONS = 20
+#: Characters of a wrong value that an error repeats.
+MAX_SHOWN = 60
 
 
 def options_of(field: FieldDescriptor) -> constraints_pb2.FieldConstraints | None:
@@ -54,9 +56,13 @@ def _length_check(rule: constraints_pb2.FieldConstraints, unit: str) -> Check | 
         if high is not None and n > high:
             raise TooLarge(path, size=n, limit=high, unit=unit)
         if pattern is not None and value and not pattern.fullmatch(value):
-            out.append(FieldViolation(path, f"does not match {pattern.pattern}"))
+            out.append(FieldViolation(path, f"is {_shown(value)}; it must match {pattern.pattern}"))
 
     return check
+
+
+def _shown(value: str | bytes) -> str:
+    return repr(value[:MAX_SHOWN]) + ("..." if len(value) > MAX_SHOWN else "")
 
 
 def _number_check(rule: constraints_pb2.FieldConstraints) -> Check | None:

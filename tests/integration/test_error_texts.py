@@ -36,3 +36,10 @@ def test_an_unknown_field_is_answered_with_the_known_ones(
     said, _, names = error["message"].partition("; known are ")
     assert said == f"{field}: is no field of this request"
     assert known in names.split(", ")
+
+
+def test_what_does_not_match_its_pattern_is_said_with_the_value(gateway: Gateway) -> None:
+    answer = gateway.http.get("/api/v1/usage", params={"from_day": "yesterday"})
+    assert answer.status_code == 400
+    description = r"is 'yesterday'; it must match \d{4}-\d{2}-\d{2}"
+    assert answer.json()["error"]["message"] == f"from_day: {description}"
