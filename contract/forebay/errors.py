@@ -174,7 +174,8 @@ class PermissionDenied(ForebayError):
 
 
 class NotFound(ForebayError):
-    """An unknown resource; the message names the nearest known ones, or is one of its own."""
+    """An unknown resource; the message names the nearest known ones, else some that there are, or is
+    one of its own."""
 
     code = "NOT_FOUND"
     reason = "NOT_FOUND"
@@ -185,10 +186,12 @@ class NotFound(ForebayError):
         name: str,
         *,
         nearest: Sequence[str] = (),
+        known: Sequence[str] = (),
         reason: str | None = None,
         message: str = "",
     ) -> None:
-        hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+        hint = f" Known are {', '.join(known)}." if known else ""
+        hint = f" Did you mean {', '.join(nearest)}?" if nearest else hint
         super().__init__(message or f"{kind} {name!r} was not found.{hint}", reason=reason)
         self.kind = kind
         self.name = name

@@ -43,3 +43,15 @@ def test_what_does_not_match_its_pattern_is_said_with_the_value(gateway: Gateway
     assert answer.status_code == 400
     description = r"is 'yesterday'; it must match \d{4}-\d{2}-\d{2}"
     assert answer.json()["error"]["message"] == f"from_day: {description}"
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [("minilmm", "Did you mean minilm, minilm-int8?"), ("gpt-4o", "Known are digits, housing, ")],
+)
+def test_an_unknown_model_is_answered_with_what_is_near_or_there(
+    gateway: Gateway, model: str, hint: str
+) -> None:
+    answer = gateway.http.post("/v1/embeddings", json={"model": model, "input": "a"})
+    assert answer.status_code == 404
+    assert f"model {model!r} was not found. {hint}" in answer.json()["error"]["message"]

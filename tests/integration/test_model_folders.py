@@ -239,3 +239,24 @@ def test_a_start_removes_what_uploads_have_left(
     assert served_version(live) == 1
     assert not alone.parent.exists()
     assert not beside.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("config.json", "the folder has no ONNX file"),
+        ("model.safetensors", "forebay export huggingface"),
+        ("pytorch_model.bin", "pytorch_model.bin is never read by the server"),
+    ],
+)
+def test_a_folder_without_an_onnx_file_is_in_the_index_with_the_reason(
+    starters: Path, start: Start, tmp_path: Path, file: str, said: str
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    (models / "mine").mkdir()
+    (models / "mine" / file).write_text('{"model_type": "bert"}')
+    live = start(models)
+    found = {m.name: m for m in stub_of(live).ListModels(pb.ListModelsRequest()).models}
+    [version] = found["mine"].versions
+    assert version.state == pb.MODEL_STATE_FAILED
+    assert said in version.reason

@@ -9,8 +9,8 @@ from pathlib import Path
 from forebay.errors import ForebayError, NotFound
 
 from forebay_server.repository.manifest import ModelConfig, read_config, read_manifest, rejected
-from forebay_server.repository.routing import nearest
-from forebay_server.repository.scan import FolderModel, scan
+from forebay_server.repository.routing import nearest, some
+from forebay_server.repository.scan import NAME, FolderModel, scan
 
 log = logging.getLogger("forebay.repository")
 
@@ -50,7 +50,15 @@ class Catalogue:
         """A model's folder. Raises NotFound; names the nearest."""
         folder = self.folders.get(name)
         if folder is None:
-            raise NotFound("model", name, nearest=nearest(name, self.folders))
+            if NAME.fullmatch(name) and (self.root / name).is_dir():
+                text = (
+                    f"model {name!r} was not found: its folder has no version folder, named by a "
+                    "number from 1, and no model file"
+                )
+                raise NotFound("model", name, message=text)
+            raise NotFound(
+                "model", name, nearest=nearest(name, self.folders), known=some(self.folders)
+            )
         return folder
 
     def config(self, name: str) -> ModelConfig:

@@ -66,10 +66,17 @@ def _model_file(folder: Path) -> str:
         raise rejected(
             f"the folder has several ONNX files ({', '.join(found)}) and no manifest.json"
         )
-    pickles = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".pkl", ".joblib", ".bin", ".pt")
-    )
-    hint = f"; {pickles[0]} is never read by the server, export it first" if pickles else ""
+    names = sorted(p.name for p in folder.iterdir())
+    pickles = [n for n in names if n.endswith((".pkl", ".joblib", ".bin", ".pt"))]
+    weights = [n for n in names if n.endswith(".safetensors")]
+    hint = ""
+    if pickles:
+        hint = f"; {pickles[0]} is never read by the server, export it first (`forebay export`)"
+    elif weights:
+        hint = (
+            f"; {weights[0]} has the weights alone, make an ONNX file of them "
+            "(`forebay export huggingface`)"
+        )
     raise rejected(f"the folder has no ONNX file{hint}")
 
 

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import yaml
 from forebay.errors import FailedPrecondition
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from forebay_server.core.interfaces import TensorSpec
+from forebay_server.repository.explain import explain
 
 Task = Literal[
     "embedding",
@@ -349,7 +350,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(json.loads(path.read_bytes()))
     except (OSError, ValueError) as e:
-        raise rejected(f"{path.name}: {_explain(e)}") from None
+        raise rejected(f"{path.name}: {explain(e, Manifest)}") from None
     manifest.check()
     return manifest
 
@@ -362,15 +363,7 @@ def read_config(path: Path) -> ModelConfig:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return ModelConfig.model_validate(data)
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise rejected(f"{path.name}: {_explain(e)}") from None
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        return f"{where}: {first['msg']}"
-    return str(error)
+        raise rejected(f"{path.name}: {explain(e, ModelConfig)}") from None
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -16,11 +16,8 @@ from forebay_server.core.interfaces import EngineRequest
 from forebay_server.repository.catalogue import Catalogue
 from forebay_server.repository.loading import LoadedModel
 from forebay_server.repository.pool import ModelPool
-from forebay_server.repository.routing import by_alias, parse, select
+from forebay_server.repository.routing import by_alias, parse, select, some
 from forebay_server.repository.routing_table import NOWHERE, RoutingTable
-
-#: Models that a message names at most.
-MAX_NAMED = 10
 
 
 class Resolver:
@@ -119,7 +116,7 @@ class Resolver:
         what = " or ".join(tasks)
         text = f"the call names no model, and no default model is set for {what}; "
         if fitting:
-            listed = ", ".join(fitting[:MAX_NAMED]) + (", ..." if len(fitting) > MAX_NAMED else "")
+            listed = ", ".join(some(fitting))
             name = self._catalogue.tasks[fitting[0]]
             text += (
                 f"name one of {listed}, or put `default_for: [{name}]` into the model.yaml of one"

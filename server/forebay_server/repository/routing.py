@@ -11,6 +11,8 @@ from forebay.errors import InvalidArgument, NotFound
 from forebay_server.repository.state import Routing
 
 PRODUCTION = "production"
+#: Models that an error names.
+MAX_NAMED = 10
 
 
 def parse(ref: str) -> tuple[str, str]:
@@ -20,9 +22,14 @@ def parse(ref: str) -> tuple[str, str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Known names that look like it, best first; a few of the known ones when none does."""
+    """Known names that look like it, best first."""
+    return difflib.get_close_matches(name, sorted(known), n=3)
+
+
+def some(known: Iterable[str]) -> list[str]:
+    """The first of the known names, and that there are more."""
     names = sorted(known)
-    return difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+    return [*names[:MAX_NAMED], "..."] if len(names) > MAX_NAMED else names
 
 
 def by_alias(ref: str, routings: Mapping[str, Routing]) -> str | None:
@@ -61,6 +68,7 @@ def select(
                 "model alias",
                 f"{name}@{selector}",
                 nearest=[f"{name}@{a}" for a in nearest(selector, routing.aliases)],
+                known=[f"{name}@{a}" for a in some(routing.aliases)],
             )
         return routing.aliases[selector]
     if routing.shares:

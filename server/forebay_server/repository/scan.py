@@ -81,11 +81,13 @@ def scan(root: Path) -> dict[str, FolderModel]:
 
 
 def _is_artefact(folder: Path) -> bool:
+    """Also what cannot be served: it is then in the index, with the reason."""
     return (
         (folder / "manifest.json").exists()
+        or (folder / "config.json").exists()
         or (folder / "onnx" / "model.onnx").exists()
         or any(folder.glob("*.onnx"))
         or (folder / "openvino_model.xml").exists()
         or any(folder.glob("*.safetensors"))
-        or any(p.suffix in (".pkl", ".joblib") for p in folder.iterdir())
+        or any(p.suffix in (".pkl", ".joblib", ".bin", ".pt") for p in folder.iterdir())
     )

@@ -46,3 +46,42 @@ async def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path) -> 
     with pytest.raises(NotFound) as caught:
         catalogue.folder("minilmm")
     assert "minilm" in caught.value.message
+
+
+async def test_an_unknown_model_that_resembles_none_is_answered_with_those_there_are(
+    tmp_path: Path,
+) -> None:
+    model(tmp_path, "minilm", "")
+    catalogue = Catalogue(tmp_path)
+    await catalogue.read()
+    with pytest.raises(NotFound, match=r"'gpt-4o' was not found\. Known are minilm\.$"):
+        catalogue.folder("gpt-4o")
+
+
+async def test_a_folder_without_a_version_is_not_found_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "v1").mkdir(parents=True)
+    catalogue = Catalogue(tmp_path)
+    await catalogue.read()
+    with pytest.raises(NotFound, match="no version folder, named by a number"):
+        catalogue.folder("mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("engnie: auto\n", "model.yaml: engnie: is no key here; known are description, engine, "),
+        (
+            "execution: {instnaces: 2}\n",
+            "model.yaml: execution.instnaces: is no key here; known are providers, ",
+        ),
+        ("execution: [\n", "model.yaml: line 2, column 1: expected the node content"),
+    ],
+)
+async def test_a_fault_in_model_yaml_is_one_line_with_what_is_allowed(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    model(tmp_path, "bad", text)
+    catalogue = Catalogue(tmp_path)
+    await catalogue.read()
+    assert catalogue.faults["bad"].startswith(said)
+    assert "\n" not in catalogue.faults["bad"]
