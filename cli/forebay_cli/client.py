@@ -32,6 +32,8 @@ def channel(config: Path | None = None) -> Iterator[tuple[grpc.Channel, list[tup
             yield open_channel, metadata
     except grpc.RpcError as e:
         code, text = e.code(), e.details()
+        if code is grpc.StatusCode.UNAVAILABLE and not e.trailing_metadata():
+            text = f"{text}. Does the server run there? FOREBAY_GRPC__HOST and FOREBAY_GRPC__PORT say where"
         typer.secho(f"forebay: {target}: {code.name}: {text}", fg="red", err=True)
         raise typer.Exit(1) from None
 

@@ -21,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Self-hosted inference: one typed gRPC contract for every AI capability.",
 )
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
@@ -29,6 +28,26 @@ Home = Annotated[Path | None, typer.Option("--home", help="Folder of all state."
 GrpcPort = Annotated[int | None, typer.Option("--grpc-port", help="0 = any free port.")]
 HttpPort = Annotated[int | None, typer.Option("--http-port", help="0 = any free port.")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import forebay
+
+        typer.echo(f"forebay {forebay.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Self-hosted inference: one typed gRPC contract for every AI capability."""
 
 
 @app.command()

@@ -25,8 +25,9 @@ SLACK_S = 10.0
 def run(loaded: Loaded, config: Path | None) -> NoReturn:
     """Become the process that starts server and gateway and stays with them until a signal."""
     settings = loaded.settings
-    for address in (settings.grpc, settings.http)[: 1 + settings.http.enabled]:
-        _must_be_free(address.host, address.port)
+    _must_be_free(settings.grpc.host, settings.grpc.port, "--grpc-port")
+    if settings.http.enabled:
+        _must_be_free(settings.http.host, settings.http.port, "--http-port")
     started = time.monotonic()
     if settings.models.starters:
         make_starters(settings)
@@ -115,7 +116,7 @@ def _has_fast_lane(settings: Settings) -> bool:
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
     """Become the process that starts the gateway's workers and stays with them until a signal."""
     http = settings.http
-    _must_be_free(http.host, http.port)
+    _must_be_free(http.host, http.port, "--http-port")
     port = http.port or free_port()
     url = _url(settings, port)
     spec = {
@@ -196,8 +197,12 @@ def taken(host: str, port: int) -> Address | None:
     return None
 
 
-def _must_be_free(host: str, port: int) -> None:
-    """Exit where a program listens there: it would answer, and be taken for this one."""
+def _must_be_free(host: str, port: int, flag: str) -> None:
+    """Exit where a program listens there: it would answer, and be taken for this one.
+
+    Args:
+        flag: what chooses another port.
+    """
     if not port or host.startswith("unix:"):
         return
     try:
@@ -206,7 +211,9 @@ def _must_be_free(host: str, port: int) -> None:
         typer.echo(f"forebay: {e}", err=True)
         sys.exit(1)
     if address is not None:
-        typer.echo(f"forebay: {address} is in use by a program", err=True)
+        typer.echo(
+            f"forebay: {address} is in use by a program; {flag} chooses another port", err=True
+        )
         sys.exit(1)
 
 

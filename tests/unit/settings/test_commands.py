@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forebay
 import pytest
 from forebay.settings import load_settings
 from forebay_cli.main import app
+from forebay_cli.up import free_port
 from typer.testing import CliRunner
 
 
@@ -130,3 +133,30 @@ def test_a_file_of_tls_that_is_not_there_is_one_line(
     monkeypatch.setenv("FOREBAY_CLIENT__TLS_CA", str(tmp_path / "ca.pem"))
     for command in (["models", "list"], ["gateway", "--upstream", "127.0.0.1:1"]):
         assert "client.tls_ca is " in one_line(command)
+
+
+def test_the_version_is_said() -> None:
+    run = CliRunner().invoke(app, ["--version"])
+    assert run.exit_code == 0
+    assert run.output == f"forebay {forebay.__version__}\n"
+
+
+def test_a_server_that_is_not_there_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREBAY_GRPC_PORT", str(free_port()))
+    run = CliRunner().invoke(app, ["models", "list"])
+    assert run.exit_code == 1
+    assert "UNAVAILABLE" in run.output
+    assert "Does the server run there?" in run.output
+
+
+@pytest.mark.parametrize("flag", ["--grpc-port", "--http-port"])
+def test_a_port_in_use_is_answered_with_the_flag_for_another(flag: str, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = ["up", "--home", str(tmp_path), "--grpc-port", "0", "--http-port", "0"]
+        run = CliRunner().invoke(app, [*command, flag, port])
+    assert run.exit_code == 1
+    line = f"forebay: 127.0.0.1:{port} is in use by a program; {flag} chooses another port"
+    assert run.output.strip() == line
