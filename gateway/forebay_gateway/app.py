@@ -245,15 +245,17 @@ def _http_exception(table: RouteTable) -> Callable[[Request, HTTPException], Awa
         # Not `request.url`: that is made of the Host header, which may be missing, or nonsense.
         path = request.scope["path"]
         if error.status_code == 405:
-            text = f"{path} does not take {request.method}"
+            taken = ", ".join(table.methods(request.scope))
+            text = f"{path} does not take {request.method}; it takes {taken}"
             body: ForebayError = Unimplemented(text, reason="METHOD_NOT_ALLOWED")
-            refused = http_errors.response(body.to_status(), dict(error.headers or {}))
+            refused = http_errors.response(body.to_status(), {"allow": taken})
             refused.status_code = 405
             return refused
         if error.status_code == 404:
             if path.endswith("/") and table.matches({**request.scope, "path": path[:-1]})[1]:
                 return _without_slash(request)
-            return http_errors.response(NotFound("path", path).to_status())
+            missing = NotFound("path", path, nearest=table.nearest(path))
+            return http_errors.response(missing.to_status())
         status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message=str(error.detail))
         refused = http_errors.response(status)
         refused.status_code = error.status_code

@@ -6,6 +6,7 @@ that costs 300 in all; a look into the table takes 1 to 4.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from starlette.requests import Request
@@ -13,6 +14,9 @@ from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 Listed = Route | WebSocketRoute
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+#: Characters of an unknown path that is compared with the known ones.
+MAX_COMPARED = 100
 
 
 class RouteTable(BaseRoute):
@@ -43,6 +47,16 @@ class RouteTable(BaseRoute):
                 break
             area = area.rpartition("/")[0]
         return (Match.NONE, {}) if partial is None else (Match.PARTIAL, partial)
+
+    def methods(self, scope: Scope) -> list[str]:
+        """The methods that the scope's path takes."""
+        return [m for m in _METHODS if self.matches({**scope, "method": m})[0] is Match.FULL]
+
+    def nearest(self, path: str) -> list[str]:
+        """Paths of routes that look like it, best first; none where it is too long to be a slip."""
+        if len(path) > MAX_COMPARED:
+            return []
+        return difflib.get_close_matches(path, {r.path for r in self.routes}, n=3, cutoff=0.8)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve by the route that was found."""

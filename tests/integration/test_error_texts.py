@@ -55,3 +55,28 @@ def test_an_unknown_model_is_answered_with_what_is_near_or_there(
     answer = gateway.http.post("/v1/embeddings", json={"model": model, "input": "a"})
     assert answer.status_code == 404
     assert f"model {model!r} was not found. {hint}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/api/v1/embeddings", " Did you mean /v1/embeddings, /api/v1/embeddings:embed?"),
+        ("/v1/chat/completion", " Did you mean /v1/chat/completions"),
+        ("/nothing/like/it", ""),
+    ],
+)
+def test_an_unknown_path_is_answered_with_near_ones(gateway: Gateway, path: str, hint: str) -> None:
+    answer = gateway.http.post(path, json={})
+    assert answer.status_code == 404
+    said, _, rest = answer.json()["error"]["message"].partition("was not found.")
+    assert said == f"path '{path}' "
+    assert rest.startswith(hint)
+    assert bool(rest) == bool(hint)
+
+
+def test_a_wrong_method_is_answered_with_those_that_the_path_takes(gateway: Gateway) -> None:
+    for path, taken in (("/api/v1/embeddings:embed", "POST"), ("/v1/files", "GET, POST")):
+        answer = gateway.http.put(path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == taken
+        assert answer.json()["error"]["message"] == f"{path} does not take PUT; it takes {taken}"
