@@ -80,3 +80,13 @@ def test_a_wrong_method_is_answered_with_those_that_the_path_takes(gateway: Gate
         assert answer.status_code == 405
         assert answer.headers["allow"] == taken
         assert answer.json()["error"]["message"] == f"{path} does not take PUT; it takes {taken}"
+
+
+def test_a_knowledge_base_of_an_unknown_language_is_refused_at_its_own_field(
+    gateway: Gateway,
+) -> None:
+    body = {"knowledge_base": "h", "config": {"language": "english"}}
+    answer = gateway.http.post("/api/v1/knowledge", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "config.language"
+    assert "known are ar, da, de" in answer.json()["error"]["message"]

@@ -19,14 +19,18 @@ EMBEDDING = ("embedding",)
 _LISTS = {filters.AllOf: "all_of", filters.AnyOf: "any_of", filters.NoneOf: "none_of"}
 
 
+def check_language(language: str, path: str) -> None:
+    """Raises InvalidArgument at the path for a language that is not known."""
+    if language not in LANGUAGES:
+        known = ", ".join(LANGUAGES[1:])
+        raise InvalidArgument.at(path, f"is {language!r}; known are {known}")
+
+
 async def completed(access: ModelAccess, call: Call, config: CollectionConfig) -> CollectionConfig:
     """The configuration with dimensions and the model's version. Raises InvalidArgument."""
     dense, model = config.dense, config.embedding_model
     for i, text in enumerate(config.text_fields):
-        if text.language not in LANGUAGES:
-            known = ", ".join(LANGUAGES[1:])
-            path = f"config.text_fields[{i}].language"
-            raise InvalidArgument.at(path, f"is {text.language!r}; known are {known}")
+        check_language(text.language, f"config.text_fields[{i}].language")
         if text.path in [t.path for t in config.text_fields[:i]]:
             raise InvalidArgument.at(f"config.text_fields[{i}].path", "is there twice")
     if model:

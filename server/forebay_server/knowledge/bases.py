@@ -23,6 +23,7 @@ import orjson
 from forebay.errors import FailedPrecondition, InvalidArgument, NotFound, TooLarge
 
 from forebay_server.core.call import Call
+from forebay_server.dataplane.collection_config import check_language
 from forebay_server.dataplane.collections import HIDDEN, Collections
 from forebay_server.dataplane.writes import Writes
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
@@ -177,6 +178,7 @@ class KnowledgeBases:
         """A new knowledge base."""
         if name in self._bases:
             await self.store.create_base(name, "{}")  # raises AlreadyExists
+        check_language(config.language, "config.language")
         served = await self.collections._access.resolve_async(
             call, config.embedding_model, ("embedding",)
         )
