@@ -209,7 +209,8 @@ def test_what_is_said_of_a_path_does_not_hang_on_the_host(gateway: Gateway) -> N
         assert status == 404
         assert json.loads(body)["error"]["message"] == "path '/nowhere/at/all' was not found."
         _, _, body = ask("PUT /v1/embeddings", host)
-        assert json.loads(body)["error"]["message"] == "/v1/embeddings does not take PUT"
+        message = json.loads(body)["error"]["message"]
+        assert message == "/v1/embeddings does not take PUT; it takes POST"
         assert ask("GET /ui", host)[:2] == (307, "/ui/")
         moved = ask("GET /api/v1/models/a%20b/?x=%2F", host)
         assert moved[:2] == (307, "/api/v1/models/a%20b?x=%2F")
