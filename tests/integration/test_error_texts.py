@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import forebay
+import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live
 from tests.integration.test_gateway import Gateway
@@ -90,3 +93,23 @@ def test_a_knowledge_base_of_an_unknown_language_is_refused_at_its_own_field(
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "config.language"
     assert "known are ar, da, de" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "stream_stream"])
+def test_a_method_that_the_server_lacks_is_named_with_the_servers_version(
+    live: Live, kind: str
+) -> None:
+    method = "/forebay.v1.EmbeddingService/EmbedImages"
+    call = getattr(live.channel, kind)(method)
+    with pytest.raises(grpc.RpcError) as caught:
+        if kind == "unary_unary":
+            call(b"", timeout=10)
+        else:
+            next(call(iter([b""]), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    said = f"{method} is no method of this server, which is forebay {forebay.__version__}; "
+    assert str(caught.value.details()).startswith(said)
+    details = dict(caught.value.trailing_metadata())["grpc-status-details-bin"]  # type: ignore[attr-defined]
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(details).details[0].Unpack(info)
+    assert info.reason == "UNIMPLEMENTED"

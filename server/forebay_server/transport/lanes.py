@@ -28,6 +28,7 @@ from forebay_server.transport.http_port import HttpPort
 from forebay_server.transport.inbox import Inbox
 from forebay_server.transport.ordinary import OrdinaryLane
 from forebay_server.transport.pipeline import Pipeline
+from forebay_server.transport.unknown import UnknownMethods
 
 
 def choose(settings: GrpcSettings) -> Literal["fast", "ordinary"]:
@@ -92,6 +93,7 @@ class Lanes:
         server.add_generic_rpc_handlers((self._ordinary,))
         for add in servicers:
             add(server)
+        server.add_generic_rpc_handlers((UnknownMethods(),))
         if s.gateway_socket:
             self._bind(server, f"unix:{s.gateway_socket}", None)
         if self.lane == "ordinary":
