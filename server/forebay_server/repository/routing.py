@@ -27,9 +27,10 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def some(known: Iterable[str]) -> list[str]:
-    """The first of the known names, and that there are more."""
+    """The first of the known names, and how many more there are."""
     names = sorted(known)
-    return [*names[:MAX_NAMED], "..."] if len(names) > MAX_NAMED else names
+    more = len(names) - MAX_NAMED
+    return [*names[:MAX_NAMED], f"{more} more"] if more > 0 else names
 
 
 def by_alias(ref: str, routings: Mapping[str, Routing]) -> str | None:

@@ -56,6 +56,11 @@ async def test_an_unknown_model_that_resembles_none_is_answered_with_those_there
     await catalogue.read()
     with pytest.raises(NotFound, match=r"'gpt-4o' was not found\. Known are minilm\.$"):
         catalogue.folder("gpt-4o")
+    for i in range(12):
+        model(tmp_path, f"other{i:02}", "")
+    await catalogue.read()
+    with pytest.raises(NotFound, match=r" minilm, other00, .*, other08, 3 more\.$"):
+        catalogue.folder("gpt-4o")
 
 
 async def test_a_folder_without_a_version_is_not_found_with_the_reason(tmp_path: Path) -> None:
