@@ -118,7 +118,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewDatabase]:
 
 class Live:
     """A server on a loop of its own thread. On the fast lane it has an HTTP port too, as by `forebay up`;
-    a gateway belongs behind it, see `test_gateway.Gateway`."""
+    a gateway belongs behind it, see `integration.gateway.Gateway`."""
 
     def __init__(self, settings: Settings) -> None:
         from forebay_cli.serve import http_port

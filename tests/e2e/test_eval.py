@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, Live, Start, copy_models
+from tests.integration.gateway import Gateway
 from tests.integration.random_lm import random_model
 from tests.integration.scripted_upstream import ScriptedUpstream
-from tests.integration.test_gateway import Gateway
 from tests.integration.test_knowledge import create, upload, wait
 from tests.integration.test_upstream import put
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 
 EXAMPLES = ROOT / "examples"
 QUESTION = "What may a hotel cost?"

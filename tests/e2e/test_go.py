@@ -12,8 +12,8 @@ import pytest
 from forebay.v1 import generation_pb2_grpc
 
 from tests.conftest import ROOT, Start
+from tests.integration.chats import text_of, user
 from tests.integration.language_models import random_openvino, random_vllm, vllm_python
-from tests.integration.test_generation import text_of, user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PLUGINS = (

@@ -13,9 +13,9 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from tests.conftest import Live, Start, copy_models
+from tests.integration.gateway import Gateway
 from tests.integration.random_lm import random_model
 from tests.integration.scripted_upstream import ScriptedUpstream
-from tests.integration.test_gateway import Gateway
 from tests.integration.test_upstream import put
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), "")  # fmt: skip

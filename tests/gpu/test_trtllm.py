@@ -15,8 +15,8 @@ from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
 
 from tests.conftest import Live, Start
+from tests.integration.chats import text_of, user
 from tests.integration.language_models import TINY
-from tests.integration.test_generation import text_of, user
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1200)]
 

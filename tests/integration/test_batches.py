@@ -19,9 +19,9 @@ from forebay.v1 import generation_pb2_grpc, usage_pb2, usage_pb2_grpc
 from forebay_server.access.keys import Limits
 
 from tests.conftest import Live, Start, copy_models
+from tests.integration.chats import text_of, user
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import random_openvino
-from tests.integration.test_gateway import Gateway
-from tests.integration.test_generation import text_of, user
 
 ENDED = (
     pb.BATCH_STATUS_COMPLETED,

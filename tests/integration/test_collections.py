@@ -18,7 +18,7 @@ from forebay.v1 import collection_pb2_grpc
 from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 from tests.integration.test_inference import violations
 
 TEXTS = {

@@ -19,7 +19,7 @@ from forebay.v1 import file_pb2, model_pb2
 from google.rpc import error_details_pb2
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 from tests.integration.test_server_streams import until
 
 JSON = {"content-type": "application/connect+json"}

@@ -14,7 +14,7 @@ from forebay.v1 import file_pb2, file_pb2_grpc
 from forebay_server.storage.tables import files
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 
 
 @pytest.fixture(scope="module")

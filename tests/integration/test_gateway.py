@@ -2,67 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import http.client
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import pytest
-import uvicorn
-from forebay.settings import HttpSettings
-from forebay_gateway.app import create_app
-from forebay_gateway.protocol import Http1
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tests.conftest import Live, Start
+from tests.integration.gateway import Gateway, error_of
 from tests.integration.test_inference import ROW
-
-
-class Gateway:
-    """uvicorn in a thread: on a port, or where the server has the HTTP port, on the socket behind it."""
-
-    def __init__(self, server: Live | str, server_metrics=None, **settings) -> None:
-        target = server if isinstance(server, str) else server.target
-        if isinstance(server, str) or not server.gateway_socket:
-            self._socket = socket.socket()
-            self._socket.bind(("127.0.0.1", 0))
-            self.port = self._socket.getsockname()[1]
-        else:
-            self._socket = socket.socket(socket.AF_UNIX)
-            Path(server.gateway_socket).unlink(missing_ok=True)
-            self._socket.bind(server.gateway_socket)
-            self.port = server.server.lanes.http_port
-        app = create_app(HttpSettings(**settings), target, server_metrics)
-        config = uvicorn.Config(app, http=Http1, log_level="error", access_log=False)
-        if self._socket.family is socket.AF_UNIX:  # as forebay_gateway.serve has it
-            config.timeout_keep_alive = 86400
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
-        )
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        deadline = time.monotonic() + 10
-        while not self._server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.http.close()
-        self._server.should_exit = True
-        self._thread.join(5)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +32,6 @@ def gateway(live: Live) -> Iterator[Gateway]:
     running = Gateway(live, max_body_bytes=1 << 20)
     yield running
     running.stop()
-
-
-def error_of(response: httpx.Response) -> dict:
-    return response.json()["error"]
 
 
 def test_rest_predict(gateway: Gateway) -> None:
@@ -141,17 +94,6 @@ def test_queries_where_fields_are_in_the_body_are_refused(
         given = {"data": {"model": "x"}, "files": {"files": ("a", b"a")}}
     refused = gateway.http.post(f"/api/v1/{path}?{query}", **given)
     assert (refused.status_code, error_of(refused)["param"]) == (400, query.split("=")[0])
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/embeddings?api-version=2024-02-01", {"model": "minilm", "input": "a"}),
-        ("/v2/rerank?beta=true", {"model": "minilm", "query": "a", "documents": ["a"]}),
-    ],
-)
-def test_queries_that_other_apis_clients_add_are_taken(gateway: Gateway, path, body) -> None:
-    assert gateway.http.post(path, json=body).status_code == 200
 
 
 @pytest.mark.parametrize("depth", [60, 300])
@@ -351,84 +293,6 @@ def test_uploads_have_their_request_id(gateway: Gateway, path: str, part: str) -
     assert (made.status_code, made.headers.get("x-request-id")) == (200, "mine-9"), made.text
 
 
-def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:
-    import openai
-
-    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none")
-    default = client.embeddings.create(model="minilm", input=["hello", "world"])
-    floats = client.embeddings.create(model="minilm", input="hello", encoding_format="float")
-    assert np.allclose(default.data[0].embedding, floats.data[0].embedding, atol=1e-6)
-    assert default.usage.total_tokens == 6
-    ids = client.embeddings.create(model="minilm", input=[[101, 7592, 102]])
-    assert np.allclose(ids.data[0].embedding, floats.data[0].embedding, atol=1e-5)
-    assert "minilm" in [m.id for m in client.models.list()]
-    assert client.models.retrieve("minilm").object == "model"
-    result = client.moderations.create(model="sentiment", input=["This is awful.", "Lovely!"])
-    assert [r.flagged for r in result.results] == [True, False]
-    with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model="nope", input="a")
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.embeddings.create(model="minilm", input="a", dimensions=3)
-    assert "384" in str(caught.value)
-    long = "a" * 1_000_001
-    for given, param in ((long, "input"), (["a", long], "input[1]")):
-        with pytest.raises(openai.APIStatusError) as caught:
-            client.moderations.create(model="sentiment", input=given)
-        assert caught.value.param == param
-        with pytest.raises(openai.APIStatusError) as caught:
-            client.embeddings.create(model="minilm", input=given)
-        assert caught.value.param == param
-
-
-def test_base64_and_float_are_the_same_numbers(gateway: Gateway) -> None:
-    body = {"model": "minilm", "input": "same"}
-    floats = gateway.http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
-    coded = gateway.http.post("/v1/embeddings", json=body | {"encoding_format": "base64"})
-    raw = base64.b64decode(coded.json()["data"][0]["embedding"])
-    assert np.array_equal(np.frombuffer(raw, np.float32), np.array(floats, np.float32))
-
-
-def test_rerank_in_coheres_shape(gateway: Gateway) -> None:
-    body = {
-        "model": "minilm",
-        "query": "vaccines",
-        "documents": ["cars", {"text": "immunity by vaccination"}],
-        "top_n": 1,
-        "return_documents": True,
-    }
-    result = gateway.http.post("/v1/rerank", json=body).json()["results"]
-    assert [r["index"] for r in result] == [1]
-    assert result[0]["document"]["text"] == "immunity by vaccination"
-
-
-def test_open_inference_json_and_binary(gateway: Gateway) -> None:
-    names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
-    inputs = [
-        {"name": n, "datatype": "FP32", "shape": [2, 1], "data": [[5.1], [6.9]]} for n in names
-    ]
-    answer = gateway.http.post("/v2/models/iris/infer", json={"id": "x", "inputs": inputs}).json()
-    assert answer["id"] == "x"
-    outputs = {o["name"]: o for o in answer["outputs"]}
-    assert outputs["label"]["shape"] == [2]
-    assert sum(outputs["probabilities"]["data"][:3]) == pytest.approx(1, abs=1e-5)
-    raw = np.array([5.1, 6.9], "<f4").tobytes()
-    for one in inputs:
-        del one["data"]
-        one["parameters"] = {"binary_data_size": len(raw)}
-    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
-    binary = gateway.http.post(
-        "/v2/models/iris/infer",
-        content=head + raw * 4,
-        headers={"inference-header-content-length": str(len(head))},
-    )
-    size = int(binary.headers["inference-header-content-length"])
-    described = json.loads(binary.content[:size])["outputs"]
-    assert sum(o["parameters"]["binary_data_size"] for o in described) == len(binary.content) - size
-    assert gateway.http.get("/v2/health/ready").status_code == 200
-    assert gateway.http.get("/v2/models/nope").status_code == 404
-    assert "error" in gateway.http.post("/v2/models/iris/infer", json={"inputs": 3}).json()
-
-
 def test_an_offer_of_http_2_is_ignored_and_nothing_of_the_request_is_lost(
     gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -502,27 +366,3 @@ def test_a_gateway_without_a_server_is_alive_and_not_ready() -> None:
         assert answer.status_code == 503
     finally:
         alone.stop()
-
-
-def test_limits_and_keys_through_http(starters: Path, start: Start) -> None:
-    from forebay_server.access.keys import Limits
-
-    server = start(starters, auth__required="always")
-    limits = Limits(requests_per_second=0.5, burst=1)
-    _, secret = server.run(server.server.keys.create("k", ("infer",), limits=limits))
-    door = Gateway(server)
-    try:
-        body = {"model": "minilm", "input": "a"}
-        assert door.http.post("/v1/embeddings", json=body).status_code == 401
-        assert door.http.get("/metrics").status_code == 401
-        headers = {"authorization": f"Bearer {secret}"}
-        good = door.http.post("/v1/embeddings", json=body, headers=headers)
-        assert good.status_code == 200
-        assert good.headers["x-ratelimit-limit-requests"] == "1"
-        assert good.headers["x-ratelimit-remaining-requests"] == "0"
-        refused = door.http.post("/v1/embeddings", json=body, headers=headers)
-        assert refused.status_code == 429
-        assert 1 <= int(refused.headers["retry-after"]) <= 2
-        assert door.http.get("/api/v1/models", headers=headers).status_code in (403, 429)
-    finally:
-        door.stop()

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from forebay_server.access.keys import Limits
 
-from tests.conftest import Start
-from tests.integration.test_gateway import Gateway
+from tests.conftest import Live, Start
+from tests.integration.gateway import Gateway
 
 CONNECT = "/forebay.v1.EmbeddingService/Embed"
 #: Served by the gateway, and on the fast lane straight by the server.
@@ -22,6 +22,7 @@ INPUT = {"model": "minilm", "input": "a"}
 class Door(NamedTuple):
     """A gateway and keys."""
 
+    server: Live
     http: httpx.Client
     good: str
     scarce: str
@@ -35,7 +36,7 @@ def door(starters: Path, start: Start) -> Iterator[Door]:
     one = Limits(requests_per_second=0.01, burst=1)
     _, scarce = server.run(keys.create("scarce", ("infer",), limits=one))
     gateway = Gateway(server)
-    yield Door(gateway.http, good, scarce)
+    yield Door(server, gateway.http, good, scarce)
     gateway.stop()
 
 
@@ -74,3 +75,21 @@ def test_every_door_says_when_to_come_back(door: Door) -> None:
         assert refused.status_code == 429
         assert 60 < int(refused.headers["retry-after"]) <= 100
         assert int(refused.headers["retry-after-ms"]) > 60_000
+
+
+def test_limits_and_keys_through_http(door: Door) -> None:
+    limits = Limits(requests_per_second=0.5, burst=1)
+    keys = door.server.server.keys
+    _, secret = door.server.run(keys.create("k", ("infer",), limits=limits))
+    body = {"model": "minilm", "input": "a"}
+    assert door.http.post("/v1/embeddings", json=body).status_code == 401
+    assert door.http.get("/metrics").status_code == 401
+    headers = {"authorization": f"Bearer {secret}"}
+    good = door.http.post("/v1/embeddings", json=body, headers=headers)
+    assert good.status_code == 200
+    assert good.headers["x-ratelimit-limit-requests"] == "1"
+    assert good.headers["x-ratelimit-remaining-requests"] == "0"
+    refused = door.http.post("/v1/embeddings", json=body, headers=headers)
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 2
+    assert door.http.get("/api/v1/models", headers=headers).status_code in (403, 429)

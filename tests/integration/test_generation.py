@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import pytest
 from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
 from forebay.v1 import token_pb2, token_pb2_grpc, usage_pb2, usage_pb2_grpc
-from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live, Start
+from tests.integration.chats import WEATHER, refused, text_of, user
 from tests.integration.language_models import random_openvino
-
-WEATHER = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +25,6 @@ def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
 @pytest.fixture(scope="module")
 def stub(tiny: Live) -> rpc.GenerationServiceStub:
     return rpc.GenerationServiceStub(tiny.channel)
-
-
-def user(text: str, **kwargs: Any) -> pb.ChatRequest:
-    """A conversation of one message; sampling fields as keywords."""
-    message = pb.ChatMessage(role=pb.CHAT_ROLE_USER, content=[pb.ContentPart(text=text)])
-    sampling = pb.Sampling(**{"temperature": 0, "max_tokens": 64, **kwargs})
-    return pb.ChatRequest(messages=[message], sampling=sampling)
-
-
-def text_of(choice: pb.ChatChoice) -> str:
-    return "".join(p.text for p in choice.message.content)
-
-
-def violations(error: grpc.RpcError) -> dict[str, str]:
-    details = dict(error.trailing_metadata())["grpc-status-details-bin"]  # type: ignore[attr-defined]
-    bad = error_details_pb2.BadRequest()
-    for detail in status_pb2.Status.FromString(details).details:
-        if detail.Unpack(bad):
-            return {v.field: v.description for v in bad.field_violations}
-    return {}
-
-
-def refused(call: Any) -> dict[str, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
-    return violations(caught.value)
 
 
 def test_a_chat_is_answered_whole(stub: rpc.GenerationServiceStub) -> None:
@@ -120,33 +82,6 @@ def test_n_answers_are_numbered_and_seeds_repeat(stub: rpc.GenerationServiceStub
     assert [c.index for c in first.choices] == [0, 1, 2]
     assert [text_of(c) for c in first.choices] == [text_of(c) for c in second.choices]
     assert len({text_of(c) for c in first.choices}) > 1
-
-
-def test_structured_output_has_its_form(stub: rpc.GenerationServiceStub) -> None:
-    request = user("Answer in JSON: Anna lives in Rome.", max_tokens=200)
-    request.response_format.json_schema = json.dumps(WEATHER)
-    value = json.loads(text_of(stub.Chat(request).choices[0]))
-    assert set(value) == {"city"}
-    request.response_format.CopyFrom(pb.ResponseFormat(choices=["yes", "no", "maybe"]))
-    assert text_of(stub.Chat(request).choices[0]) in ("yes", "no", "maybe")
-    request.response_format.CopyFrom(pb.ResponseFormat(regex="[a-f]{4}-[0-9]{3}"))
-    said = text_of(stub.Chat(request).choices[0])
-    assert len(said) == 8 and said[4] == "-"
-
-
-def test_schemas_that_cannot_be_enforced_are_refused(stub: rpc.GenerationServiceStub) -> None:
-    request = user("Hello")
-    schema = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 5}}}
-    request.response_format.json_schema = json.dumps(schema)
-    said = refused(lambda: stub.Chat(request))
-    assert "properties.a.multipleOf" in said["response_format.json_schema"]
-    request.response_format.json_schema = '{"type": "objekt"}'
-    assert "objekt" in refused(lambda: stub.Chat(request))["response_format.json_schema"]
-    request.response_format.json_object = True
-    assert "response_format.json_object" in refused(lambda: stub.Chat(request))
-    bad = user("Hello")
-    bad.response_format.regex = "([a-z"
-    assert refused(lambda: stub.Chat(bad))
 
 
 def test_a_required_tool_is_called_and_its_arguments_stream(
@@ -369,43 +304,6 @@ def test_a_cancelled_stream_stops_the_work_and_is_counted(
     assert prompt + seen <= after - before < prompt + 1500
 
 
-def test_who_leaves_while_it_waits_is_charged_nothing(
-    start: Start, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    live = start(random_openvino(tmp_path_factory.mktemp("models"), running=1))
-    stub = rpc.GenerationServiceStub(live.channel)
-    usage = usage_pb2_grpc.UsageServiceStub(live.channel)
-    long = user("Count to 30", max_tokens=1500)
-    long.sampling.ignore_eos = True
-    first = stub.ChatStream(pb.ChatStreamRequest(request=long))
-    next(e for e in first if e.text.tokens)
-    client = live.server.repository.pool.loaded[("tiny", 1)].client
-    waiting = user("Hello", n=2)
-    waiting.user = "left"
-    call = stub.Chat.future(waiting)
-    prompts = pb.CompleteRequest(prompts=["a", "b"], user="left")
-    stream = stub.CompleteStream(pb.CompleteStreamRequest(request=prompts))
-    deadline = time.monotonic() + 10
-    while client.gate.waiting < 3:
-        assert time.monotonic() < deadline and first.is_active()
-        time.sleep(0.01)
-    call.cancel()
-    stream.cancel()
-    waiting.user = "late"
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Chat(waiting, timeout=0.3)
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    rows: list[Any] = []
-    while sum(r.counters.calls for r in rows) < 3:
-        assert time.monotonic() < deadline and first.is_active()
-        found = usage.ListUsage(usage_pb2.ListUsageRequest(model="tiny")).rows
-        rows = [r for r in found if r.user]
-    first.cancel()
-    for row in rows:
-        c = row.counters
-        assert (c.items, c.tokens, c.cost, c.engine_ms) == (0, 0, 0, 0), row
-
-
 def test_a_request_id_that_is_given_twice_mixes_nothing_up(
     stub: rpc.GenerationServiceStub,
 ) -> None:
@@ -469,53 +367,3 @@ def test_many_streams_at_once_with_half_of_them_cancelled(
             break
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
-
-
-def test_kill_9_is_a_clean_error_and_the_next_call_succeeds(
-    start: Start, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    live = start(random_openvino(tmp_path_factory.mktemp("killed")))
-    stub = rpc.GenerationServiceStub(live.channel)
-    engine = live.server.repository.pool.loaded[("tiny", 1)].client.engine
-    request = user("Count to 30", max_tokens=1900, ignore_eos=True)
-    call = stub.ChatStream(pb.ChatStreamRequest(request=request))
-    next(call)
-    pid = engine.info()["pid"]
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(grpc.RpcError) as caught:
-        list(call)
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert text_of(stub.Chat(user("Who are you?"), timeout=60).choices[0])
-    assert engine.info()["pid"] != pid
-
-
-def test_one_keys_flood_does_not_starve_another(
-    start: Start, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    live = start(
-        random_openvino(tmp_path_factory.mktemp("fair"), running=2), auth__required="always"
-    )
-    keys = [live.run(live.server.keys.create(n, ("infer",)))[1] for n in ("flood", "lone")]
-    stub = rpc.GenerationServiceStub(live.channel)
-    request = user("Count to 30", max_tokens=150, ignore_eos=True)
-    order: list[str] = []
-    lock = threading.Lock()
-
-    def one(name: str, key: str) -> None:
-        stub.Chat(request, metadata=[("authorization", f"Bearer {key}")], timeout=100)
-        with lock:
-            order.append(name)
-
-    with ThreadPoolExecutor(64) as pool:
-        flood = [pool.submit(one, "flood", keys[0]) for _ in range(60)]
-        client = live.server.repository.pool.loaded[("tiny", 1)].client
-        while client.gate.waiting < 30:
-            assert len(order) < 30, "they came too slowly"
-            time.sleep(0.01)
-        lone = pool.submit(one, "lone", keys[1])
-        lone.result(60)
-        ahead = order.index("lone")
-        for f in flood:
-            f.result(100)
-    done_before = ahead
-    assert done_before < 40, f"{done_before} calls of the flood went first"

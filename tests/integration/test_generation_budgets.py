@@ -13,8 +13,8 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay_server.access.keys import Limits
 
 from tests.conftest import Live, Start
+from tests.integration.chats import user
 from tests.integration.language_models import random_openvino
-from tests.integration.test_generation import user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 CALLERS = 40

@@ -1,4 +1,4 @@
-"""Forms that no grammar can be made of, beside answers of others on the embedded engine."""
+"""Forms of answers on the embedded engine: those it holds to, and those that no grammar can be made of."""
 
 from __future__ import annotations
 
@@ -10,13 +10,40 @@ from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
 
 from tests.conftest import Start
+from tests.integration.chats import WEATHER, refused, text_of, user
 from tests.integration.language_models import random_openvino
-from tests.integration.test_generation import refused, text_of, user
 
 
 @pytest.fixture(scope="module")
 def stub(start: Start, tmp_path_factory: pytest.TempPathFactory) -> rpc.GenerationServiceStub:
     return rpc.GenerationServiceStub(start(random_openvino(tmp_path_factory.mktemp("m"))).channel)
+
+
+def test_structured_output_has_its_form(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Answer in JSON: Anna lives in Rome.", max_tokens=200)
+    request.response_format.json_schema = json.dumps(WEATHER)
+    value = json.loads(text_of(stub.Chat(request).choices[0]))
+    assert set(value) == {"city"}
+    request.response_format.CopyFrom(pb.ResponseFormat(choices=["yes", "no", "maybe"]))
+    assert text_of(stub.Chat(request).choices[0]) in ("yes", "no", "maybe")
+    request.response_format.CopyFrom(pb.ResponseFormat(regex="[a-f]{4}-[0-9]{3}"))
+    said = text_of(stub.Chat(request).choices[0])
+    assert len(said) == 8 and said[4] == "-"
+
+
+def test_schemas_that_cannot_be_enforced_are_refused(stub: rpc.GenerationServiceStub) -> None:
+    request = user("Hello")
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 5}}}
+    request.response_format.json_schema = json.dumps(schema)
+    said = refused(lambda: stub.Chat(request))
+    assert "properties.a.multipleOf" in said["response_format.json_schema"]
+    request.response_format.json_schema = '{"type": "objekt"}'
+    assert "objekt" in refused(lambda: stub.Chat(request))["response_format.json_schema"]
+    request.response_format.json_object = True
+    assert "response_format.json_object" in refused(lambda: stub.Chat(request))
+    bad = user("Hello")
+    bad.response_format.regex = "([a-z"
+    assert refused(lambda: stub.Chat(bad))
 
 
 def forced(pattern: str) -> pb.ChatRequest:

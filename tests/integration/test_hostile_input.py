@@ -18,7 +18,7 @@ from forebay.methods import methods
 from google.protobuf.descriptor import FieldDescriptor
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 
 COUNT = int(os.environ.get("FOREBAY_FUZZ", "150"))
 UNARY = sorted(p for p, m in methods().items() if m.kind == "unary")

@@ -20,7 +20,7 @@ from forebay_cli.serve import http_port
 from forebay_gateway import direct
 
 from tests.conftest import Live
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 from tests.integration.test_inference import ROW
 
 pytestmark = pytest.mark.skipif(

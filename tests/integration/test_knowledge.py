@@ -22,7 +22,7 @@ from forebay_server.storage.knowledge import BaseRow, KnowledgeStore
 from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 from tests.integration.test_inference import violations
 
 

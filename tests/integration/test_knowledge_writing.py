@@ -14,10 +14,10 @@ from forebay.v1 import knowledge_pb2 as pb
 from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import openvino_models
 from tests.integration.random_lm import random_model
 from tests.integration.scripted_upstream import ScriptedUpstream
-from tests.integration.test_gateway import Gateway
 from tests.integration.test_knowledge import create, upload, wait
 from tests.integration.test_upstream import put
 

@@ -17,9 +17,9 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from pydantic import BaseModel, Field
 
 from tests.conftest import Live, Start
+from tests.integration.chats import text_of, user
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import random_openvino
-from tests.integration.test_gateway import Gateway
-from tests.integration.test_generation import text_of, user
 
 TOOL: Any = {
     "type": "function",

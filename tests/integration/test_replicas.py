@@ -25,8 +25,8 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay_cli.up import free_port
 
 from tests.conftest import ROOT
+from tests.integration.chats import user
 from tests.integration.language_models import random_openvino
-from tests.integration.test_generation import user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")

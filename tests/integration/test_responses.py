@@ -16,9 +16,9 @@ from forebay.v1 import response_pb2_grpc as rpc
 from pydantic import BaseModel, Field
 
 from tests.conftest import Live, Start
+from tests.integration.chats import refused
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import random_openvino
-from tests.integration.test_gateway import Gateway
-from tests.integration.test_generation import refused
 
 assert key_pb2
 TOOL: Any = {

@@ -16,8 +16,8 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay_server.core.structure import UNENFORCED
 
 from tests.conftest import Start
+from tests.integration.chats import refused, text_of, user
 from tests.integration.language_models import random_openvino, random_vllm, vllm_python
-from tests.integration.test_generation import refused, text_of, user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

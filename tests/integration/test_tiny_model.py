@@ -11,9 +11,9 @@ from forebay.v1 import generation_pb2 as pb
 from forebay.v1 import generation_pb2_grpc as rpc
 
 from tests.conftest import Live, Start
+from tests.integration.chats import text_of, user
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import openvino_models
-from tests.integration.test_gateway import Gateway
-from tests.integration.test_generation import text_of, user
 from tests.integration.test_llm_doors import HELLO, SAID, TOOL
 
 

@@ -16,10 +16,10 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay.v1 import usage_pb2, usage_pb2_grpc
 
 from tests.conftest import Live, Start
+from tests.integration.chats import WEATHER, refused, text_of, user
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import random_openvino
 from tests.integration.scripted_upstream import ScriptedUpstream
-from tests.integration.test_gateway import Gateway
-from tests.integration.test_generation import WEATHER, refused, text_of, user
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from tests.conftest import Start
+from tests.integration.gateway import Gateway
 from tests.integration.scripted_upstream import ScriptedUpstream
-from tests.integration.test_gateway import Gateway
 from tests.integration.test_upstream import put
 
 

@@ -20,9 +20,9 @@ from forebay.v1 import generation_pb2_grpc as rpc
 from forebay.v1 import usage_pb2, usage_pb2_grpc
 
 from tests.conftest import Live, Start
+from tests.integration.chats import refused, text_of, user
+from tests.integration.gateway import Gateway
 from tests.integration.language_models import random_vllm, vllm_python
-from tests.integration.test_gateway import Gateway
-from tests.integration.test_generation import refused, text_of, user
 from tests.integration.test_llm_doors import HELLO, TOOL, Person
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

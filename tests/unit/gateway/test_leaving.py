@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"a"}],"stream":true,"max_tokens":5}'
 
