@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def create_app(
     target: str,
     server_metrics: Metrics | None = None,
     client: ClientSettings | None = None,
+    names: Collection[str] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -74,6 +75,7 @@ def create_app(
         target: host:port of the gRPC server.
         server_metrics: gives the gRPC server's exposition, which /metrics puts behind its own.
         client: how to call that server by TLS; None = in the clear.
+        names: the hosts that requests may be for, see `origins.names`; None = any.
 
     Raises:
         SettingsError: a file of TLS cannot be read.
@@ -156,7 +158,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_exception(table))  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _our_fault)
     app.add_middleware(Doors, table=table)
-    app.add_middleware(Origins, allowed=settings.cors_origins)
+    app.add_middleware(Origins, allowed=settings.cors_origins, names=names)
     app.add_middleware(Measured, registry=registry)
     if settings.cors_origins:
         app.add_middleware(

@@ -26,7 +26,8 @@ Writer = Callable[[bytes, str], Written]
 _ENCODING = "accept-encoding"
 #: Headers that become metadata of the calls: the gateway's, and what the Open Inference Protocol reads.
 HEADERS = (*FORWARDED.values(), API_KEY, open_inference.HEADER, _ENCODING)
-#: Headers whose requests are the gateway's: compressed bodies, and what browsers send for pages.
+#: Headers whose requests are the gateway's: compressed bodies, and what browsers send with every POST of a
+#: page, which the gateway may refuse (`origins.py`).
 ASIDE = ("content-encoding", "origin")
 JSON: Mapping[str, str] = {"content-type": "application/json"}
 

@@ -15,6 +15,7 @@ from forebay.settings import Settings
 from forebay.tls import tls_files
 
 from forebay_gateway.app import create_app
+from forebay_gateway.origins import names
 from forebay_gateway.protocol import Http1
 from forebay_gateway.tls import Certificates
 
@@ -38,7 +39,8 @@ def run(settings: Settings, shared: bool = False) -> None:
     # Without an upstream it is this machine's server, whose settings are these. Sockets are in the clear.
     secure = settings.client.secure if http.upstream else settings.grpc.secure
     client = settings.client if secure and not target.startswith("unix:") else None
-    app = create_app(http, target, scraper(port) if port > 0 else None, client)
+    metrics = scraper(port) if port > 0 else None
+    app = create_app(http, target, metrics, client, names(settings))
     # The socket behind the server is in the clear: the server has the port, and its TLS.
     files = tls_files("http", http) if not http.gateway else None
     config = uvicorn.Config(

@@ -19,7 +19,7 @@ from tests.conftest import Live
 class Gateway:
     """uvicorn in a thread: on a port, or where the server has the HTTP port, on the socket behind it."""
 
-    def __init__(self, server: Live | str, server_metrics=None, **settings) -> None:
+    def __init__(self, server: Live | str, server_metrics=None, names=None, **settings) -> None:
         target = server if isinstance(server, str) else server.target
         if isinstance(server, str) or not server.gateway_socket:
             self._socket = socket.socket()
@@ -30,7 +30,7 @@ class Gateway:
             Path(server.gateway_socket).unlink(missing_ok=True)
             self._socket.bind(server.gateway_socket)
             self.port = server.server.lanes.http_port
-        app = create_app(HttpSettings(**settings), target, server_metrics)
+        app = create_app(HttpSettings(**settings), target, server_metrics, names=names)
         config = uvicorn.Config(app, http=Http1, log_level="error", access_log=False)
         if self._socket.family is socket.AF_UNIX:  # as forebay_gateway.serve has it
             config.timeout_keep_alive = 86400

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,10 @@ def test_it_answers_when_it_says_so_and_a_signal_ends_all(
     with up(starters, tmp_path) as (process, url):
         with urllib.request.urlopen(f"{url}/api/v1/models", timeout=10) as answer:
             assert json.load(answer)["models"][0]["name"] == "iris"
+        asked = urllib.request.Request(f"{url}/api/v1/models", headers={"host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError) as refused:  # it needs no key, see origins.py
+            urllib.request.urlopen(asked, timeout=10)
+        assert refused.value.code == 403
         parts = children(process.pid)
         assert len(parts) == 2
         process.send_signal(number)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from forebay.settings import HttpSettings
+from forebay.settings import HttpSettings, load_settings
 from forebay_gateway.app import create_app
-from starlette.testclient import TestClient
+from forebay_gateway.origins import names
+from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 PATH = "/api/v1/tokens:count"
@@ -61,4 +62,63 @@ def test_websockets_of_other_sites_are_not_accepted() -> None:
         client().websocket_connect("/api/v1/predictions:stream", headers={"origin": THEIRS}),
     ):
         pass
-    assert "http.cors_origins" in e.value.reason
+    assert isinstance(e.value, WebSocketDenialResponse)
+    assert e.value.status_code == REFUSED
+    assert "http.cors_origins" in e.value.json()["error"]["message"]
+
+
+def names_of(**values: object) -> frozenset[str] | None:
+    given = {k.replace("__", "."): v for k, v in values.items()}
+    return names(load_settings(given, environ={}).settings)
+
+
+def test_whose_names_are_asked_for() -> None:
+    assert names_of() == {"127.0.0.1"}
+    assert names_of(http__host="::1", http__cors_origins=["https://AI.example:8443", "["]) == {
+        "::1",
+        "ai.example",
+    }
+    beyond = {"http__host": "0.0.0.0", "auth__required": "never", "auth__allow_insecure_bind": True}
+    for free in (
+        {"auth__required": "always"},
+        {"grpc__host": "0.0.0.0"},  # so that keys are required
+        {"http__cors_origins": ["*"]},
+        beyond,
+    ):
+        assert names_of(**free) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", PASSES),
+        ("LOCALHOST.:8080", PASSES),
+        ("forebay.localhost:8080", PASSES),
+        ("127.0.0.1:8080", PASSES),
+        ("127.9.8.7", PASSES),
+        ("[::1]:8080", PASSES),
+        ("ai.example", PASSES),
+        ("AI.example:443", PASSES),
+        ("evil.example", REFUSED),
+        ("evil.example:8080", REFUSED),
+        ("evil.ai.example", REFUSED),
+        ("notlocalhost", REFUSED),
+        ("localhost.evil.example", REFUSED),
+        ("127.0.0.1.evil.example", REFUSED),
+        ("localhost@evil.example", REFUSED),
+        ("10.0.0.1:8080", REFUSED),
+        ("[", REFUSED),
+    ],
+)
+def test_hosts_of_a_gateway_without_keys(host: str, status: int) -> None:
+    app = create_app(HttpSettings(), "127.0.0.1:1", names={"ai.example"})
+    # A page of a name that means 127.0.0.1 for a while is of one origin with it, and may add any header.
+    headers = {"host": host, "origin": f"http://{host}", "authorization": "Bearer x"}
+    answer = TestClient(app).post(PATH, json={"texts": ["a"]}, headers=headers)
+    assert answer.status_code == status
+    read = TestClient(app).get("/healthz", headers=headers)
+    assert read.status_code == (200 if status == PASSES else REFUSED)
+    if status == REFUSED:
+        error = read.json()["error"]
+        assert error["code"] == "host_not_allowed"
+        assert "http.cors_origins" in error["message"] and "auth.required" in error["message"]
