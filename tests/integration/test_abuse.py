@@ -34,11 +34,11 @@ TIMEOUT_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def hardened(starters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def hardened(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A fast lane with short timeouts and small bounds."""
     values = {
         "home": tmp_path_factory.mktemp("home"),
-        "models.root": starters,
+        "models.root": embedder,
         "grpc.port": 0,
         "grpc.lane": "fast",
         "grpc.receive_timeout_s": TIMEOUT_S,
@@ -304,7 +304,7 @@ def test_connections_beyond_the_bound_are_refused(hardened: Live) -> None:
         client.socket.close()
 
 
-def test_tls_certificates_of_clients_and_renewal(starters: Path, tmp_path: Path) -> None:
+def test_tls_certificates_of_clients_and_renewal(embedder: Path, tmp_path: Path) -> None:
     authority, stranger = trustme.CA(), trustme.CA()
 
     def write(ca: trustme.CA) -> None:
@@ -316,7 +316,7 @@ def test_tls_certificates_of_clients_and_renewal(starters: Path, tmp_path: Path)
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     values = {
         "home": tmp_path / "home",
-        "models.root": starters,
+        "models.root": embedder,
         "grpc.port": 0,
         "grpc.lane": "fast",
         "grpc.tls_certificate": tmp_path / "cert.pem",

@@ -35,11 +35,11 @@ BOUND = 48 << 20
 
 
 @pytest.fixture(scope="module")
-def hardened(starters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def hardened(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A fast lane that soon notices peers that are gone."""
     values = {
         "home": tmp_path_factory.mktemp("home"),
-        "models.root": starters,
+        "models.root": embedder,
         "grpc.port": 0,
         "grpc.lane": "fast",
         "grpc.receive_timeout_s": 1.0,

@@ -19,8 +19,8 @@ LARGE = 40 << 10
 
 
 @pytest.fixture(scope="module")
-def bounded(starters: Path, start: Start) -> Live:
-    return start(starters, grpc__max_streams=3, grpc__max_header_bytes=LARGE + 1024)
+def bounded(embedder: Path, start: Start) -> Live:
+    return start(embedder, grpc__max_streams=3, grpc__max_header_bytes=LARGE + 1024)
 
 
 def call(live: Live, path: str, header: int) -> grpc.StatusCode:

@@ -29,8 +29,8 @@ class Door(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def door(starters: Path, start: Start) -> Iterator[Door]:
-    server = start(starters, auth__required="always")
+def door(embedder: Path, start: Start) -> Iterator[Door]:
+    server = start(embedder, auth__required="always")
     keys = server.server.keys
     _, good = server.run(keys.create("good", ("infer", "read")))
     one = Limits(requests_per_second=0.01, burst=1)

@@ -16,8 +16,8 @@ EMBED = "/forebay.v1.EmbeddingService/Embed"
 ROOM = 1 << 20
 
 
-def test_what_would_be_too_much_is_refused(starters: Path, start: Start) -> None:
-    live = start(starters, grpc__max_waiting_bytes=ROOM)
+def test_what_would_be_too_much_is_refused(embedder: Path, start: Start) -> None:
+    live = start(embedder, grpc__max_waiting_bytes=ROOM)
     ask = live.channel.unary_unary(EMBED)
     large = em.EmbedRequest(texts=["x" * ROOM]).SerializeToString()
     done = ask.future(large, timeout=20, metadata=(("x-request-id", "one"),))
