@@ -263,16 +263,6 @@ def test_clients_need_a_certificate_where_an_authority_is_named(
         assert not let_in(first) and not let_in(None)
 
 
-@pytest.mark.parametrize(
-    ("fault", "word"),
-    [
-        ("missing", r"http.tls_key is '.*key.pem': No such file"),
-        ("words", r"http.tls_certificate"),
-        ("strange", r"http.tls_certificate.*tls_key"),
-        ("locked", r"http.tls_.*key"),
-    ],
-)
-@pytest.mark.parametrize("command", [pytest.param("serve", marks=EXTENDED), "gateway"])
 def health(door: Door, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
     """`forebay health` with the settings of the door's server."""
     command = [sys.executable, "-m", "forebay_cli", "health", *options]
@@ -289,6 +279,16 @@ def test_health_asks_by_tls(door: Door) -> None:
     assert done.stderr.startswith(f"forebay: not ready: 127.0.0.1:{unused} does not answer")
 
 
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("missing", r"http.tls_key is '.*key.pem': No such file"),
+        ("words", r"http.tls_certificate"),
+        ("strange", r"http.tls_certificate.*tls_key"),
+        ("locked", r"http.tls_.*key"),
+    ],
+)
+@pytest.mark.parametrize("command", [pytest.param("serve", marks=EXTENDED), "gateway"])
 def test_files_that_are_not_what_they_should_be_stop_the_start(
     tmp_path: Path, command: str, fault: str, word: str
 ) -> None:
