@@ -121,7 +121,8 @@ class Server:
         """For so long, refuse (RESOURCE_EXHAUSTED, with the details) calls of the same method whose
         telling fields say the same, if no more than `within_s` is left until their deadline, and if
         they are no smaller than this one, where `by_size` says that it matters. Then, where `gap_s` is
-        over 0, for four times as long all but one in each such time."""
+        over 0, for four times as long all but one in each such time. `retry_s`: after how long clients' retry
+        policies are to come again; infinite: not at all."""
     def take_refusals(self) -> list[int]:
         """Calls that were refused without Python because too much waits, by method, since the last
         time."""

@@ -58,29 +58,31 @@ def environ(secured: Live, files: Path, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_commands_call_by_tls(
+@pytest.fixture
+def by_tls(
     secured: Live, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> pytest.MonkeyPatch:
+    """The environment of a command that is to call the server."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FOREBAY_GRPC_PORT", str(secured.server.port))
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("by_tls")
+def test_commands_call_by_tls() -> None:
     run = CliRunner().invoke(app, ["models", "list"])
     assert run.exit_code == 0, run.output
     assert run.output.startswith("iris@1")
 
 
-def test_health_is_asked_by_tls(
-    secured: Live, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("FOREBAY_GRPC_PORT", str(secured.server.port))
+def test_health_is_asked_by_tls(by_tls: pytest.MonkeyPatch) -> None:
     run = CliRunner().invoke(app, ["health", "--grpc"])
     assert (run.exit_code, run.output) == (0, "ready\n")
-    monkeypatch.setenv("FOREBAY_HTTP__ENABLED", "false")
+    by_tls.setenv("FOREBAY_HTTP__ENABLED", "false")
     assert CliRunner().invoke(app, ["health"]).exit_code == 0
-    monkeypatch.delenv("FOREBAY_CLIENT__TLS_CERTIFICATE")
-    monkeypatch.delenv("FOREBAY_CLIENT__TLS_KEY")
+    by_tls.delenv("FOREBAY_CLIENT__TLS_CERTIFICATE")
+    by_tls.delenv("FOREBAY_CLIENT__TLS_KEY")
     run = CliRunner().invoke(app, ["health"])
     assert run.exit_code == 1
     assert "UNAVAILABLE" in run.output

@@ -87,6 +87,16 @@ def test_nobody_waits_for_an_answer_that_would_be_too_late(guarded: Live, admin:
     assert time.monotonic() - began < 2
 
 
+def test_no_client_stands_still_for_long_unasked(guarded: Live, admin: str) -> None:
+    """Also one that would wait for ever."""
+    metadata = limited(guarded, admin, per_second=0.05)
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(guarded.channel)
+    stub.Embed(EMBED, metadata=metadata)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Embed(EMBED, metadata=metadata)
+    assert 10 < retry_delay(caught.value) <= 20 and pushback(caught.value) == "-1"
+
+
 def test_what_stays_refused_is_not_to_be_tried_again(guarded: Live, admin: str) -> None:
     large = embedding_pb2.EmbedRequest(texts=["x" * (guarded.settings.grpc.max_message_bytes + 1)])
     stub = embedding_pb2_grpc.EmbeddingServiceStub(guarded.channel)

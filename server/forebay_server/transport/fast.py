@@ -31,6 +31,7 @@ from forebay_server.transport.pipeline import (
     REQUEST_ID,
     TOO_MANY_RETRY_S,
     Pipeline,
+    pushback_s,
     too_late,
     too_many,
     trailers_of,
@@ -259,7 +260,7 @@ class FastLane:
                     error.by_size,
                     error.message,
                     error.to_status().SerializeToString(),
-                    error.retry_after_s or 0.0,
+                    pushback_s(error),
                 )
 
     def _count_refusals(self) -> None:

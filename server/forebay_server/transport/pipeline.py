@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Protocol
 
 from forebay.errors import DeadlineExceeded, ForebayError, Internal, QueueFull
@@ -153,10 +154,16 @@ def trailers_of(call: Call) -> list[tuple[str, str]]:
     return [*own, *call.trailers]
 
 
+def pushback_s(error: ForebayError) -> float:
+    """Seconds after which a client's retry policy should try again; infinite: never."""
+    wait = error.retry_after_s
+    return wait if wait is not None and wait < MAX_PUSHBACK_S else inf
+
+
 def _pushback(error: ForebayError, deadline: float | None) -> list[tuple[str, str]]:
     """What a client's retry policy hears, where it would not know better."""
-    wait = error.retry_after_s
-    if wait is None:  # UNAVAILABLE may pass at any time, what is spent or too large stays so
-        return [(PUSHBACK, "-1")] if error.code == "RESOURCE_EXHAUSTED" else []
-    left = MAX_PUSHBACK_S if deadline is None else min(MAX_PUSHBACK_S, deadline - time.monotonic())
+    if error.retry_after_s is None and error.code != "RESOURCE_EXHAUSTED":
+        return []  # UNAVAILABLE may pass at any time, what is spent or too large stays so
+    wait = pushback_s(error)
+    left = inf if deadline is None else deadline - time.monotonic()
     return [(PUSHBACK, str(max(1, round(wait * 1000))) if wait < left else "-1")]
