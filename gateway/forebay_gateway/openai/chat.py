@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from forebay_gateway import rest
-from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields, generation
 from forebay_gateway.upstream import Upstream
 
@@ -63,19 +62,10 @@ _TOOL = re.compile(r"^(tools\[\d+\])(?=\.)")
 def endpoint(upstream: Upstream) -> Any:
     """POST /v1/chat/completions."""
 
-    async def chat(request: Request) -> Response:
-        body = parse_json(await upstream.body(request))
-        message = read(body)
-        request.state.rename = words(body)
-        if fields.flag(body, "stream"):
-            return await stream(upstream, request, body, message)
-        if body.get("stream_options") is not None:
-            raise InvalidArgument.at("stream_options", "needs stream: true")
-        data, headers = await upstream.unary(CHAT, request, message.SerializeToString())
-        out = completion(pb.ChatResponse.FromString(data), int(time.time()))
-        return Response(dumps(out), media_type="application/json", headers=headers)
+    def written(data: bytes) -> dict[str, Any]:
+        return completion(pb.ChatResponse.FromString(data), int(time.time()))
 
-    return chat
+    return generation.endpoint(upstream, CHAT, read, words, written, stream)
 
 
 def words(body: dict[str, Any]) -> rest.Rename:
@@ -97,11 +87,7 @@ def words(body: dict[str, Any]) -> rest.Rename:
 def completion(answer: pb.ChatResponse, created: int) -> dict[str, Any]:
     """The answer as an object."""
     return {
-        "id": answer.id,
-        "object": "chat.completion",
-        "created": created,
-        "model": answer.served_by.model,
-        "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
+        **generation.head("chat.completion", answer, created),
         "choices": [_choice(c) for c in answer.choices],
         "usage": generation.usage(answer.generation_usage),
     }
@@ -284,18 +270,12 @@ async def stream(
     upstream: Upstream, request: Request, body: dict[str, Any], message: pb.ChatRequest
 ) -> Response:
     """The answer as SSE chunks."""
-    with_usage = include_usage(body)
+    with_usage = generation.include_usage(body)
     wrapped = pb.ChatStreamRequest(request=message)
     call, events, first = await generation.begin(upstream, STREAM, request, wrapped)
     started = pb.ChatStreamResponse.FromString(first).started
     answers = message.sampling.n or 1
-    base: dict[str, Any] = {
-        "id": started.id,
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": started.served_by.model,
-        "system_fingerprint": f"{started.served_by.model}@{started.served_by.version}",
-    }
+    base = generation.head("chat.completion.chunk", started, int(time.time()))
     if with_usage:
         base["usage"] = None
 
@@ -341,20 +321,3 @@ async def stream(
         return generation.error_frame(request.state.rename(status))
 
     return generation.event_stream(call, frames(), error_frame)
-
-
-def include_usage(body: dict[str, Any]) -> bool:
-    """stream_options, of which include_usage is known."""
-    options = body.get("stream_options")
-    if options is None:
-        return False
-    if not isinstance(options, dict):
-        raise InvalidArgument.at("stream_options", "an object is needed")
-    for name, value in options.items():
-        if name not in ("include_usage", "include_obfuscation") or (
-            name == "include_obfuscation" and value
-        ):
-            raise InvalidArgument.at(
-                f"stream_options.{name}", "is not supported here; supported is include_usage"
-            )
-    return fields.flag(options, "include_usage", at="stream_options")

@@ -15,9 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from forebay_gateway import rest
-from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields, generation
-from forebay_gateway.openai.chat import include_usage
 from forebay_gateway.upstream import Upstream
 
 COMPLETE = methods()["/forebay.v1.GenerationService/Complete"]
@@ -47,19 +45,10 @@ _IDS = re.compile(r"^(prompt\[\d+\])\.ids")
 def endpoint(upstream: Upstream) -> Any:
     """POST /v1/completions."""
 
-    async def completions(request: Request) -> Response:
-        body = parse_json(await upstream.body(request))
-        message = read(body)
-        request.state.rename = words(body)
-        if fields.flag(body, "stream"):
-            return await stream(upstream, request, body, message)
-        if body.get("stream_options") is not None:
-            raise InvalidArgument.at("stream_options", "needs stream: true")
-        data, headers = await upstream.unary(COMPLETE, request, message.SerializeToString())
-        out = completion(pb.CompleteResponse.FromString(data), int(time.time()))
-        return Response(dumps(out), media_type="application/json", headers=headers)
+    def written(data: bytes) -> dict[str, Any]:
+        return completion(pb.CompleteResponse.FromString(data), int(time.time()))
 
-    return completions
+    return generation.endpoint(upstream, COMPLETE, read, words, written, stream)
 
 
 def words(body: dict[str, Any]) -> rest.Rename:
@@ -75,11 +64,7 @@ def words(body: dict[str, Any]) -> rest.Rename:
 def completion(answer: pb.CompleteResponse, created: int) -> dict[str, Any]:
     """The answer as an object."""
     return {
-        "id": answer.id,
-        "object": "text_completion",
-        "created": created,
-        "model": answer.served_by.model,
-        "system_fingerprint": f"{answer.served_by.model}@{answer.served_by.version}",
+        **generation.head("text_completion", answer, created),
         "choices": [
             {
                 "index": c.index,
@@ -165,17 +150,11 @@ async def stream(
     upstream: Upstream, request: Request, body: dict[str, Any], message: pb.CompleteRequest
 ) -> Response:
     """The continuation as SSE chunks."""
-    with_usage = include_usage(body)
+    with_usage = generation.include_usage(body)
     wrapped = pb.CompleteStreamRequest(request=message)
     call, events, first = await generation.begin(upstream, STREAM, request, wrapped)
     started = pb.CompleteStreamResponse.FromString(first).started
-    base: dict[str, Any] = {
-        "id": started.id,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": started.served_by.model,
-        "system_fingerprint": f"{started.served_by.model}@{started.served_by.version}",
-    }
+    base = generation.head("text_completion", started, int(time.time()))
     if with_usage:
         base["usage"] = None
     offsets: dict[int, int] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -16,10 +16,12 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from forebay_gateway import http_errors
+from forebay_gateway.json_codec import dumps, parse_json
 from forebay_gateway.openai import fields
+from forebay_gateway.rest import Rename
 from forebay_gateway.upstream import Upstream, with_heartbeats
 
 #: Seconds of silence after which a stream says that it lives.
@@ -59,9 +61,7 @@ _FORMS = (
 )
 
 
-def words(
-    body: Mapping[str, Any], first: Sequence[tuple[str, str]]
-) -> Callable[[status_pb2.Status], status_pb2.Status]:
+def words(body: Mapping[str, Any], first: Sequence[tuple[str, str]]) -> Rename:
     """`renamed` for a body: in those of several words that its caller used. `first` is what its door
     alone has."""
     paths = [("request.", ""), *first]
@@ -213,6 +213,68 @@ def rewritten(status: status_pb2.Status, rename: Callable[[str], str]) -> status
             out.message = out.message.replace(f"{old}:", f"{violation.field}:")
         detail.Pack(bad)
     return out
+
+
+def endpoint(
+    upstream: Upstream,
+    method: Method,
+    read: Callable[[dict[str, Any]], Any],
+    words: Callable[[dict[str, Any]], Rename],
+    written: Callable[[bytes], dict[str, Any]],
+    stream: Callable[[Upstream, Request, dict[str, Any], Any], Awaitable[Response]],
+) -> Any:
+    """POST of a door of OpenAI's: a whole answer, or a stream.
+
+    Args:
+        method: gives whole answers.
+        read: the contract's message from a body.
+        words: how the contract's field paths are called in a body.
+        written: the answer from the response's bytes.
+    """
+
+    async def answer(request: Request) -> Response:
+        body = parse_json(await upstream.body(request))
+        message = read(body)
+        request.state.rename = words(body)
+        if fields.flag(body, "stream"):
+            return await stream(upstream, request, body, message)
+        if body.get("stream_options") is not None:
+            raise InvalidArgument.at("stream_options", "needs stream: true")
+        data, headers = await upstream.unary(method, request, message.SerializeToString())
+        return Response(dumps(written(data)), media_type="application/json", headers=headers)
+
+    return answer
+
+
+def head(
+    kind: str, answer: pb.ChatResponse | pb.CompleteResponse | pb.GenerationStarted, created: int
+) -> dict[str, Any]:
+    """What an answer, or each chunk of one, says of itself."""
+    by = answer.served_by
+    return {
+        "id": answer.id,
+        "object": kind,
+        "created": created,
+        "model": by.model,
+        "system_fingerprint": f"{by.model}@{by.version}",
+    }
+
+
+def include_usage(body: dict[str, Any]) -> bool:
+    """stream_options, of which include_usage is known."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise InvalidArgument.at("stream_options", "an object is needed")
+    for name, value in options.items():
+        if name not in ("include_usage", "include_obfuscation") or (
+            name == "include_obfuscation" and value
+        ):
+            raise InvalidArgument.at(
+                f"stream_options.{name}", "is not supported here; supported is include_usage"
+            )
+    return fields.flag(options, "include_usage", at="stream_options")
 
 
 async def begin(
