@@ -6,9 +6,27 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
+from tests.conftest import Live
+from tests.integration.gateway import Gateway
 from tests.integration.server_process import ServerProcess, StartProcess
+
+
+@pytest.fixture(scope="module")
+def gateway(live: Live) -> Iterator[Gateway]:
+    """A gateway of the module's server."""
+    running = Gateway(live)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client, of the module's gateway."""
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
+        yield sdk
 
 
 @pytest.fixture

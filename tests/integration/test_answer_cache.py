@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,20 +16,13 @@ from tests.integration.language_models import random_openvino
 
 
 @pytest.fixture(scope="module")
-def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+def live(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
     return start(random_openvino(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")
-def stub(tiny: Live) -> rpc.GenerationServiceStub:
-    return rpc.GenerationServiceStub(tiny.channel)
-
-
-@pytest.fixture(scope="module")
-def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny)
-    yield running
-    running.stop()
+def stub(live: Live) -> rpc.GenerationServiceStub:
+    return rpc.GenerationServiceStub(live.channel)
 
 
 def cached(text: str, **kwargs: Any) -> pb.ChatRequest:
@@ -47,23 +39,23 @@ def used(live: Live) -> tuple[int, int]:
 
 
 def test_an_equal_request_is_answered_from_the_cache_and_not_charged(
-    tiny: Live, stub: rpc.GenerationServiceStub
+    live: Live, stub: rpc.GenerationServiceStub
 ) -> None:
     first = stub.Chat(cached("Hello", logprobs=0, n=2))
     assert first.generation_usage.cached_answers == 0
-    tokens, hits = used(tiny)
+    tokens, hits = used(live)
     second = stub.Chat(cached("Hello", logprobs=0, n=2))
     assert [c.message for c in second.choices] == [c.message for c in first.choices]
     assert second.choices[0].logprobs == first.choices[0].logprobs
     assert second.generation_usage.cached_answers == second.usage.cached == 2
     assert second.usage.tokens == 0
     assert second.generation_usage.completion_tokens == first.generation_usage.completion_tokens
-    assert used(tiny) == (tokens, hits + 2)
+    assert used(live) == (tokens, hits + 2)
     events = list(stub.ChatStream(pb.ChatStreamRequest(request=cached("Hello", logprobs=0, n=2))))
     assert events[-1].usage.cached_answers == 2
     said = "".join(e.text.text for e in events if e.text.index == 0)
     assert said == text_of(first.choices[0])
-    exposition = tiny.server.metrics.exposition().decode()
+    exposition = live.server.metrics.exposition().decode()
     assert 'forebay_cache_lookups_total{model="tiny",result="hit"} ' in exposition
     assert 'forebay_generation_ended_total{model="tiny",reason="cached"} ' in exposition
 

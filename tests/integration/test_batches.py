@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +37,13 @@ def models(tmp_path_factory: pytest.TempPathFactory, starters: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(start: Start, models: Path) -> Live:
+def live(start: Start, models: Path) -> Live:
     return start(models)
 
 
 @pytest.fixture(scope="module")
-def stub(tiny: Live) -> rpc.BatchServiceStub:
-    return rpc.BatchServiceStub(tiny.channel)
-
-
-@pytest.fixture(scope="module")
-def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
-        yield sdk
+def stub(live: Live) -> rpc.BatchServiceStub:
+    return rpc.BatchServiceStub(live.channel)
 
 
 def chat(name: str, text: str, **sampling: Any) -> pb.BatchItem:
@@ -93,7 +79,7 @@ def results(stub: rpc.BatchServiceStub, name: str, metadata: Any = None) -> list
 
 
 def test_typed_items_get_typed_results_in_their_order(
-    tiny: Live, stub: rpc.BatchServiceStub
+    live: Live, stub: rpc.BatchServiceStub
 ) -> None:
     items = [chat(f"c{i}", f"Hello {i}", max_tokens=20) for i in range(10)]
     items.append(pb.BatchItem(custom_id="w", note="mine", complete={"prompts": ["To be"]}))
@@ -108,7 +94,7 @@ def test_typed_items_get_typed_results_in_their_order(
     found = results(stub, made.id)
     assert [r.number for r in found] == list(range(12))
     assert [r.custom_id for r in found] == [i.custom_id for i in items]
-    alone = generation_pb2_grpc.GenerationServiceStub(tiny.channel).Chat(items[3].chat)
+    alone = generation_pb2_grpc.GenerationServiceStub(live.channel).Chat(items[3].chat)
     assert text_of(found[3].chat.choices[0]) == text_of(alone.choices[0])
     assert found[10].complete.generation_usage.completion_tokens == 5
     assert found[10].complete.completions[0].text and found[10].note == "mine"
@@ -186,11 +172,11 @@ def test_a_cancelled_batch_keeps_what_it_has(stub: rpc.BatchServiceStub) -> None
 
 
 def test_a_batch_whose_time_runs_out_fails_what_is_left(
-    tiny: Live, stub: rpc.BatchServiceStub
+    live: Live, stub: rpc.BatchServiceStub
 ) -> None:
     items = [chat(f"c{i}", f"Hello {i}", max_tokens=400, ignore_eos=True) for i in range(300)]
     made = batch(stub, items, completion_window={"seconds": 60})
-    runner = tiny.server._deferred._runner
+    runner = live.server._deferred._runner
     real = runner.clock
     runner.clock = lambda: real() + 61
     try:

@@ -45,13 +45,6 @@ def stub(live: Live) -> collection_pb2_grpc.CollectionServiceStub:
     return collection_pb2_grpc.CollectionServiceStub(live.channel)
 
 
-@pytest.fixture(scope="module")
-def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live)
-    yield running
-    running.stop()
-
-
 def point(id_: str, vector=(), **payload) -> pb.Point:
     made = pb.Point(id=id_, vector=vector)
     made.payload.update(payload)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import forebay
 import grpc
 import pytest
@@ -11,13 +9,6 @@ from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live
 from tests.integration.test_gateway import Gateway
-
-
-@pytest.fixture(scope="module")
-def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live)
-    yield running
-    running.stop()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,6 @@ def models(tmp_path_factory: pytest.TempPathFactory, starters: Path) -> Path:
 @pytest.fixture(scope="module")
 def live(start: Start, models: Path) -> Live:
     return start(models)
-
-
-@pytest.fixture(scope="module")
-def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
-        yield sdk
 
 
 def upload(

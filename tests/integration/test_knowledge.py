@@ -41,13 +41,6 @@ def stub(live: Live) -> knowledge_pb2_grpc.KnowledgeServiceStub:
     return knowledge_pb2_grpc.KnowledgeServiceStub(live.channel)
 
 
-@pytest.fixture(scope="module")
-def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live)
-    yield running
-    running.stop()
-
-
 def create(stub, name: str, **config) -> None:
     request = pb.CreateKnowledgeBaseRequest(knowledge_base=name)
     json_format.ParseDict(config, request.config)

@@ -66,13 +66,6 @@ def stub(live: Live) -> Stub:
     return stub
 
 
-@pytest.fixture(scope="module")
-def gateway(live: Live) -> Iterator[Gateway]:
-    running = Gateway(live)
-    yield running
-    running.stop()
-
-
 def ask(stub: Stub, question: str, model: str = "far", **fields: Any) -> pb.AskResponse:
     request = pb.AskRequest(knowledge_base="office", question=question, model=model)
     return stub.Ask(json_format.ParseDict(fields, request))

@@ -6,7 +6,6 @@ What is said is nonsense here: each door must say the same. Sense is in test_tin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -41,28 +40,15 @@ SAID = "I am a tiny test model."
 
 
 @pytest.fixture(scope="module")
-def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+def live(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
     return start(random_openvino(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")
-def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
-        yield sdk
-
-
-@pytest.fixture(scope="module")
-def said(tiny: Live) -> str:
+def said(live: Live) -> str:
     """What the model says to HELLO, by gRPC."""
     request = user("Who are you?", max_tokens=100)
-    return text_of(rpc.GenerationServiceStub(tiny.channel).Chat(request).choices[0])
+    return text_of(rpc.GenerationServiceStub(live.channel).Chat(request).choices[0])
 
 
 def test_openai_chat_whole(client: openai.OpenAI, said: str) -> None:
@@ -376,7 +362,7 @@ def test_rest_streams_are_server_sent_events(gateway: Gateway, said: str) -> Non
     assert "".join(e["text"]["text"] for e in events if "text" in e) == said
 
 
-def test_a_browser_that_leaves_ends_the_stream(gateway: Gateway, tiny: Live) -> None:
+def test_a_browser_that_leaves_ends_the_stream(gateway: Gateway, live: Live) -> None:
     body = {
         "model": "tiny",
         "messages": HELLO,
@@ -386,7 +372,7 @@ def test_a_browser_that_leaves_ends_the_stream(gateway: Gateway, tiny: Live) -> 
     }
     with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body) as stream:
         next(stream.iter_lines())
-    client = tiny.server.repository.pool.loaded[("tiny", 1)].client
+    client = live.server.repository.pool.loaded[("tiny", 1)].client
     import time
 
     deadline = time.monotonic() + 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -42,26 +41,13 @@ class Person(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
+def live(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Live:
     return start(random_openvino(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")
-def stub(tiny: Live) -> rpc.ResponseServiceStub:
-    return rpc.ResponseServiceStub(tiny.channel)
-
-
-@pytest.fixture(scope="module")
-def gateway(tiny: Live) -> Iterator[Gateway]:
-    running = Gateway(tiny)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
-        yield sdk
+def stub(live: Live) -> rpc.ResponseServiceStub:
+    return rpc.ResponseServiceStub(live.channel)
 
 
 def asks(text: str, **kwargs: Any) -> pb.CreateResponseRequest:

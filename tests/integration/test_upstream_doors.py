@@ -95,12 +95,6 @@ def refusing(upstream: ScriptedUpstream) -> Iterator[None]:
     upstream.script, upstream.refuses = script, False
 
 
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as sdk:
-        yield sdk
-
-
 @pytest.mark.usefixtures("refusing")
 def test_a_refusal_of_a_chat(client: openai.OpenAI, upstream: ScriptedUpstream) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
