@@ -252,23 +252,53 @@ async def test_records_wait_on_disk_while_the_database_is_away(
     assert len(list((tmp_path / "usage").iterdir())) == 1
 
 
-async def test_a_full_disk_costs_no_record_and_no_call(ledger: UsageLedger) -> None:
-    room = [0]
+class Disk:
+    """Has `room` bytes left: short writes, then ENOSPC."""
 
-    def write(file: int, data: bytes) -> int:
-        """A disk with `room` bytes left: short writes, then ENOSPC."""
-        if room[0] <= 0:
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, file: int, data: bytes) -> int:
+        """As os.write."""
+        if self.room <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        fits = data[: room[0]]
-        room[0] -= len(fits)
+        fits = data[: self.room]
+        self.room -= len(fits)
         return os.write(file, fits)
 
-    ledger._write = write
-    room[0] = 75  # the second record is torn
+
+async def test_a_full_disk_costs_no_record_and_no_call(ledger: UsageLedger) -> None:
+    disk = Disk(75)  # the second record is torn
+    ledger._write = disk.write
     for _ in range(5):
         ledger.record({("k", "m", 1): ONE})
     assert await calls(ledger) < 5
-    room[0] = 1_000_000
+    disk.room = 1_000_000
     ledger.record({("k", "m", 1): ONE})
     assert await calls(ledger) == 6
+    await ledger.close()
+
+
+async def test_a_torn_record_takes_none_behind_it_along(ledger: UsageLedger) -> None:
+    """Where there is room again before its segment is rolled, the segment goes on."""
+    disk = Disk(75)
+    ledger._write = disk.write
+    for _ in range(3):
+        ledger.record({("k", "m", 1): ONE})
+    disk.room = 1_000_000
+    for _ in range(2):
+        ledger.record({("k", "m", 1): ONE})
+    written = ledger._path.read_bytes()
+    assert written.endswith(b"\n") and len(written.splitlines()) == 6  # the torn one, and five
+    assert await calls(ledger) == 5
+    await ledger.close()
+
+
+async def test_a_roll_writes_what_waited_for_room(ledger: UsageLedger) -> None:
+    disk = Disk(75)
+    ledger._write = disk.write
+    for _ in range(3):
+        ledger.record({("k", "m", 1): ONE})
+    disk.room = 1_000_000
+    assert await calls(ledger) == 3
     await ledger.close()
