@@ -51,7 +51,7 @@ def test_an_odd_config_json_hurts_no_other_model_and_is_named(
     assert served_version(live) == 1
     for name in ("an-odd", "late"):  # loaded with the server, and by its first call
         error = infer(live, name)
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "JSON" in str(error.details())
     with pytest.raises(grpc.RpcError) as caught:
         stub_of(live).ImportVersion(upload(odd, "new", piece=500_000))
@@ -67,7 +67,7 @@ def test_a_version_policy_that_wants_no_version_there_is_is_said(
     (models / "iris" / "model.yaml").write_text("version_policy: [7, 8]\n")
     live = start(models)
     error = infer(live, "iris")
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "version_policy is [7, 8]; the versions of iris are 1" in str(error.details())
     with pytest.raises(grpc.RpcError) as caught:
         stub_of(live).LoadModel(pb.LoadModelRequest(model="iris"))

@@ -9,9 +9,11 @@ from typing import Any
 
 from forebay.errors import FailedPrecondition
 
+from forebay_server.core.call import Principal
 from forebay_server.core.statistics import EngineStatistics
 from forebay_server.engines.process import resident_bytes
 from forebay_server.repository import LoadedModel, ModelRepository
+from forebay_server.repository.explain import without_folders
 from forebay_server.repository.manifest import ModelConfig
 from forebay_server.repository.state import Routing
 
@@ -89,15 +91,23 @@ class Registry:
                 reason="NO_VERSION_FOLDERS",
             )
 
-    def view(self, name: str) -> ModelView:
-        """One model. Raises NotFound."""
+    def reason(self, reason: str, asker: Principal) -> str:
+        """Why a version does not serve, as a caller may hear it: where its files lie is for keys with
+        the admin scope."""
+        if "admin" in asker.scopes:
+            return reason
+        return without_folders(reason, self._repository.catalogue.root)
+
+    def view(self, name: str, asker: Principal) -> ModelView:
+        """One model, as a caller may see it. Raises NotFound."""
         catalogue, pool = self._repository.catalogue, self._repository.pool
         folder = catalogue.folder(name)
         config = catalogue.configs.get(name, ModelConfig())  # one that cannot be read says nothing
-        versions = [
-            VersionView(v, *pool.state_of((name, v)), pool.loaded.get((name, v)))
-            for v in sorted(folder.versions, reverse=True)
-        ]
+        versions = []
+        for version in sorted(folder.versions, reverse=True):
+            state, reason = pool.state_of((name, version))
+            loaded = pool.loaded.get((name, version))
+            versions.append(VersionView(version, state, self.reason(reason, asker), loaded))
         described = next((v.loaded.manifest.description for v in versions if v.loaded), "")
         return ModelView(
             name,
@@ -108,15 +118,15 @@ class Registry:
             bool(config.default_for),
         )
 
-    def views(self) -> list[ModelView]:
+    def views(self, asker: Principal) -> list[ModelView]:
         """All models, by name."""
-        return [self.view(name) for name in sorted(self._repository.catalogue.folders)]
+        return [self.view(name, asker) for name in sorted(self._repository.catalogue.folders)]
 
-    def index(self) -> list[tuple[str, int, str, str]]:
+    def index(self, asker: Principal) -> list[tuple[str, int, str, str]]:
         """Name, version, state and reason in the Open Inference Protocol's words."""
         return [
             (m.name, v.version, _OIP_STATES[v.state], v.reason)
-            for m in self.views()
+            for m in self.views(asker)
             for v in reversed(m.versions)
         ]
 
@@ -139,16 +149,15 @@ class Registry:
                 )
         return out
 
-    async def load(self, name: str, version: int | None) -> ModelView:
+    async def load(self, name: str, version: int | None) -> None:
         """Load; raises why it could not be loaded."""
         await self._repository.load(name, version)
-        return self.view(name)
 
-    async def unload(self, name: str, version: int | None) -> tuple[ModelView, int, int]:
+    async def unload(self, name: str, version: int | None) -> tuple[int, int]:
         """Unload; gives resident bytes before and after, of the server and its engines."""
         before = self.resident_bytes()
         await self._repository.unload(name, version)
-        return self.view(name), before, self.resident_bytes()
+        return before, self.resident_bytes()
 
     def resident_bytes(self) -> int:
         """Resident bytes of the server and of its engines' processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from forebay_server.engines.arrays import TOKEN_INPUTS
 
 #: Name -> the Open Inference Protocol's datatype (None where it has none), dimensions.
 Signature = Mapping[str, TensorSpec]
+#: The line of its own sources, and the function's signature, before what ONNX Runtime has to say.
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?:const )?")
 
 
 def rejected(message: str) -> FailedPrecondition:
@@ -82,5 +85,5 @@ def _check_tensor(file: str, spec: TensorSpec, have: Signature, served: Mapping[
 
 def first_line(error: Exception) -> str:
     """What a runtime says of a bad file, short."""
-    text = str(error).strip().splitlines()
+    text = _SOURCE.sub(" ", str(error)).strip().splitlines()
     return text[0][:300] if text else type(error).__name__

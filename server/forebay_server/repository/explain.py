@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+#: A path from the root, as runtimes name files in what they say; not that of a URL.
+_PATH = re.compile(r"""(?<![\w/.])(?:/[^/\s'",;:()]+)*/([^/\s'",;:()]+)""")
+
+
+def without_folders(text: str, root: Path) -> str:
+    """A fault with its files named by their last part alone: where they lie is not for every caller.
+
+    Args:
+        root: of the model repository; its own name may have any characters.
+    """
+    for folder in {str(root), str(root.resolve())}:
+        text = text.replace(f"{folder}/", "/")
+    return _PATH.sub(r"\1", text)
 
 
 def explain(error: Exception, kind: type[BaseModel]) -> str:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from forebay_server.engines import tree_depth
 from forebay_server.engines.onnx import DATATYPES
 from forebay_server.engines.onnx_format import of_any_rank
+from forebay_server.engines.signature import first_line
 from forebay_server.repository import language_models
 from forebay_server.repository.manifest import (
     ClassificationHead,
@@ -85,8 +86,7 @@ def _signature(path: Path) -> tuple[list[Tensor], list[Tensor]]:
     try:
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise rejected(f"{path.name} cannot be loaded: {reason}") from None
+        raise rejected(f"{path.name} cannot be loaded: {first_line(e)}") from None
 
     def tensors(values: Any) -> list[Tensor]:
         out = []

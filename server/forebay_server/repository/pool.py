@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from forebay.errors import FailedPrecondition, ForebayError
@@ -26,16 +27,25 @@ log = logging.getLogger("forebay.repository")
 GRACE_S = 0.5
 #: Weight that an engine's files take in memory, for the budget, before it is loaded.
 MEMORY_FACTOR = 1.3
+#: Seconds until a load that found no room is tried again, by the next call.
+RETRY_S = 5.0
 #: Model and version.
 Key = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a version does not serve, and the state of its folder then."""
+    """Why a version does not serve, the state of its files then, and from when on (monotonic clock) a call
+    may have it tried again though they are as they were; infinite: never."""
 
     reason: str
     mark: float
+    again: float = inf
+
+
+def retry_s(error: ForebayError) -> float:
+    """Seconds after which a load that failed so may succeed. Infinite: not before somebody mends the model."""
+    return RETRY_S if error.reason == "MEMORY_BUDGET" else inf
 
 
 class ModelPool:
@@ -112,10 +122,13 @@ class ModelPool:
         closing = [asyncio.to_thread(m.client.close, timeout_s) for m in models]
         await asyncio.gather(*closing, *self._closing)
 
-    def known_bad(self, key: Key, folder: Path) -> bool:
-        """Whether it has failed, and its folder is as it was then."""
-        failure = self.failures.get(key)
-        return failure is not None and failure.mark == _mark(folder)
+    def forgive_mended(self) -> None:
+        """Forget failures of versions whose files, or model.yaml, have changed since or are gone."""
+        for key, failure in self.failures.items():
+            folder = self._catalogue.folders.get(key[0])
+            version = folder.versions.get(key[1]) if folder else None
+            if version is None or failure.mark != self._mark(key, version):
+                self.forgive(key)
 
     def forgive(self, key: Key) -> None:
         """Forget that it has failed: calls wait for the next load instead of being refused."""
@@ -146,12 +159,13 @@ class ModelPool:
                     load, name, version, folder, config, self._defaults, self._observer
                 )
         except ForebayError as e:
-            self._failed(key, folder, e.message)
+            log.error("model %s@%d is not served: %s", name, version, e.message)
+            self._failed(key, folder, e)
             raise
         except Exception as e:  # a bug of ours, or a file that went away: other models go on
             log.exception("loading %s@%d failed", name, version)
             error = rejected(f"loading it failed: {type(e).__name__}: {e}")
-            self._failed(key, folder, error.message)
+            self._failed(key, folder, error)
             raise error from e
         model.last_used = time.monotonic()
         self.forgive(key)
@@ -160,24 +174,29 @@ class ModelPool:
         self._events.publish("loaded", name, version)
         return model
 
-    def _failed(self, key: Key, folder: Path, reason: str) -> None:
-        self.failures = {**self.failures, key: Failure(reason, _mark(folder))}
-        self._events.publish("failed", *key, reason)
+    def _failed(self, key: Key, folder: Path, error: ForebayError) -> None:
+        again = time.monotonic() + retry_s(error)
+        failure = Failure(error.message, self._mark(key, folder), again)
+        self.failures = {**self.failures, key: failure}
+        self._events.publish("failed", *key, error.message)
+
+    def _mark(self, key: Key, folder: Path) -> float:
+        """Changes when a file of the version, or the model's model.yaml, changes."""
+        found = [*folder.rglob("*"), *(self._catalogue.root / key[0]).glob("model.yaml")]
+        return max((p.stat().st_mtime for p in found), default=0.0) + len(found)
 
     async def _make_room(self, key: Key, folder: Path) -> None:
-        """Evict models that were not used for longest, until the new one fits the budget."""
+        """Evict models that were not used for longest, until the new one fits the budget; none when it
+        would not."""
         if not self._budget:
             return
         need = int(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) * MEMORY_FACTOR)
         while self._taken_bytes() + need > self._budget:
-            idle = [
-                m
-                for m in self.loaded.values()
-                if not m.config.execution.preload and (m.name, m.version) != key
-            ]
-            if not idle:
+            idle = [m for m in self.loaded.values() if not m.config.execution.preload]
+            stay = self._taken_bytes() - sum(m.memory_bytes for m in idle)
+            if not idle or stay + need > self._budget:
                 raise FailedPrecondition(
-                    f"{key[0]}@{key[1]} needs about {need} bytes; {self._taken_bytes()} of the "
+                    f"{key[0]}@{key[1]} needs about {need} bytes; {stay} of the "
                     f"budget of {self._budget} are taken by models that may not be evicted",
                     reason="MEMORY_BUDGET",
                 )
@@ -187,10 +206,3 @@ class ModelPool:
 
     def _taken_bytes(self) -> int:
         return sum(m.memory_bytes for m in self.loaded.values())
-
-
-def _mark(folder: Path) -> float:
-    """Changes when a file of the folder changes."""
-    return max((p.stat().st_mtime for p in folder.rglob("*")), default=0.0) + len(
-        list(folder.rglob("*"))
-    )

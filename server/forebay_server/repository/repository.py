@@ -6,6 +6,7 @@ Lives on one event loop, but for what `resolver` says of threads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 from pathlib import Path
@@ -90,6 +91,7 @@ class ModelRepository:
     async def refresh(self) -> None:
         """Read the folders anew; load versions that should serve and do not."""
         await self._read()
+        self.pool.forgive_mended()
         # What a call has loaded since is not stopped any more.
         self._stopped -= {*self.pool.loaded, *(name for name, _ in self.pool.loaded)}
         for name, folder in self.catalogue.folders.items():
@@ -101,14 +103,10 @@ class ModelRepository:
                 continue
             for version in folder.wanted(config, self.routing.of(name)):
                 key = (name, version)
-                if key in self.pool.loaded or key in self._stopped:
+                if key in self.pool.loaded or key in self._stopped or key in self.pool.failures:
                     continue
-                if self.pool.known_bad(key, folder.versions[version]):
-                    continue
-                try:
+                with contextlib.suppress(ForebayError):  # the log has it, and the index
                     await self.pool.load(key)
-                except ForebayError as e:
-                    log.error("model %s@%d is not served: %s", name, version, e.message)
             await self._retire(name)
         for name in {k[0] for k in self.pool.loaded} - set(self.catalogue.folders):
             await self.unload(name, None)

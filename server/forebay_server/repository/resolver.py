@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from math import inf
 
-from forebay.errors import FailedPrecondition, NotFound, Unavailable
+from forebay.errors import FailedPrecondition, ForebayError, NotFound, Unavailable
 
 from forebay_server.core.interfaces import EngineRequest
 from forebay_server.repository.catalogue import Catalogue
+from forebay_server.repository.explain import without_folders
 from forebay_server.repository.loading import LoadedModel
-from forebay_server.repository.pool import ModelPool
+from forebay_server.repository.pool import ModelPool, retry_s
 from forebay_server.repository.routing import by_alias, parse, select, some
 from forebay_server.repository.routing_table import NOWHERE, RoutingTable
 
@@ -33,8 +35,8 @@ class Resolver:
 
         Raises:
             NotFound: no such model, version or alias; names the nearest.
-            FailedPrecondition: WRONG_TASK.
-            Unavailable: it cannot be loaded; says why.
+            FailedPrecondition: WRONG_TASK; MODEL_REJECTED: it cannot be loaded until it is mended.
+            Unavailable: MODEL_NOT_READY, it found no room; RetryInfo says when to come again.
         """
         name, version = self._find(ref, tasks, key)
         model = self._serving(name, version)
@@ -60,12 +62,8 @@ class Resolver:
             at = f"{name}@{wanted}"
             folder.require(wanted)
             model = await self._pool.load((name, wanted))
-        except FailedPrecondition as e:
-            raise Unavailable(
-                f"model {at} cannot be loaded: {e.message}",
-                reason="MODEL_NOT_READY",
-                retry_after_s=5.0,
-            ) from None
+        except (FailedPrecondition, Unavailable) as e:
+            raise self._refusal(at, e.message, retry_s(e)) from None
         self._check_task(name, model.manifest.task, tasks)
         return model
 
@@ -136,17 +134,24 @@ class Resolver:
         """Do not load again and again what has just failed: a refresh sees a mended folder."""
         faults = self._catalogue.faults
         if name in faults:
-            raise Unavailable(
-                f"model {name!r} cannot be loaded: {faults[name]}", reason="MODEL_NOT_READY"
-            )
+            raise self._refusal(name, faults[name])
         wanted = version or max(self._catalogue.folders[name].versions)
         failure = self._pool.failures.get((name, wanted))
-        if failure is not None:
-            raise Unavailable(
-                f"model {name}@{wanted} cannot be loaded: {failure.reason}",
+        if failure is not None and (left := failure.again - time.monotonic()) > 0:
+            raise self._refusal(f"{name}@{wanted}", failure.reason, left)
+
+    def _refusal(self, at: str, reason: str, wait_s: float = inf) -> ForebayError:
+        """What a call hears of a model that cannot be loaded. The log has the paths, and the registry."""
+        said = without_folders(reason, self._catalogue.root)
+        if wait_s < inf:
+            return Unavailable(
+                f"model {at} cannot be loaded now: {said}",
                 reason="MODEL_NOT_READY",
-                retry_after_s=5.0,
+                retry_after_s=wait_s,
             )
+        return FailedPrecondition(
+            f"model {at} cannot be served until it is mended: {said}", reason="MODEL_REJECTED"
+        )
 
     def _check_task(self, name: str, task: str, tasks: Sequence[str]) -> None:
         if task in tasks:

@@ -55,14 +55,15 @@ class ModelService(Service):
     async def list_models(self, call: Call) -> pb.ListModelsResponse:
         """ListModels."""
         request = cast(pb.ListModelsRequest, call.request)
-        models = [m for m in self._registry.views() if request.task in (0, TASKS[m.task])]
+        views = self._registry.views(call.principal)
+        models = [m for m in views if request.task in (0, TASKS[m.task])]
         chosen, token = Page(request, 100, str).of(models, lambda m: (m.name,))
         return pb.ListModelsResponse(models=[message(m) for m in chosen], next_page_token=token)
 
     async def get_model(self, call: Call) -> pb.GetModelResponse:
         """GetModel."""
         request = cast(pb.GetModelRequest, call.request)
-        view = self._registry.view(request.model)
+        view = self._registry.view(request.model, call.principal)
         response = pb.GetModelResponse(model=message(view))
         for event in await self._repository.routing.history(view.name):
             response.history.add(
@@ -78,17 +79,18 @@ class ModelService(Service):
         """LoadModel."""
         request = cast(pb.LoadModelRequest, call.request)
         version = request.version if request.HasField("version") else None
-        return pb.LoadModelResponse(
-            model=message(await self._registry.load(request.model, version))
-        )
+        await self._registry.load(request.model, version)
+        return pb.LoadModelResponse(model=self._model(call, request.model))
 
     async def unload_model(self, call: Call) -> pb.UnloadModelResponse:
         """UnloadModel."""
         request = cast(pb.UnloadModelRequest, call.request)
         version = request.version if request.HasField("version") else None
-        view, before, after = await self._registry.unload(request.model, version)
+        before, after = await self._registry.unload(request.model, version)
         return pb.UnloadModelResponse(
-            model=message(view), memory_before_bytes=before, memory_after_bytes=after
+            model=self._model(call, request.model),
+            memory_before_bytes=before,
+            memory_after_bytes=after,
         )
 
     async def import_version(
@@ -118,7 +120,7 @@ class ModelService(Service):
         if header.load:
             await self._repository.load(header.model, version)
         return pb.ImportVersionResponse(
-            model=message(self._registry.view(header.model)),
+            model=self._model(call, header.model),
             version=version,
             bytes_written=upload.bytes_written,
         )
@@ -128,7 +130,7 @@ class ModelService(Service):
         request = cast(pb.SetAliasRequest, call.request)
         version = request.version if request.HasField("version") else None
         await self._repository.routing.set_alias(request.model, request.alias, version)
-        return pb.SetAliasResponse(model=self._model(request.model))
+        return pb.SetAliasResponse(model=self._model(call, request.model))
 
     async def set_traffic(self, call: Call) -> pb.SetTrafficResponse:
         """SetTraffic."""
@@ -144,7 +146,7 @@ class ModelService(Service):
         if request.HasField("shadow"):
             shadow = (request.shadow.version, request.shadow.fraction)
         await self._repository.routing.set_traffic(request.model, shares, shadow)
-        return pb.SetTrafficResponse(model=self._model(request.model))
+        return pb.SetTrafficResponse(model=self._model(call, request.model))
 
     async def promote(self, call: Call) -> pb.PromoteResponse:
         """Promote."""
@@ -152,13 +154,13 @@ class ModelService(Service):
         await self._repository.routing.promote(
             request.model, request.version, call.principal.key_id
         )
-        return pb.PromoteResponse(model=self._model(request.model))
+        return pb.PromoteResponse(model=self._model(call, request.model))
 
     async def rollback(self, call: Call) -> pb.RollbackResponse:
         """Rollback."""
         request = cast(pb.RollbackRequest, call.request)
         await self._repository.routing.rollback(request.model, call.principal.key_id)
-        return pb.RollbackResponse(model=self._model(request.model))
+        return pb.RollbackResponse(model=self._model(call, request.model))
 
     async def get_statistics(self, call: Call) -> pb.GetStatisticsResponse:
         """GetStatistics."""
@@ -190,22 +192,22 @@ class ModelService(Service):
         request = cast(pb.WatchModelsRequest, call.request)
         events = self._repository.events.watch()
         if request.model:
-            yield pb.WatchModelsResponse(event="current", model=self._model(request.model))
+            yield pb.WatchModelsResponse(event="current", model=self._model(call, request.model))
         else:
-            for view in self._registry.views():
+            for view in self._registry.views(call.principal):
                 yield pb.WatchModelsResponse(event="current", model=message(view))
         async for event in events:
             if request.model in ("", event.model):
                 yield pb.WatchModelsResponse(
                     event=event.event,
-                    model=self._model(event.model),
+                    model=self._model(call, event.model),
                     version=event.version,
-                    reason=event.reason,
+                    reason=self._registry.reason(event.reason, call.principal),
                     time=timestamp(event.time),
                 )
 
-    def _model(self, name: str) -> pb.Model:
-        return message(self._registry.view(name))
+    def _model(self, call: Call, name: str) -> pb.Model:
+        return message(self._registry.view(name, call.principal))
 
 
 def timestamp(seconds: float) -> Timestamp:

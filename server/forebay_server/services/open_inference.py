@@ -126,7 +126,7 @@ class OpenInferenceService(Service):
         """RepositoryIndex."""
         request = cast(pb.RepositoryIndexRequest, call.request)
         response = pb.RepositoryIndexResponse()
-        for name, version, state, reason in self._registry.index():
+        for name, version, state, reason in self._registry.index(call.principal):
             if state == "READY" or not request.ready:
                 response.models.add(name=name, version=str(version), state=state, reason=reason)
         return response
