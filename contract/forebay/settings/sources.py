@@ -101,6 +101,8 @@ def _complaint(
         given = next((n for n in values if n.startswith(f"{name}.")), None)
     source = sources[given] if given is not None else "default"
     if first["type"] == "extra_forbidden":
+        # Of an unknown section, what was given in it tells more than its own name.
+        name = given or name
         return f"{name} (from {source}) names no setting.{_hint(name)}"
     said = first["msg"].removeprefix("Value error, ")
     if given is None or not name.startswith(given):
@@ -110,7 +112,10 @@ def _complaint(
 
 
 def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, _NAMES, n=3)
+    known = _NAMES if "." in name else (_NAMES | _SECTIONS) - {name}
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, known, n=3)
+    near = near or sorted(n for n in _NAMES if n.rpartition(".")[2] == last)[:3]
     meant = f" Did you mean {', '.join(near)}?" if near else ""
     return f"{meant} `forebay config` lists them all"
 

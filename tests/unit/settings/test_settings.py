@@ -240,3 +240,39 @@ def test_times_that_no_transport_can_count_are_refused(name: str) -> None:
     for given in (2e6 + 1, 1e30):
         with pytest.raises(SettingsError, match=rf"{name}.*2000000"):
             load_settings({name: given}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "near"),
+    [
+        ("grcp: {port: 1}", "grcp.port", "grpc.port"),
+        ("htp: {port: 1}", "htp.port", "http.port"),
+        ("modles: {root: /x}", "modles.root", "models.root"),
+        ("grpc: {prot: 1}", "grpc.prot", "grpc.port"),
+        ("grcp: 5", "grcp", "grpc"),
+        ("log_level: DEBUG", "log_level", "observability.log_level"),
+    ],
+)
+def test_an_unknown_section_or_field_is_answered_with_the_nearest(
+    tmp_path: Path, text: str, name: str, near: str
+) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, file, {})
+    said = f"{name} (from {file}) names no setting. Did you mean {near}"
+    assert str(caught.value).startswith(said), caught.value
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("FOREBAY_GRCP__PORT", "grpc.port"),
+        ("FOREBAY_HTP_PORT", "http.port"),
+        ("FOREBAY_LOG_LEVEL", "observability.log_level"),
+        ("FOREBAY_GRPC", "grpc.port"),
+    ],
+)
+def test_an_unknown_variable_is_answered_with_the_nearest(variable: str, near: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, None, {variable: "1"})
+    assert str(caught.value).startswith(f"{variable} names no setting. Did you mean {near}")
