@@ -11,6 +11,7 @@ from forebay.errors import ForebayError
 from forebay.settings import Settings, SettingsError
 from forebay.tls import tls_files
 
+from forebay_cli.settings import has_fast_lane
 from forebay_cli.supervised import listen
 
 if TYPE_CHECKING:
@@ -43,6 +44,28 @@ def http_port(settings: Settings) -> HttpPort | None:
     )
 
 
+def check_tls(settings: Settings) -> None:
+    """Look at the files of TLS before all that takes seconds. Without the extension, what they hold is looked at
+    when the port is opened.
+
+    Raises:
+        SettingsError: they cannot be read, or are not what they should be.
+    """
+    ports = [("grpc", settings.grpc), ("http", settings.http)]
+    for section, port in ports if settings.http.gateway else ports[:1]:
+        files = tls_files(section, port)
+        if files is None:
+            continue
+        pem = files.read()
+        if has_fast_lane(settings):
+            import forebay_native
+
+            try:
+                forebay_native.check_tls(*pem, http=section == "http")
+            except ValueError as e:
+                raise SettingsError(str(e)) from None
+
+
 def run(settings: Settings, supervised: bool = False) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP, then drain. A second SIGTERM or SIGINT ends at once.
 
@@ -54,13 +77,19 @@ def run(settings: Settings, supervised: bool = False) -> int:
     from forebay_server.core.allocator import bound_arenas
 
     bound_arenas()  # before what follows starts threads
-    import uvloop
-    from forebay_server.app import Server
     from forebay_server.observability.logs import configure
-    from forebay_server.storage.database import SchemaError
 
     o = settings.observability
     writer = configure(o.log_format, o.log_level, o.access_log)
+    try:
+        check_tls(settings)
+    except SettingsError as e:
+        log.error("%s", e)
+        writer.stop()
+        return 1
+    import uvloop
+    from forebay_server.app import Server
+    from forebay_server.storage.database import SchemaError
 
     async def main() -> int:
         loop = asyncio.get_running_loop()

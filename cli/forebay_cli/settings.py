@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from forebay.settings import Loaded, SettingsError, load_settings
+from forebay.settings import Loaded, Settings, SettingsError, load_settings
 
 
 def fail(message: str) -> NoReturn:
@@ -30,3 +31,8 @@ def settings_of(config: Path | None = None, *, serves: bool = False, **flags: An
         return loaded
     except SettingsError as e:
         fail(str(e))
+
+
+def has_fast_lane(settings: Settings) -> bool:
+    """Whether the server's port is the extension's."""
+    return settings.grpc.lane != "ordinary" and find_spec("forebay_native") is not None

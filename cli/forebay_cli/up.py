@@ -18,6 +18,8 @@ import typer
 from forebay.addresses import Address, listening
 from forebay.settings import Loaded, Settings
 
+from forebay_cli.settings import has_fast_lane
+
 #: Seconds beyond the drain time before a process is killed.
 SLACK_S = 10.0
 
@@ -92,7 +94,7 @@ def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
     """The folder of the sockets between server and gateway, and the settings that name them; empty
     where they need none."""
     http, names = settings.http, {}
-    if http.enabled and http.direct and http.workers == 1 and _has_fast_lane(settings):
+    if http.enabled and http.direct and http.workers == 1 and has_fast_lane(settings):
         names["FOREBAY_HTTP__GATEWAY"] = "gateway.sock"
     if http.enabled and not http.upstream and settings.grpc.secure:
         # The certificate is for the names that clients use, and may ask for one in return.
@@ -105,12 +107,6 @@ def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
     if "FOREBAY_GRPC__GATEWAY_SOCKET" in sockets:
         sockets["FOREBAY_HTTP__UPSTREAM"] = f"unix:{folder}/server.sock"
     return folder, sockets
-
-
-def _has_fast_lane(settings: Settings) -> bool:
-    from importlib.util import find_spec
-
-    return settings.grpc.lane != "ordinary" and find_spec("forebay_native") is not None
 
 
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:

@@ -141,6 +141,11 @@ class Server:
         """connections, refused_connections, waiting_calls, held_bytes, refused_calls,
         abandoned_calls."""
 
+def check_tls(
+    certificate: bytes, key: bytes, client_ca: bytes | None = None, *, http: bool = False
+) -> None:
+    """Raise the ValueError that a Server with these files would raise."""
+
 class Split:
     """Messages that were taken apart by `split`."""
 

@@ -318,3 +318,22 @@ def test_files_that_are_not_what_they_should_be_stop_the_start(
     assert done.returncode == (1 if command == "serve" else 2)
     told = done.stdout + done.stderr
     assert "Traceback" not in told and re.search(word, told), told
+    assert not (tmp_path / "home").exists(), "all that takes seconds comes after it"
+
+
+@pytest.mark.parametrize("lane", [pytest.param("fast", marks=EXTENDED), "ordinary"])
+def test_a_file_that_is_not_there_stops_the_server_before_it_opens_anything(
+    tmp_path: Path, lane: str
+) -> None:
+    files = {f"FOREBAY_GRPC__TLS_{n}": str(tmp_path / "none.pem") for n in ("CERTIFICATE", "KEY")}
+    write(tmp_path, trustme.CA())
+    done = subprocess.run(
+        [sys.executable, "-m", "forebay_cli", "serve"],
+        env=environ(tmp_path, free_port(), FOREBAY_GRPC__LANE=lane, **files),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert f"grpc.tls_certificate is '{tmp_path / 'none.pem'}': No such file" in done.stderr
+    assert not (tmp_path / "home").exists()

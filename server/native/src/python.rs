@@ -383,7 +383,7 @@ impl PyServer {
         client_ca: Option<&[u8]>,
         http: bool,
     ) -> PyResult<()> {
-        let door = if http { Door::Http } else { Door::Grpc };
+        let door = door_of(http);
         let tls = settings(certificate, key, client_ca, door)?;
         self.server.set_tls(door, tls);
         Ok(())
@@ -415,6 +415,16 @@ impl PyServer {
     }
 }
 
+const fn door_of(http: bool) -> Door {
+    if http { Door::Http } else { Door::Grpc }
+}
+
+#[pyfunction]
+#[pyo3(signature = (certificate, key, client_ca = None, *, http = false))]
+fn check_tls(certificate: &[u8], key: &[u8], client_ca: Option<&[u8]>, http: bool) -> PyResult<()> {
+    settings(certificate, key, client_ca, door_of(http)).map(drop)
+}
+
 fn settings(
     certificate: &[u8],
     key: &[u8],
@@ -440,6 +450,7 @@ fn forebay_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<records::PySplit>()?;
     module.add_class::<records::PyFeatureReader>()?;
     module.add_function(wrap_pyfunction!(records::column_sizes, module)?)?;
+    module.add_function(wrap_pyfunction!(check_tls, module)?)?;
     module.add_class::<PyCall>()?;
     module.add_class::<PyServer>()
 }
