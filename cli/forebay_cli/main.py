@@ -71,11 +71,17 @@ def serve(
     """Serve gRPC."""
     from forebay_cli import huge_pages
     from forebay_cli.serve import run
+    from forebay_cli.up import must_be_free
 
     huge_pages.ensure()
 
-    loaded = settings_of(config, serves=True, home=home, grpc__port=grpc_port)
-    sys.exit(run(loaded.settings, supervised))
+    settings = settings_of(config, serves=True, home=home, grpc__port=grpc_port).settings
+    must_be_free(settings.grpc.host, settings.grpc.port, "--grpc-port")
+    if settings.http.gateway:
+        must_be_free(settings.http.host, settings.http.port, "FOREBAY_HTTP_PORT")
+    metrics = settings.observability.metrics_port
+    must_be_free("127.0.0.1", metrics, "FOREBAY_OBSERVABILITY__METRICS_PORT")
+    sys.exit(run(settings, supervised))
 
 
 @app.command()
@@ -93,6 +99,10 @@ def gateway(
         from forebay_cli.up import run_gateway
 
         run_gateway(settings, config)
+    if not worker and not settings.http.gateway:  # a worker shares its port
+        from forebay_cli.up import must_be_free
+
+        must_be_free(settings.http.host, settings.http.port, "--http-port")
     if supervised:
         from forebay_cli.supervised import listen
 

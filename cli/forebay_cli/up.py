@@ -27,9 +27,9 @@ SLACK_S = 10.0
 def run(loaded: Loaded, config: Path | None) -> NoReturn:
     """Become the process that starts server and gateway and stays with them until a signal."""
     settings = loaded.settings
-    _must_be_free(settings.grpc.host, settings.grpc.port, "--grpc-port")
+    must_be_free(settings.grpc.host, settings.grpc.port, "--grpc-port")
     if settings.http.enabled:
-        _must_be_free(settings.http.host, settings.http.port, "--http-port")
+        must_be_free(settings.http.host, settings.http.port, "--http-port")
     started = time.monotonic()
     if settings.models.starters:
         make_starters(settings)
@@ -112,7 +112,7 @@ def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
 def run_gateway(settings: Settings, config: Path | None) -> NoReturn:
     """Become the process that starts the gateway's workers and stays with them until a signal."""
     http = settings.http
-    _must_be_free(http.host, http.port, "--http-port")
+    must_be_free(http.host, http.port, "--http-port")
     port = http.port or free_port()
     url = _url(settings, port)
     spec = {
@@ -193,13 +193,13 @@ def taken(host: str, port: int) -> Address | None:
     return None
 
 
-def _must_be_free(host: str, port: int, flag: str) -> None:
+def must_be_free(host: str, port: int, flag: str) -> None:
     """Exit where a program listens there: it would answer, and be taken for this one.
 
     Args:
-        flag: what chooses another port.
+        flag: what chooses another port; none is needed for 0, any free one.
     """
-    if not port or host.startswith("unix:"):
+    if port <= 0 or host.startswith("unix:"):
         return
     try:
         address = taken(host, port)

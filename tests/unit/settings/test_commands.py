@@ -149,6 +149,37 @@ def test_a_server_that_is_not_there_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert "Does the server run there?" in run.output
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "variable"),
+    [
+        ("serve", "--grpc-port", "FOREBAY_GRPC_PORT"),
+        ("serve", "FOREBAY_OBSERVABILITY__METRICS_PORT", "FOREBAY_OBSERVABILITY__METRICS_PORT"),
+        ("serve", "FOREBAY_HTTP_PORT", "FOREBAY_HTTP_PORT"),
+        ("gateway", "--http-port", "FOREBAY_HTTP_PORT"),
+    ],
+)
+def test_serve_and_gateway_say_what_chooses_another_port(
+    command: str, flag: str, variable: str, tmp_path: Path
+) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_")}
+    env |= {"FOREBAY_HOME": str(tmp_path / "home"), "FOREBAY_GRPC_PORT": "0"}
+    if command == "serve":  # with the port for HTTP, as `up` starts it
+        env |= {"FOREBAY_HTTP__GATEWAY": str(tmp_path / "gateway.sock"), "FOREBAY_HTTP_PORT": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "forebay_cli", command],
+            env=env | {variable: port},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    line = f"forebay: 127.0.0.1:{port} is in use by a program; {flag} chooses another port\n"
+    assert done.stderr == line
+    assert not (tmp_path / "home").exists()
+
+
 @pytest.mark.parametrize("flag", ["--grpc-port", "--http-port"])
 def test_a_port_in_use_is_answered_with_the_flag_for_another(flag: str, tmp_path: Path) -> None:
     with socket.socket() as taken:
