@@ -14,6 +14,7 @@ signal to SIGKILL), `ready` (arguments of `answers`), `said` (printed when `read
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -102,6 +103,8 @@ def secured(plain: socket.socket) -> socket.socket:
 def main() -> int:
     """Serve until a signal, or until a process ends by itself."""
     spec = json.loads(sys.argv[1])
+    if spec.get("remove"):
+        atexit.register(shutil.rmtree, spec["remove"], ignore_errors=True)
     stopped = False
 
     def stop(*_: object) -> None:
@@ -144,8 +147,6 @@ def main() -> int:
             process.terminate()
     for process in reversed(processes):
         status = end(process, spec["patience_s"]) or status
-    if spec.get("remove"):
-        shutil.rmtree(spec["remove"], ignore_errors=True)
     return status
 
 

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +16,7 @@ from typing import NoReturn
 import typer
 from forebay.addresses import Address, listening
 from forebay.settings import Loaded, Settings
+from forebay.sockets import SocketFolder
 
 from forebay_cli.settings import has_fast_lane
 
@@ -60,13 +60,15 @@ def run(loaded: Loaded, config: Path | None) -> NoReturn:
             "FOREBAY_OBSERVABILITY__METRICS_PORT": str(metrics_port),
             **sockets,
         },
-        "remove": folder,
+        "remove": str(folder.path) if folder else "",
         "door": f"{settings.http.host}:{http_port}" if "FOREBAY_HTTP__GATEWAY" in sockets else "",
         "patience_s": settings.grpc.drain_s + SLACK_S,
         "ready": ready,
         "said": "\n".join([*said, "Ctrl-C drains and stops."]),
         "since": started,
     }
+    if folder is not None:
+        folder.hand_over()
     _become(spec)
 
 
@@ -90,8 +92,8 @@ def _ready(settings: Settings, port: int, path: str, behind: str = "") -> dict[s
     return {"address": address, "path": path, "tls": http.secure}
 
 
-def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
-    """The folder of the sockets between server and gateway, and the settings that name them; empty
+def _sockets(settings: Settings) -> tuple[SocketFolder | None, dict[str, str]]:
+    """The folder of the sockets between server and gateway, and the settings that name them; none
     where they need none."""
     http, names = settings.http, {}
     if http.enabled and http.direct and http.workers == 1 and has_fast_lane(settings):
@@ -100,12 +102,11 @@ def _sockets(settings: Settings) -> tuple[str, dict[str, str]]:
         # The certificate is for the names that clients use, and may ask for one in return.
         names["FOREBAY_GRPC__GATEWAY_SOCKET"] = "server.sock"
     if not names:
-        return "", {}
-    # Not at home: a socket's path has 107 bytes at most.
-    folder = tempfile.mkdtemp(prefix="forebay-")
-    sockets = {name: f"{folder}/{socket}" for name, socket in names.items()}
+        return None, {}
+    folder = SocketFolder()
+    sockets = {name: f"{folder.path}/{socket}" for name, socket in names.items()}
     if "FOREBAY_GRPC__GATEWAY_SOCKET" in sockets:
-        sockets["FOREBAY_HTTP__UPSTREAM"] = f"unix:{folder}/server.sock"
+        sockets["FOREBAY_HTTP__UPSTREAM"] = f"unix:{folder.path}/server.sock"
     return folder, sockets
 
 

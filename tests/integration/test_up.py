@@ -242,7 +242,7 @@ def test_http_is_closed_before_its_gateway_leaves(starters: Path, tmp_path: Path
     assert set(seen) == {200}
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 15
     while not condition():
         assert time.monotonic() < deadline
@@ -255,6 +255,32 @@ def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Pat
         os.kill(server, signal.SIGKILL)
         assert process.wait(60) != 0
     assert not alive(gateway)
+
+
+@EXTENDED
+def test_no_folder_of_sockets_stays_when_a_start_fails_or_a_server_is_killed(
+    starters: Path, tmp_path: Path
+) -> None:
+    def left() -> list[Path]:
+        return list(temporary.glob("forebay-*"))
+
+    (temporary := tmp_path / "t").mkdir()
+    where = {"TMPDIR": str(temporary)}
+    with up(starters, tmp_path / "a", **where) as (process, _):
+        assert len(left()) == 2  # between server and gateway, and between the server's lanes
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        assert process.wait(60) != 0
+    [killed] = left()  # the next start removes it
+    env = {**os.environ, **where, "FOREBAY_HOME": str(tmp_path / "b"), "FOREBAY_GRPC_PORT": "0"}
+    env |= {"FOREBAY_MODELS__ROOT": str(starters)}
+    command = [sys.executable, "-m", "forebay_cli", "serve"]
+    with subprocess.Popen(command, env=env) as server:
+        try:
+            until(lambda: left() and killed not in left())
+        finally:
+            server.terminate()  # it starts still
+        assert server.wait(60) == 0
+    assert not left()
 
 
 @pytest.mark.skipif(

@@ -7,16 +7,14 @@ Without, the ordinary lane has the port.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import grpc
 from forebay.addresses import listening
 from forebay.constraints import Validator
 from forebay.settings import GrpcSettings
+from forebay.sockets import SocketFolder
 from forebay.tls import tls_files
 from grpc import aio
 
@@ -76,7 +74,7 @@ class Lanes:
         )
         self._grpc: aio.Server | None = None
         self._fast: FastLane | None = None
-        self._folder: str | None = None
+        self._folder: SocketFolder | None = None
 
     async def start(self, servicers: Iterable[Any]) -> None:
         """Listen.
@@ -100,9 +98,8 @@ class Lanes:
             self.port = self._listen(server)
             await server.start()
             return
-        # Its name is short: a socket's path has 107 bytes at most.
-        self._folder = tempfile.mkdtemp(prefix="forebay-")
-        socket = str(Path(self._folder, "ordinary.sock"))
+        self._folder = SocketFolder()
+        socket = str(self._folder.path / "ordinary.sock")
         self._bind(server, f"unix:{socket}", None)
         await server.start()
         self._fast = FastLane(
@@ -142,7 +139,7 @@ class Lanes:
             await self._grpc.stop(drain_s)
         await asyncio.to_thread(self._inbox.close)
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def stats(self) -> Mapping[str, int]:
         """Counters of the fast lane; empty without it."""
