@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import forebay
 import grpc
 import pytest
+from forebay.v1 import embedding_pb2, embedding_pb2_grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.conftest import Live
+from tests.conftest import Live, Start, copy_models
 from tests.integration.test_gateway import Gateway
 
 
@@ -49,6 +54,33 @@ def test_an_unknown_model_is_answered_with_what_is_near_or_there(
     answer = gateway.http.post("/v1/embeddings", json={"model": model, "input": "a"})
     assert answer.status_code == 404
     assert f"model {model!r} was not found. {hint}" in answer.json()["error"]["message"]
+
+
+def test_a_model_of_another_task_is_answered_with_those_of_the_right_one(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    """Also with those that are not loaded; not with broken ones, nor with what the key may not use."""
+    models = copy_models(starters, tmp_path / "models", "iris", "minilm")
+    (models / "minilm" / "model.yaml").unlink(missing_ok=True)
+    (models / "minilm" / "model.yaml").write_text("execution: {preload: false}\n")
+    for name, yaml in (("secret", "execution: {preload: false}\n"), ("broken", "engnie: x\n")):
+        shutil.copytree(models / "minilm", models / name, copy_function=os.link)
+        (models / name / "model.yaml").unlink()
+        (models / name / "model.yaml").write_text(yaml)
+    live = start(models, auth__required="always")
+    create = live.server.keys.create
+    anything = live.run(create("a", ("infer", "read")))[1]
+    some = live.run(create("b", ("infer",), models=("iris", "minilm")))[1]
+    for secret, named in ((anything, "minilm, secret"), (some, "minilm")):
+        with pytest.raises(grpc.RpcError) as caught:
+            embedding_pb2_grpc.EmbeddingServiceStub(live.channel).Embed(
+                embedding_pb2.EmbedRequest(model="iris", texts=["a"]),
+                metadata=[("authorization", f"Bearer {secret}")],
+            )
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        said = str(caught.value.details())
+        assert said.endswith(f"this call needs embedding; models for it are {named}")
+    assert set(live.server.repository.pool.loaded) == {("iris", 1)}
 
 
 @pytest.mark.parametrize(

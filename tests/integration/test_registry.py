@@ -213,6 +213,21 @@ def test_a_memory_budget_evicts_what_was_used_longest_ago(
     assert states["housing"] == pb.MODEL_STATE_AVAILABLE
 
 
+def test_a_bare_call_means_the_same_whether_models_were_listed_or_not(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    (models / "iris" / "model.yaml").unlink(missing_ok=True)
+    shutil.copytree(models / "iris", models / "second")
+    (models / "second" / "model.yaml").write_text("execution: {preload: false}\n")
+    live = start(models)
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError) as caught:
+            served_version(live, "")
+        assert "name one of iris, second" in str(caught.value.details())
+        stub_of(live).ListModels(pb.ListModelsRequest())
+
+
 def upload(folder: Path, model: str, piece: int = 1000, **header):
     """The stream of an import, in pieces of so many bytes."""
     yield pb.ImportVersionRequest(header=pb.ImportHeader(model=model, **header))

@@ -111,7 +111,7 @@ class ModelAccess:
         is ended with the error."""
         key = _sticky(call, sticky_key)
         try:
-            loaded = self._resolver.resolve_loaded(ref, tasks, key)
+            loaded = self._resolver.resolve_loaded(ref, tasks, key, call.principal.may_use)
             if loaded is not None:
                 return self._serve(call, loaded)
         except ForebayError as e:
@@ -120,7 +120,7 @@ class ModelAccess:
 
         async def load() -> None:
             try:
-                loaded = await self._resolver.resolve(ref, tasks, key)
+                loaded = await self._resolver.resolve(ref, tasks, key, call.principal.may_use)
                 served = self._serve(call, loaded)
             except ForebayError as e:
                 call.fail(e)
@@ -155,7 +155,8 @@ class ModelAccess:
         self, call: Call, ref: str, tasks: Sequence[str], sticky_key: str = ""
     ) -> ServedModel:
         """The model, loaded when need be. For handlers that run on the event loop."""
-        loaded = await self._resolver.resolve(ref, tasks, _sticky(call, sticky_key))
+        key = _sticky(call, sticky_key)
+        loaded = await self._resolver.resolve(ref, tasks, key, call.principal.may_use)
         return self._serve(call, loaded)
 
     def refused(

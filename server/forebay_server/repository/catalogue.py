@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from forebay.errors import ForebayError, NotFound
@@ -22,7 +24,7 @@ class Catalogue:
         folders: by model.
         configs: what each model.yaml says, where it can be read.
         faults: why the others cannot.
-        tasks: by model, as far as they are known.
+        tasks: by model, as far as its files say or it has been loaded.
     """
 
     def __init__(self, root: Path) -> None:
@@ -44,6 +46,9 @@ class Catalogue:
                 if self.faults.get(name) != e.message:  # said once, not at every look
                     log.error("model %s: %s", name, e.message)
                 faults[name] = e.message
+        new = {n: f for n, f in found.items() if n not in self.tasks}
+        said = await asyncio.to_thread(_tasks, new)
+        self.tasks = {n: t for n, t in {**said, **self.tasks}.items() if n in found}
         self.folders, self.configs, self.faults = found, configs, faults
 
     def folder(self, name: str) -> FolderModel:
@@ -68,17 +73,20 @@ class Catalogue:
         return self.configs[name]
 
     def task_of(self, name: str) -> str:
-        """A model's task, as far as it is known without loading it."""
-        if name not in self.tasks:
-            folder = self.folders.get(name)
-            newest = folder.versions[max(folder.versions)] if folder else None
-            if newest is not None and (newest / "manifest.json").exists():
-                try:
-                    self.learn(name, read_manifest(newest / "manifest.json").task)
-                except ForebayError:
-                    return ""
+        """A model's task; empty where it is not known."""
         return self.tasks.get(name, "")
 
     def learn(self, name: str, task: str) -> None:
         """Keep in mind what a model does: not every folder says it before it is loaded."""
         self.tasks = {**self.tasks, name: task}
+
+
+def _tasks(folders: Mapping[str, FolderModel]) -> dict[str, str]:
+    """Tasks of models whose newest version has a manifest that can be read."""
+    out: dict[str, str] = {}
+    for name, folder in folders.items():
+        manifest = folder.versions[max(folder.versions)] / "manifest.json"
+        with contextlib.suppress(ForebayError, OSError):
+            if manifest.exists():
+                out[name] = read_manifest(manifest).task
+    return out

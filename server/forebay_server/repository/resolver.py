@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 from forebay.errors import FailedPrecondition, ForebayError, NotFound, Unavailable
@@ -21,6 +21,13 @@ from forebay_server.repository.pool import ModelPool, retry_s
 from forebay_server.repository.routing import by_alias, parse, select, some
 from forebay_server.repository.routing_table import NOWHERE, RoutingTable
 
+MayUse = Callable[[str], bool]
+
+
+def any_model(_: str) -> bool:
+    """Of callers that are not limited to some models."""
+    return True
+
 
 class Resolver:
     """See the module."""
@@ -30,8 +37,14 @@ class Resolver:
         self._pool = pool
         self._routing = routing
 
-    def resolve_loaded(self, ref: str, tasks: Sequence[str], key: str) -> LoadedModel | None:
+    def resolve_loaded(
+        self, ref: str, tasks: Sequence[str], key: str, may_use: MayUse = any_model
+    ) -> LoadedModel | None:
         """The version that a reference means, None when it has to be loaded first.
+
+        Args:
+            key: what keeps a caller on one version.
+            may_use: whether the caller may use a model: only such are named where another is meant.
 
         Raises:
             NotFound: no such model, version or alias; names the nearest.
@@ -43,13 +56,15 @@ class Resolver:
         if model is None:
             self._refuse_failed(name, version)
             return None
-        self._check_task(model.name, model.manifest.task, tasks)
+        self._check_task(model.name, model.manifest.task, tasks, may_use)
         model.last_used = time.monotonic()
         return model
 
-    async def resolve(self, ref: str, tasks: Sequence[str], key: str) -> LoadedModel:
+    async def resolve(
+        self, ref: str, tasks: Sequence[str], key: str, may_use: MayUse = any_model
+    ) -> LoadedModel:
         """As resolve_loaded, and loads the version when need be. On the repository's loop only."""
-        model = self.resolve_loaded(ref, tasks, key)
+        model = self.resolve_loaded(ref, tasks, key, may_use)
         if model is not None:
             return model
         name, version = self._find(ref, tasks, key)
@@ -64,7 +79,7 @@ class Resolver:
             model = await self._pool.load((name, wanted))
         except (FailedPrecondition, Unavailable) as e:
             raise self._refusal(at, e.message, retry_s(e)) from None
-        self._check_task(name, model.manifest.task, tasks)
+        self._check_task(name, model.manifest.task, tasks, may_use)
         return model
 
     def splits(self, ref: str) -> bool:
@@ -140,6 +155,13 @@ class Resolver:
         if failure is not None and (left := failure.again - time.monotonic()) > 0:
             raise self._refusal(f"{name}@{wanted}", failure.reason, left)
 
+    def _is_broken(self, name: str) -> bool:
+        folder = self._catalogue.folders.get(name)
+        if folder is None or name in self._catalogue.faults:
+            return True
+        failed = (name, max(folder.versions)) in self._pool.failures
+        return failed and self._serving(name, None) is None
+
     def _refusal(self, at: str, reason: str, wait_s: float = inf) -> ForebayError:
         """What a call hears of a model that cannot be loaded. The log has the paths, and the registry."""
         said = without_folders(reason, self._catalogue.root)
@@ -153,11 +175,12 @@ class Resolver:
             f"model {at} cannot be served until it is mended: {said}", reason="MODEL_REJECTED"
         )
 
-    def _check_task(self, name: str, task: str, tasks: Sequence[str]) -> None:
+    def _check_task(self, name: str, task: str, tasks: Sequence[str], may_use: MayUse) -> None:
         if task in tasks:
             return
-        fitting = sorted(n for n, t in self._catalogue.tasks.items() if t in tasks)
-        hint = f"; models for it are {', '.join(fitting)}" if fitting else ""
+        known = self._catalogue.tasks.items()
+        fitting = [n for n, t in known if t in tasks and may_use(n) and not self._is_broken(n)]
+        hint = f"; models for it are {', '.join(some(fitting))}" if fitting else ""
         raise FailedPrecondition(
             f"model {name!r} does {task}; this call needs {' or '.join(tasks)}{hint}",
             reason="WRONG_TASK",
