@@ -275,6 +275,11 @@ class DeadlineExceeded(ForebayError):
         super().__init__(message, metadata={"stage": stage})
         self.stage = stage
 
+    @classmethod
+    def during_call(cls) -> DeadlineExceeded:
+        """Of a call that ends by its deadline before a stage could say so."""
+        return cls("the deadline passed during the call", stage="server")
+
 
 class Cancelled(ForebayError):
     """The client is gone or took the call back."""

@@ -8,7 +8,7 @@ import uuid
 from typing import Any
 
 import orjson
-from forebay.errors import ForebayError, HttpError, Internal, http_error
+from forebay.errors import DeadlineExceeded, ForebayError, HttpError, Internal, http_error
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
 from starlette.requests import Request
@@ -25,6 +25,8 @@ def from_rpc(error: aio.AioRpcError) -> status_pb2.Status:
         if key == DETAILS and isinstance(value, bytes):
             return status_pb2.Status.FromString(value)
     code: Any = error.code()
+    if code.name == "DEADLINE_EXCEEDED":  # by this side's clock, which is as good as the server's
+        return DeadlineExceeded.during_call().to_status()
     text = error.details() or ""
     if code.name == "UNAVAILABLE":
         text = "the inference server cannot be reached"

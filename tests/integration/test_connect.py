@@ -32,7 +32,7 @@ BOUND = 1 << 20
 
 @pytest.fixture(scope="module")
 def live(start: Start, starters: Path, tmp_path_factory: pytest.TempPathFactory) -> Live:
-    models = copy_models(starters, tmp_path_factory.mktemp("models"), "iris")
+    models = copy_models(starters, tmp_path_factory.mktemp("models"), "iris", "housing")
     return start(models, http__max_body_bytes=BOUND)
 
 
@@ -162,8 +162,30 @@ def test_a_stream_is_read_as_it_comes_and_ends_at_its_deadline(
     messages, end = opened(body)
     first = model_pb2.WatchModelsResponse.FromString(messages[0])
     assert (first.event, first.model.name) == ("current", "iris")
-    assert end["error"]["code"] == "deadline_exceeded"
+    assert_late(end["error"])
     until(lambda: not watching(live))
+
+
+def assert_late(error: dict[str, Any]) -> None:
+    """What gRPC's own callers hear of a deadline, too."""
+    assert error["code"] == "deadline_exceeded"
+    assert error["message"] == "the deadline passed during the call"
+    info = error_details_pb2.ErrorInfo()
+    [detail] = error["details"]
+    assert detail["type"] == "google.rpc.ErrorInfo"
+    info.ParseFromString(base64.b64decode(detail["value"] + "=="))
+    assert (info.reason, dict(info.metadata)) == ("DEADLINE_EXCEEDED", {"stage": "server"})
+
+
+def test_a_unary_call_says_that_it_is_late_as_grpc_does(gateway: Gateway) -> None:
+    """It waits for calls that are on their way to the model's queue, half a second."""
+    answer = gateway.http.post(
+        "/forebay.v1.ModelService/UnloadModel",
+        json={"model": "housing"},
+        headers={"connect-timeout-ms": "50"},
+    )
+    assert answer.status_code == 504
+    assert_late(answer.json())
 
 
 def test_who_leaves_ends_the_call(gateway: Gateway, live: Live) -> None:

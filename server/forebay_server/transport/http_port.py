@@ -115,7 +115,7 @@ class HttpPort:
         return [
             (14, _canned(route, Unavailable("the server is not ready for this call"))),
             (8, _canned(route, too_many())),
-            (4, _canned(route, DeadlineExceeded("the deadline passed", stage="server"))),
+            (4, _canned(route, DeadlineExceeded.during_call())),
             (
                 _TOO_LARGE,
                 _canned(route, TooLarge("body", size=limit + 1, limit=limit, unit="bytes")),

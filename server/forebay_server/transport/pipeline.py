@@ -138,7 +138,7 @@ def too_late(call: Call) -> DeadlineExceeded | None:
     reset calls that are late, often before the server's own clock says so."""
     if call.deadline is None or time.monotonic() < call.deadline - 0.001:
         return None
-    return DeadlineExceeded("the deadline passed during the call", stage="server")
+    return DeadlineExceeded.during_call()
 
 
 def too_many() -> QueueFull:
