@@ -64,6 +64,28 @@ def test_openai_sdk_embeddings_models_moderations(gateway: Gateway) -> None:
         assert caught.value.param == param
 
 
+def test_openai_sdk_hears_of_inputs_that_are_cut_and_may_refuse_that(gateway: Gateway) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none")
+    create = client.embeddings.create
+    long = ["short", "start " + "middle " * 1000 + "end"]
+    by_default = create(model="minilm", input=long)
+    assert by_default.usage.truncated == 1  # pyright: ignore[reportAttributeAccessIssue]
+    whole = create(model="minilm", input=long[:1])
+    assert whole.usage.model_dump() == {"prompt_tokens": 3, "total_tokens": 3}
+    end = create(model="minilm", input=long, extra_body={"truncation": "end"})
+    start = create(model="minilm", input=long, extra_body={"truncation": "start"})
+    assert end.data[1].embedding == by_default.data[1].embedding != start.data[1].embedding
+    for given, param in ((long, "input[1]"), (long[1], "input")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(model="minilm", input=given, extra_body={"truncation": "none"})
+        assert caught.value.param == param
+        assert "the model takes 256 and truncation is off" in str(caught.value)
+    with pytest.raises(openai.BadRequestError, match="allowed are end, start, none"):
+        create(model="minilm", input="a", extra_body={"truncation": "cut"})
+
+
 def test_base64_and_float_are_the_same_numbers(gateway: Gateway) -> None:
     body = {"model": "minilm", "input": "same"}
     floats = gateway.http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]

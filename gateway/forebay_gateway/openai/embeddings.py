@@ -10,6 +10,7 @@ import numpy as np
 from forebay.errors import InvalidArgument
 from forebay.methods import methods
 from forebay.twin.v1 import embedding_pb2 as twin
+from forebay.v1 import common_pb2
 from forebay.v1 import embedding_pb2 as pb
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +21,13 @@ from forebay_gateway.openai import fields, generation
 from forebay_gateway.upstream import Upstream
 
 EMBED = methods()["/forebay.v1.EmbeddingService/Embed"]
-KNOWN = ("input", "model", "encoding_format", "dimensions", "user")
+KNOWN = ("input", "model", "encoding_format", "dimensions", "truncation", "user")
+#: What is done with inputs beyond the model's limit.
+TRUNCATIONS = {
+    "end": common_pb2.TRUNCATION_END,
+    "start": common_pb2.TRUNCATION_START,
+    "none": common_pb2.TRUNCATION_NONE,
+}
 _IDS = re.compile(r"^(input\[\d+\])\.ids")
 
 
@@ -59,15 +66,24 @@ def read(body: dict[str, Any]) -> tuple[pb.EmbedRequest, str]:
     form = fields.text(body, "encoding_format", "float")
     if form not in ("float", "base64"):
         raise InvalidArgument.at("encoding_format", f"is {form!r}; allowed are float, base64")
+    truncation = fields.text(body, "truncation", "end")
+    if truncation not in TRUNCATIONS:
+        raise InvalidArgument.at(
+            "truncation", f"is {truncation!r:.40}; allowed are {', '.join(TRUNCATIONS)}"
+        )
     message = pb.EmbedRequest(
-        model=fields.text(body, "model"), dimensions=fields.number(body, "dimensions")
+        model=fields.text(body, "model"),
+        dimensions=fields.number(body, "dimensions"),
+        truncation=TRUNCATIONS[truncation],
     )
     _input(body.get("input"), message)
     return message, form
 
 
 def listed(answer: twin.EmbedResponse, form: str) -> dict[str, Any]:
-    """The vectors as a list object."""
+    """The vectors as a list object. Its `usage` has `truncated`, how many inputs were cut, where any was."""
+    tokens, truncated = answer.usage.tokens, answer.usage.truncated
+    cut = {"truncated": truncated} if truncated else {}
     return {
         "object": "list",
         "data": [
@@ -81,10 +97,7 @@ def listed(answer: twin.EmbedResponse, form: str) -> dict[str, Any]:
             for i, e in enumerate(answer.embeddings)
         ],
         "model": answer.served_by.model,
-        "usage": {
-            "prompt_tokens": answer.usage.tokens,
-            "total_tokens": answer.usage.tokens,
-        },
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, **cut},
     }
 
 

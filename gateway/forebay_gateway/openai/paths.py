@@ -224,6 +224,12 @@ PATHS: dict[str, Any] = {
             },
             "encoding_format": {"type": "string", "enum": ["float", "base64"]},
             "dimensions": {"type": "integer", "minimum": 1},
+            "truncation": {
+                "type": "string",
+                "enum": ["end", "start", "none"],
+                "default": "end",
+                "description": "Where inputs beyond the model's limit are cut; none: 400.",
+            },
             "user": {"type": "string", "description": "Accepted; usage is by API key."},
         },
         ["model", "input"],
