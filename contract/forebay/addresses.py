@@ -6,6 +6,9 @@ import contextlib
 import socket
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+
+from forebay.settings import is_loopback
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,19 @@ class Address:
     def at(self, port: int) -> Address:
         """The same address with another port."""
         return Address(self.family, (self.place[0], port, *self.place[2:]))
+
+
+def name_of(host: str) -> str:
+    """The name or address of a `host:port`, in small letters; empty where there is none."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+    except ValueError:  # as of "["
+        return ""
+
+
+def is_here(name: str) -> bool:
+    """Whether a name means this machine whoever asks: no other site's can be made to (DNS rebinding)."""
+    return is_loopback(name) or name.endswith(".localhost")
 
 
 def listening(host: str, port: int) -> list[Address]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from forebay.addresses import is_here, name_of
 from forebay.errors import PermissionDenied
 from forebay.settings import Settings, is_loopback
 from starlette.datastructures import Headers
@@ -30,7 +31,7 @@ def names(settings: Settings) -> frozenset[str] | None:
     http = settings.http
     if settings.keys_required or not is_loopback(http.host) or "*" in http.cors_origins:
         return None
-    origins = (_name(o.partition("://")[2]) for o in http.cors_origins)
+    origins = (name_of(o.partition("://")[2]) for o in http.cors_origins)
     return frozenset({http.host.strip("[]").lower(), *origins} - {""})
 
 
@@ -62,7 +63,7 @@ class Origins:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         # No browser leaves it out.
-        if host and self._names is not None and not self._is_ours(_name(host)):
+        if host and self._names is not None and not self._is_ours(name_of(host)):
             return PermissionDenied(
                 f"no key is needed here, and {host[:100]!r} is not a name of this machine; where it is"
                 " reached by that name, as through a proxy, add its origin to http.cors_origins, or set"
@@ -77,8 +78,7 @@ class Origins:
         return None
 
     def _is_ours(self, name: str) -> bool:
-        own = is_loopback(name) or name.endswith(".localhost")
-        return own or (self._names is not None and name in self._names)
+        return is_here(name) or (self._names is not None and name in self._names)
 
     def _foreign(self, scope: Any, headers: Headers, host: str) -> bool:
         if scope.get("method") in SAFE:
@@ -94,11 +94,3 @@ class Origins:
         if site is not None:
             return site not in ("same-origin", "none")
         return urlsplit(origin).netloc != host
-
-
-def _name(host: str) -> str:
-    """The name or address of a `host:port`, in small letters; empty where there is none."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
-    except ValueError:  # as of "["
-        return ""

@@ -1,19 +1,25 @@
 """The Prometheus exposition over plain HTTP, on loopback alone.
 
-Others reach it through the gateway's /metrics, which asks for a key where keys are required.
+Others reach it through the gateway's /metrics, which asks for a key where keys are required. A page that a
+browser shows on this machine is such another: its site may have its own name mean 127.0.0.1 (DNS rebinding),
+so requests for other names than this machine's are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 
+from forebay.addresses import is_here, name_of
+
+_HOST = re.compile(rb"\r\nhost:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
 log = logging.getLogger("forebay.transport")
 
 
 class MetricsListener:
-    """Answers `GET /metrics`; everything else is 404."""
+    """Answers `GET /metrics`; everything else is 404, and a request for a strange host 403."""
 
     def __init__(self, exposition: Callable[[], bytes]) -> None:
         self._exposition = exposition
@@ -46,6 +52,9 @@ class MetricsListener:
             writer.close()
 
     def _answer(self, request: bytes) -> tuple[bytes, bytes]:
+        host = _HOST.search(request)  # no browser leaves it out
+        if host is not None and host[1] and not is_here(name_of(host[1].decode("latin-1"))):
+            return b"403 Forbidden", b"the host is not a name of this machine, such as localhost\n"
         if not request.startswith(b"GET /metrics "):
             return b"404 Not Found", b"not found\n"
         try:

@@ -36,3 +36,24 @@ async def test_what_is_no_request_is_hung_up_on_in_silence(
 ) -> None:
     assert await answer(MetricsListener(lambda: b""), request_) == b""
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", b"200"),
+        ("127.0.0.1:9090", b"200"),
+        ("[::1]:9090", b"200"),
+        ("metrics.localhost:9090", b"200"),
+        ("rebound.example:9090", b"403"),
+        ("localhost.example", b"403"),
+        ("[", b"403"),
+        ("", b"200"),
+    ],
+)
+async def test_pages_of_sites_that_mean_this_machine_read_nothing(host: str, status: bytes) -> None:
+    listener = MetricsListener(lambda: b"secret 1\n")
+    request_ = f"GET /metrics HTTP/1.1\r\nAccept: */*\r\nhost: {host}\r\n\r\n".encode()
+    found = await answer(listener, request_)
+    assert found.split(b" ", 2)[1] == status
+    assert (b"secret" in found) == (status == b"200")
