@@ -13,7 +13,7 @@ from forebay.v1 import embedding_pb2, embedding_pb2_grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.conftest import Live, Start, copy_models
-from tests.integration.test_gateway import Gateway
+from tests.integration.gateway import Gateway
 
 
 @pytest.mark.parametrize(
