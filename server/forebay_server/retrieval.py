@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 from forebay.constraints import Validator
@@ -73,8 +76,8 @@ class Retrieval:
             ledger.record({(key_id, found.model, found.version): used})
             budgets.spend(key_id, found.tokens)
 
-        self._backends = backends(settings)
         store = CollectionStore(database)
+        self._backends = backends(settings, store.shared)
         embedder = TextEmbedder(texts)
         self.collections = Collections(
             store,
@@ -98,6 +101,9 @@ class Retrieval:
         metrics.watch_collections(
             lambda: [(c.name, c.index.sizes()) for c in self.collections.all()]
         )
+        follower = self.collections.follower
+        if follower is not None:
+            metrics.watch_follower(follower.behind_s)
         self.bases = KnowledgeBases(
             KnowledgeStore(database), self.collections, settings.home / "knowledge"
         )
@@ -151,17 +157,31 @@ class Retrieval:
         await asyncio.to_thread(self._backends.close)
 
 
-def backends(settings: Settings) -> Backends:
-    """What the settings say of Qdrant and GPUs."""
+def backends(settings: Settings, shared: bool = False) -> Backends:
+    """What the settings say of Qdrant and GPUs. `shared`: other servers may use the same database."""
     r = settings.retrieval
     qdrant = None
     if r.qdrant:
         key = r.qdrant_api_key.get_secret_value()
         folder = settings.home / "qdrant"
-        qdrant = QdrantStore(r.qdrant, folder, key, r.qdrant_prefix, r.qdrant_timeout_s)
+        prefix = f"{r.qdrant_prefix}-{_own_name(settings.home)}" if shared else r.qdrant_prefix
+        qdrant = QdrantStore(r.qdrant, folder, key, prefix, r.qdrant_timeout_s)
     found = gpus() if r.faiss_device == "gpu" else 0
     if r.faiss_device == "gpu":
         log.info("FAISS searches on %d GPUs", found) if found else log.warning(
             "retrieval.faiss_device is gpu and FAISS sees none (faiss-gpu is needed): the CPU serves"
         )
     return Backends(qdrant, gpu=found > 0)
+
+
+def _own_name(home: Path) -> str:
+    """What tells a server's points in Qdrant from those of others, whose collections have the same
+    ids: each keeps its own, and removes what it has no use for. Stays with the home."""
+    path = home / "collections" / "qdrant_name"
+    with suppress(FileNotFoundError):
+        if name := path.read_text():
+            return name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = secrets.token_hex(4)
+    path.write_text(name)
+    return name

@@ -39,6 +39,7 @@ def test_the_metrics_page_lists_what_is_exposed() -> None:
     metrics.watch_models(lambda: [("m", 1, 5)])
     metrics.watch_collections(lambda: [("c", dict.fromkeys(SIZES, 1.0))])
     metrics.watch_batches(lambda: (1, 2))
+    metrics.watch_follower(lambda: 0.5)
     metrics.generation.watch(list)
     http = CollectorRegistry()
     Measured(FastAPI(), http)

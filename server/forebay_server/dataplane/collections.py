@@ -3,18 +3,20 @@
 The database holds the truth. A write is committed there first, then brought into the index in
 memory, then answered; so an answered write survives a crash and is seen by every later search. The
 index on disk is a copy from some moment: at the start it is loaded, what was removed since is taken
-out, what was written since is added.
+out, what was written since is added. Servers that share a PostgreSQL follow each other's writes: see
+following.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -23,14 +25,18 @@ from numpy.typing import NDArray
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane.collection_config import check_filter, completed
+from forebay_server.dataplane.directory import Directory
 from forebay_server.dataplane.embedding import Embedded, TextEmbedder
+from forebay_server.dataplane.following import Follower
 from forebay_server.dataplane.models import ModelAccess
 from forebay_server.dataplane.upkeep import OpenCollection, Upkeep, discard
 from forebay_server.dataplane.writes import Writes
 from forebay_server.indexes import filters
 from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, IndexedPoint, text_at
-from forebay_server.storage.collections import CollectionStore, PointRow
+from forebay_server.storage.collections import CollectionRow, CollectionStore, PointRow
+
+T = TypeVar("T")
 
 log = logging.getLogger("forebay.collections")
 
@@ -40,6 +46,8 @@ MAX_PAYLOAD = 1 << 20
 HIDDEN = "."
 #: And of those that are being restored: they get their name when they are whole.
 UNFINISHED = ".restoring-"
+#: Seconds after which, where servers share a database, nobody restores one of these any more.
+RESTORED_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +85,12 @@ class Collections:
         self.upkeep = Upkeep(store, folder, on_rebuild, backends)
         self._access = access
         self._embedder = embedder
-        self._open: dict[str, OpenCollection] = {}
+        self._directory = Directory()
         self._writes = Writes()
+        #: None where no other server writes to the database.
+        self.follower = (
+            Follower(store, self.upkeep, self._directory, self._forget) if store.shared else None
+        )
 
     # Life.
 
@@ -91,39 +103,73 @@ class Collections:
         if qdrant is not None:
             await asyncio.to_thread(discard, lambda: qdrant.keep_only(known))
         for row in rows:
-            c = self._open[row.name] = await self.upkeep.open(row)
-            if row.name.startswith(UNFINISHED):
-                await self._delete(c)
+            with suppress(NotFound):  # another server has deleted it meanwhile
+                c = await self.upkeep.open(row)
+                self._directory.put(c)
+                if self._left(row):
+                    await self._delete(c)
+        if self.follower is not None:
+            self.follower.start()
+
+    def _left(self, row: CollectionRow) -> bool:
+        """Whether it is what a crash has left of a restoration."""
+        if not row.name.startswith(UNFINISHED):
+            return False
+        return not self.store.shared or row.created_at < time.time() - RESTORED_S
 
     async def close(self) -> None:
         """Finish writes and save what has changed."""
+        if self.follower is not None:
+            await self.follower.close()
         await self._writes.close()
-        await self.upkeep.close(self.all())
+        await self.upkeep.close(self._directory.every())
 
     # Reading.
 
     def get(self, name: str) -> OpenCollection:
-        """The collection. Raises NotFound, naming the nearest."""
-        c = self._open.get(name)
-        if c is None:
-            raise NotFound(
-                "collection", name, nearest=difflib.get_close_matches(name, self._open, n=3)
-            )
-        return c
+        """The collection, as far as it is known here. Raises NotFound, naming the nearest."""
+        return self._directory.get(name)
+
+    async def known(self, name: str) -> OpenCollection:
+        """The collection, also when another server has made it just now. Raises NotFound, naming the
+        nearest."""
+        if self.follower is not None and not self._directory.knows(name):
+            await self.follower.find(name)
+        return self.get(name)
+
+    def resolve(self, call: Call, name: str, then: Callable[[], None]) -> OpenCollection | None:
+        """The collection, when it is known here. Otherwise None: `then` runs when it is, or the call
+        is ended with the error. From any thread."""
+        if self.follower is None or self._directory.knows(name):
+            return self.get(name)
+        self._access.go_on(call, self.known(name), lambda c: then())
+        return None
+
+    async def _current(self, name: str, work: Callable[[OpenCollection], Awaitable[T]]) -> T:
+        """Work on a collection. When another server has deleted it, and there is one of this name
+        again, on that."""
+        c = await self.known(name)
+        try:
+            return await work(c)
+        except NotFound:
+            if not c.deleted:
+                raise
+        return await work(await self.known(name))
 
     def all(self) -> list[OpenCollection]:
         """Every collection, by name."""
-        return [self._open[name] for name in sorted(self._open)]
+        return self._directory.named()
 
     async def points(self, name: str, ids: Sequence[str]) -> list[PointRow]:
         """Points in the order of the ids; unknown ones are left out."""
-        c = self.get(name)
+        c = await self.known(name)
         found = await self.store.by_ids(c.row.id, list(dict.fromkeys(ids)))
         return [found[i] for i in ids if i in found]
 
     async def page(self, name: str, label: int, size: int) -> list[PointRow]:
         """At most `size` points from a label on."""
-        async for rows in self.store.points_from(self.get(name).row.id, label, size):
+        c = await self.known(name)
+        async for rows in self.store.points_from(c.row.id, label, size):
             return rows
         return []
 
@@ -136,21 +182,36 @@ class Collections:
         return await self._writes.finish(self._create(name, config))
 
     async def _create(self, name: str, config: CollectionConfig) -> OpenCollection:
-        row = await self.store.create(name, orjson.dumps(asdict(config)).decode())
-        c = self._open[name] = OpenCollection(row, config, self.upkeep.new_index(row, config))
+        self._directory.making.append(name)
+        try:
+            row = await self.store.create(name, orjson.dumps(asdict(config)).decode())
+            c = OpenCollection(row, config, self.upkeep.new_index(row, config))
+            self._directory.put(c)
+        finally:
+            self._directory.making.remove(name)
         return c
 
     async def rename(self, name: str, new: str) -> OpenCollection:
         """Give a collection another name. Raises AlreadyExists."""
-        return await self._writes.finish(self._rename(self.get(name), new))
+        return await self._current(name, lambda c: self._writes.finish(self._rename(c, new)))
 
     async def _rename(self, c: OpenCollection, new: str) -> OpenCollection:
-        async with c.lock:
+        async with self._writing(c):
             await self.store.rename(c.row.id, new)
-            self._open.pop(c.name, None)
-            c.row = replace(c.row, name=new)
-            self._open[new] = c
+            self._directory.rename(c, new)
         return c
+
+    @asynccontextmanager
+    async def _writing(self, c: OpenCollection) -> AsyncIterator[None]:
+        """A collection's lock. Raises NotFound when it is gone, here or in the database."""
+        async with c.lock:
+            if c.deleted:
+                raise NotFound("collection", c.name)
+            try:
+                yield
+            except NotFound:
+                self._forget(c)
+                raise NotFound("collection", c.name) from None
 
     def visible(self) -> list[OpenCollection]:
         """Those that callers made; knowledge bases keep their chunks in others."""
@@ -158,19 +219,19 @@ class Collections:
 
     async def delete(self, name: str) -> int:
         """Remove a collection with its files; gives the number of its points."""
-        c = self.get(name)
-        return await self._writes.finish(self._delete(c))
+        return await self._current(name, lambda c: self._writes.finish(self._delete(c)))
 
     async def _delete(self, c: OpenCollection) -> int:
-        async with c.lock:
-            if c.deleted:
-                raise NotFound("collection", c.name)
+        async with self._writing(c):
             count = await self.store.delete(c.row.id)
-            c.deleted = True
-            self._open.pop(c.name, None)
-        # An index in training is waited for in the background; a start removes what a crash leaves.
-        self._writes.keep(self._clean(c))
+            self._forget(c)
         return count
+
+    def _forget(self, c: OpenCollection) -> None:
+        """It is deleted. An index in training is waited for in the background; a start removes what a
+        crash leaves."""
+        self._directory.drop(c)
+        self._writes.keep(self._clean(c))
 
     async def _clean(self, c: OpenCollection) -> None:
         if c.maintenance is not None:
@@ -194,7 +255,16 @@ class Collections:
         Args:
             path: the request's field that the points came from, or the place of each, for errors.
         """
-        c = self.get(name)
+        return await self._current(name, lambda c: self._upsert(call, c, points, path, gone))
+
+    async def _upsert(
+        self,
+        call: Call,
+        c: OpenCollection,
+        points: Sequence[NewPoint],
+        path: str | Sequence[str],
+        gone: Sequence[str],
+    ) -> Written:
         self._check(c, points, path)
         vectors = [p.vector for p in points]
         missing = [i for i, v in enumerate(vectors) if v is None] if c.config.dense else []
@@ -259,15 +329,13 @@ class Collections:
         rows: Sequence[tuple[str, bytes, bytes | None]],
         gone: Sequence[str],
     ) -> int:
-        async with c.lock:
-            if c.deleted:
-                raise NotFound("collection", c.name)
+        async with self._writing(c):
             first, replaced = await self.store.upsert(c.row.id, rows, gone)
             indexed_points = [
                 IndexedPoint(first + i, p.id, v, p.payload)
                 for i, (p, v) in enumerate(zip(points, vectors, strict=True))
             ]
-            await self.upkeep.apply(c, indexed_points, replaced)
+            await self.upkeep.apply(c, first, indexed_points, replaced)
         self.upkeep.look_after(c)
         return len(replaced)
 
@@ -275,24 +343,28 @@ class Collections:
         self, name: str, ids: Sequence[str] | None, condition: filters.Filter | None
     ) -> int:
         """Remove points by id, or those that match; gives how many."""
-        c = self.get(name)
-        return await self._writes.finish(self._remove(c, ids, condition))
+        return await self._current(
+            name, lambda c: self._writes.finish(self._remove(c, ids, condition))
+        )
 
     async def _remove(
         self, c: OpenCollection, ids: Sequence[str] | None, condition: filters.Filter | None
     ) -> int:
-        async with c.lock:
-            if c.deleted:
-                raise NotFound("collection", c.name)
-            if condition is not None:
-                check_filter(c.config, condition)
-                labels = await asyncio.to_thread(c.index.matching_labels, condition)
-                await self.store.delete_labels(c.row.id, labels)
+        async with self._writing(c):
+            if condition is None:
+                first, labels = await self.store.delete_ids(c.row.id, list(ids or ()))
+                count = len(labels)
             else:
-                labels = await self.store.delete_ids(c.row.id, list(ids or ()))
-            await self.upkeep.apply(c, (), labels)
+                check_filter(c.config, condition)
+                if self.store.shared:  # what others wrote, too
+                    await self.upkeep.catch_up(c)
+                labels = await asyncio.to_thread(c.index.matching_labels, condition)
+                if not labels:
+                    return 0
+                first, count = await self.store.delete_labels(c.row.id, labels)
+            await self.upkeep.apply(c, first, (), labels)
         self.upkeep.look_after(c)
-        return len(labels)
+        return count
 
 
 def _place(path: str | Sequence[str], i: int) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from forebay.errors import (
     ForebayError,
@@ -118,21 +118,30 @@ class ModelAccess:
             call.fail(e)
             return None
 
-        async def load() -> None:
+        async def load() -> ServedModel:
+            loaded = await self._resolver.resolve(ref, tasks, key, call.principal.may_use)
+            return self._serve(call, loaded)
+
+        self.go_on(call, load(), then)
+        return None
+
+    def go_on(self, call: Call, work: Coroutine[Any, Any, T], then: Callable[[T], None]) -> None:
+        """Wait for what a call needs on the event loop, then go on with the call on another thread.
+        What fails ends the call."""
+
+        async def wait() -> None:
             try:
-                loaded = await self._resolver.resolve(ref, tasks, key, call.principal.may_use)
-                served = self._serve(call, loaded)
+                found = await work
             except ForebayError as e:
                 call.fail(e)
                 return
             except Exception as e:  # nobody looks at this task: the call would never end
-                log.exception("call %s found no model", call.request_id)
+                log.exception("call %s did not get what it needs", call.request_id)
                 call.fail(_internal(call), cause=e)
                 return
-            self._executor.submit(guarded, call, lambda: then(served))
+            self._executor.submit(guarded, call, lambda: then(found))
 
-        asyncio.run_coroutine_threadsafe(load(), self._loop)
-        return None
+        asyncio.run_coroutine_threadsafe(wait(), self._loop)
 
     def common(
         self, calls: Sequence[Call], ref: str, tasks: Sequence[str], sticky_key: str

@@ -115,8 +115,8 @@ class SearchPipeline:
         ready: list[Ready] = []
         embeds = []
         for job in jobs:
-            made = attempt(job.call, partial(self._task, job.spec))
-            if made is None:
+            made = attempt(job.call, partial(self._task, job))
+            if made is None:  # it has ended, or comes again
                 continue
             task, collection = made
             job.call.facts.items = 1
@@ -171,8 +171,11 @@ class SearchPipeline:
         model = collection.config.embedding_model
         return embedding_job(job.call, model, [job.spec.text], "query", "text", done)
 
-    def _task(self, spec: SearchSpec) -> tuple[SearchTask, OpenCollection]:
-        c = self._collections.get(spec.collection)
+    def _task(self, job: SearchJob) -> tuple[SearchTask, OpenCollection] | None:
+        spec = job.spec
+        c = self._collections.resolve(job.call, spec.collection, lambda: self.run([job]))
+        if c is None:
+            return None
         mode = _mode(c, spec)
         dense = c.config.dense
         if spec.vector is not None and dense is not None and len(spec.vector) != dense.dimensions:

@@ -9,6 +9,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ class Snapshots:
             await asyncio.to_thread(_remove_unknown, self._path(c, "x").parent, known)
 
     async def make(self, collection: str) -> SnapshotRow:
-        """A snapshot of this moment. Writes to the collection wait, searches do not."""
-        c = self._collections.get(collection)
+        """A snapshot of this moment. This server's writes to the collection wait, searches do not."""
+        c = await self._collections.known(collection)
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         name = f"{stamp}-{secrets.token_hex(4)}"
         path = self._path(c, name)
@@ -53,9 +54,10 @@ class Snapshots:
         try:
             async with c.lock:
                 _check_there(c)
-                async for rows in self._collections.store.points_from(c.row.id, 0):
-                    await asyncio.to_thread(_add, writer, rows)
-                    count += len(rows)
+                async with self._collections.store.moment(c.row.id) as moment:
+                    async for rows in moment.points_from(0):
+                        await asyncio.to_thread(_add, writer, rows)
+                        count += len(rows)
             digest = await asyncio.to_thread(_seal, writer, temporary, path)
             async with c.lock:
                 _check_there(c)
@@ -71,7 +73,8 @@ class Snapshots:
 
     async def all(self, collection: str) -> list[SnapshotRow]:
         """Newest first."""
-        return await self._collections.store.snapshots(self._collections.get(collection).row.id)
+        c = await self._collections.known(collection)
+        return await self._collections.store.snapshots(c.row.id)
 
     async def restore(self, call: Call, collection: str, name: str, target: str) -> OpenCollection:
         """A new collection from a snapshot.
@@ -79,20 +82,29 @@ class Snapshots:
         Raises:
             NotFound: no such snapshot.
             AlreadyExists: there is a collection with that name.
-            FailedPrecondition: SNAPSHOT_DAMAGED, the file is not what was written.
+            FailedPrecondition: SNAPSHOT_DAMAGED, the file is not what was written;
+                SNAPSHOT_ELSEWHERE, another server may have it.
         """
-        c = self._collections.get(collection)
+        c = await self._collections.known(collection)
         rows = {r.name: r for r in await self._collections.store.snapshots(c.row.id)}
         if name not in rows:
             raise NotFound("snapshot", name, nearest=list(rows)[:3])
         path = self._path(c, name)
         digest = await asyncio.to_thread(_digest, path)
+        if not digest and self._collections.store.shared:
+            place = f"collections/{c.row.id}/snapshots/{path.name}"
+            raise FailedPrecondition(
+                f"the file of snapshot {name!r} is not on this server: call the server that made it, "
+                f"or copy {place} from its home to this one's",
+                reason="SNAPSHOT_ELSEWHERE",
+            )
         if digest != rows[name].sha256:
             raise FailedPrecondition(
                 f"the file of snapshot {name!r} is missing or has changed since it was written",
                 reason="SNAPSHOT_DAMAGED",
             )
-        if target in {x.name for x in self._collections.all()}:
+        with suppress(NotFound):
+            await self._collections.known(target)
             raise AlreadyExists(f"there is a collection {target!r} already")
         # Nobody sees half a collection, nor does a crash leave one: it gets its name at the end.
         hidden = f"{UNFINISHED}{secrets.token_hex(8)}"

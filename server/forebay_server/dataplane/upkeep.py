@@ -1,7 +1,7 @@
-"""Keeping collections' indexes in order, in the background: opened, built, rebuilt, saved.
+"""Keeping collections' indexes in order: opened, brought up to date, built, rebuilt, saved.
 
-One piece of work per collection at a time. Searches go on through all of it; writers wait only for
-the last step of a rebuild.
+One piece of work in the background per collection at a time. Searches go on through all of it;
+writers wait only for the last step of a rebuild.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from forebay.errors import Unavailable
+from forebay.errors import NotFound, Unavailable
 from numpy.typing import NDArray
 
 from forebay_server.dataplane.collection_config import config_from_json
@@ -25,7 +26,7 @@ from forebay_server.indexes import files
 from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, CollectionIndex, IndexedPoint
 from forebay_server.indexes.dense import training
-from forebay_server.storage.collections import CollectionRow, CollectionStore, PointRow
+from forebay_server.storage.collections import CollectionRow, CollectionStore, Moment, PointRow
 
 log = logging.getLogger("forebay.collections")
 
@@ -39,15 +40,23 @@ IDLE_S = 3.0
 RETRY_S = 30.0
 #: Vectors that are gathered before a new index takes them in.
 REBUILD_PAGE = 200_000
+#: Labels that are counted together, to find where points went: only where the count differs are the
+#: labels themselves read.
+COUNTED = 8192
 
 
 @dataclass(slots=True, eq=False)
 class OpenCollection:
-    """A collection with its index. Writes hold `lock`; searches take `index` as it is."""
+    """A collection with its index. Writes hold `lock`; searches take `index` as it is.
+
+    `known` is the next label of the database's moment that the index stands for: a write that is
+    given another one has others before it which the index lacks.
+    """
 
     row: CollectionRow
     config: CollectionConfig
     index: CollectionIndex
+    known: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     maintenance: asyncio.Task[None] | None = None
     deleted: bool = False
@@ -86,7 +95,8 @@ class Upkeep:
         return CollectionIndex(config, partial(self.backends.make, str(row.id)))
 
     async def open(self, row: CollectionRow) -> OpenCollection:
-        """A collection with its index: the saved one brought up to date, or one built anew."""
+        """A collection with its index: the saved one brought up to date, or one built anew. Raises
+        NotFound when it is gone."""
         config = config_from_json(row.config)
         c = OpenCollection(row, config, self.new_index(row, config))
         began = time.monotonic()
@@ -99,7 +109,9 @@ class Upkeep:
                 log.error("the index of collection %s is built anew: %s", row.name, e)
                 self._on_rebuild(row.name, "damaged")
                 await asyncio.to_thread(files.remove, folder)
-        await self._catch_up(c.row.id, c.index)
+        await self._gather(row.id, c.index)
+        moment = await self._bring_up(row.id, c.index)
+        c.row, c.known = moment.row, moment.next_label
         if c.index.dense is not None:
             await asyncio.to_thread(discard, c.index.dense.discard_others)
         took = time.monotonic() - began
@@ -118,10 +130,22 @@ class Upkeep:
                     await asyncio.to_thread(files.save, c.index, self.index_folder(c))
 
     async def apply(
-        self, c: OpenCollection, points: Sequence[IndexedPoint], gone: Sequence[int]
+        self,
+        c: OpenCollection,
+        first: int,
+        points: Sequence[IndexedPoint],
+        gone: Sequence[int],
     ) -> None:
-        """Bring committed changes into the index. When that fails, the index is built anew."""
+        """Bring a committed write into the index. When that fails, the index is built anew.
+
+        Args:
+            first: the label that the write was given. Where it is not the next one, another server
+                has written meanwhile, and all comes from the database.
+        """
         c.written = time.monotonic()
+        if first != c.known:
+            await self.catch_up(c)
+            return
         try:
             if len(points) + len(gone) <= 8:
                 c.index.write(points, gone)  # a few microseconds: no thread hop
@@ -131,28 +155,66 @@ class Upkeep:
             log.exception("the index of collection %s took no write; it is built anew", c.name)
             self._on_rebuild(c.name, "failed_write")
             fresh = self.new_index(c.row, c.config)
-            await self._catch_up(c.row.id, fresh)
+            await self._gather(c.row.id, fresh)
+            c.known = (await self._bring_up(c.row.id, fresh)).next_label
             c.index = fresh
+        else:
+            c.known = first + max(1, len(points))
 
-    async def _catch_up(
-        self, collection_id: int, index: CollectionIndex, expected: int = 0
-    ) -> None:
-        """Bring an index to the state of the database.
+    async def catch_up(self, c: OpenCollection) -> CollectionRow:
+        """Bring the index up to what other servers have written; gives the collection as the database
+        has it. To be called under the lock. Raises NotFound when it is gone."""
+        moment = await self._bring_up(c.row.id, c.index, c.known)
+        if moment.next_label != c.known:
+            c.known, c.written = moment.next_label, time.monotonic()
+        return moment.row
+
+    async def _gather(self, collection_id: int, index: CollectionIndex, expected: int = 0) -> None:
+        """Give an index that nobody searches the points that it lacks. What went, and what came in
+        meanwhile, is left to `_bring_up`: this holds no moment for as long as it may take.
 
         Args:
-            expected: for an index that nobody searches yet: the points that it will have. Its
-                vectors are built in on the way, so that they are not gathered all at once.
+            expected: the points that it will have. Vectors are built in on the way, so that they
+                are not gathered all at once.
         """
-        if index.next_label:
-            labels = np.array(await self.store.labels(collection_id), np.int64)
-            await asyncio.to_thread(index.keep_only, labels)
         gathered = 0
         async for rows in self.store.points_from(collection_id, index.next_label):
-            await asyncio.to_thread(_take_in, index, rows)
+            await asyncio.to_thread(_take_in, index, rows, ())
             gathered += len(rows)
             if expected and gathered >= max(REBUILD_PAGE, training(expected)):
                 await asyncio.to_thread(index.absorb, expected, fresh=True)
                 gathered = 0
+
+    async def _bring_up(
+        self, collection_id: int, index: CollectionIndex, known: int | None = None
+    ) -> Moment:
+        """Bring an index to a moment of the database; gives that. Labels are committed in their
+        order, so what is new is what has labels beyond the index's.
+
+        Searches go on: a point that was written anew goes in the step that brings its successor, and
+        up to a page of changes is one step.
+
+        Args:
+            known: the moment that the index stands for.
+        """
+        async with self.store.moment(collection_id) as moment:
+            if moment.next_label == known:
+                return moment
+            gone = await _gone(moment, index)
+            slots = await asyncio.to_thread(index.slots_of, gone)
+            left: dict[str, list[int]] = defaultdict(list)
+            for slot, label in zip(slots.tolist(), gone, strict=True):
+                left[index.ids[slot]].append(label)
+            page: list[PointRow] = []
+            async for rows in moment.points_from(index.next_label):
+                if page:
+                    old = [x for r in page for x in left.pop(r.point_id, ())]
+                    await asyncio.to_thread(_take_in, index, page, old)
+                page = rows
+            old = [x for labels in left.values() for x in labels]
+            if page or old:
+                await asyncio.to_thread(_take_in, index, page, old)
+            return moment
 
     # In the background.
 
@@ -196,6 +258,8 @@ class Upkeep:
                     await asyncio.to_thread(files.save, c.index, self.index_folder(c))
                 took = time.monotonic() - began
                 log.info("collection %s: %s took %.1f s", c.name, due, took)
+        except NotFound:  # another server has deleted it: nothing to keep
+            return
         except Exception:
             log.exception("upkeep of collection %s failed; it is tried again", c.name)
             c.failed = time.monotonic()
@@ -207,10 +271,10 @@ class Upkeep:
     async def _rebuild(self, c: OpenCollection) -> None:
         """A new index without the dead, made beside the old one."""
         fresh = self.new_index(c.row, c.config)
-        await self._catch_up(c.row.id, fresh, max(1, len(c.index)))
+        await self._gather(c.row.id, fresh, max(1, len(c.index)))
         await asyncio.to_thread(fresh.absorb, fresh=True)
         async with c.lock:
-            await self._catch_up(c.row.id, fresh)
+            c.known = (await self._bring_up(c.row.id, fresh)).next_label
             c.index = fresh
         if fresh.dense is not None:
             await asyncio.to_thread(discard, fresh.dense.discard_others)
@@ -224,8 +288,26 @@ def discard(remove: Callable[[], None]) -> None:
         log.warning("what is left of an index was not removed: %s", e.message)
 
 
-def _take_in(index: CollectionIndex, rows: Sequence[PointRow]) -> None:
-    index.write([indexed(r) for r in rows])
+async def _gone(moment: Moment, index: CollectionIndex) -> list[int]:
+    """Labels of live points that are not in the database any more, rising."""
+    mine = await asyncio.to_thread(index.live_labels)
+    if not len(mine):
+        return []
+    parts, have = await asyncio.to_thread(np.unique, mine // COUNTED, return_counts=True)
+    there = await moment.counts(COUNTED, index.next_label)
+    out: list[int] = []
+    for part, count in zip(parts.tolist(), have.tolist(), strict=True):
+        if there.get(part, 0) == count:
+            continue
+        start, end = part * COUNTED, (part + 1) * COUNTED
+        some = mine[slice(*np.searchsorted(mine, (start, end)))]
+        labels = np.array(await moment.labels(start, end) if part in there else [], np.int64)
+        out.extend(np.setdiff1d(some, labels, assume_unique=True).tolist())
+    return out
+
+
+def _take_in(index: CollectionIndex, rows: Sequence[PointRow], gone: Sequence[int]) -> None:
+    index.write([indexed(r) for r in rows], gone)
 
 
 def indexed(row: PointRow) -> IndexedPoint:

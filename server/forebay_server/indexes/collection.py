@@ -192,12 +192,10 @@ class CollectionIndex:
         at = np.minimum(np.searchsorted(mine, wanted), len(mine) - 1)
         return at[mine[at] == wanted]
 
-    def keep_only(self, labels: NDArray[np.int64]) -> None:
-        """Take out every live point whose label is not among these."""
+    def live_labels(self) -> NDArray[np.int64]:
+        """Labels of the live points, rising."""
         with self._lock:
-            mine = self.labels.view()
-            stays = np.isin(mine, labels, assume_unique=True)
-            self.write((), mine[self._view.alive & ~stays].tolist())
+            return self.labels.view()[self._view.alive]
 
     def absorb(self, expected: int = 0, fresh: bool = False) -> None:
         """Bring the dense index up to date; writes and searches go on meanwhile. See DenseIndex."""

@@ -13,6 +13,7 @@ from forebay.errors import QueueFull
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -137,6 +138,15 @@ class Metrics:
     ) -> None:
         """Report the sizes of every collection, at each scrape."""
         self.registry.register(_CollectionSizes(sizes))
+
+    def watch_follower(self, behind_s: Callable[[], float]) -> None:
+        """Report how old what is known of other servers' writes is, at each scrape."""
+        Gauge(
+            "forebay_collections_behind_seconds",
+            "Where servers share a PostgreSQL: seconds since the last moment of which this one has all "
+            "that others wrote to collections",
+            registry=self.registry,
+        ).set_function(behind_s)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

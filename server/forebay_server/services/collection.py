@@ -58,7 +58,7 @@ class CollectionService(Service):
     async def get_collection(self, call: Call) -> pb.GetCollectionResponse:
         """GetCollection."""
         request = cast(pb.GetCollectionRequest, call.request)
-        found = self._collections.get(request.collection)
+        found = await self._collections.known(request.collection)
         return pb.GetCollectionResponse(collection=collection_message(found))
 
     async def list_collections(self, call: Call) -> pb.ListCollectionsResponse:
@@ -97,7 +97,7 @@ class CollectionService(Service):
             raise InvalidArgument.at("header", "must be the first message of the stream")
         name = first.header.collection
         _check_own(name, "header.collection", "upload documents to that")
-        self._collections.get(name)
+        await self._collections.known(name)
         total = _Total(call)
         lines = PointLines(self._validator)
         async for request in requests:

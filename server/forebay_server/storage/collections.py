@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,11 +68,56 @@ def parts(values: Sequence[T], size: int = PART) -> Iterator[Sequence[T]]:
         yield values[start : start + size]
 
 
+class Moment:
+    """A collection as one transaction sees it. `next_label` is what the next write will take."""
+
+    def __init__(self, db: AsyncConnection, row: CollectionRow, next_label: int) -> None:
+        self._db = db
+        self.row = row
+        self.next_label = next_label
+
+    async def counts(self, size: int, end: int) -> dict[int, int]:
+        """How many points there are below a label, by the label divided by `size`."""
+        p = collection_points
+        part = (p.c.label // size).label("part")
+        query = (
+            sa.select(part, sa.func.count())
+            .where(p.c.collection_id == self.row.id, p.c.label < end)
+            .group_by("part")
+        )
+        return {int(r[0]): r[1] for r in await self._db.execute(query)}
+
+    async def labels(self, start: int, end: int) -> list[int]:
+        """The labels from one on and below another, rising."""
+        p = collection_points
+        query = sa.select(p.c.label).where(
+            p.c.collection_id == self.row.id, p.c.label >= start, p.c.label < end
+        )
+        return list((await self._db.execute(query.order_by(p.c.label))).scalars())
+
+    async def points_from(self, label: int) -> AsyncIterator[list[PointRow]]:
+        """Pages of the points whose label is at least this one, in the order of labels."""
+        full = True
+        while full:
+            rows = await _page(self._db, self.row.id, label, PAGE)
+            full = len(rows) == PAGE
+            if rows:
+                label = rows[-1].label + 1
+                yield rows
+
+
 class CollectionStore:
-    """One per database. Callers make sure that one writer works on a collection at a time."""
+    """One per database. What changes a collection's points takes labels first: the lock on its row
+    holds writers of all servers apart, and whoever knows the last label knows whether it has missed
+    anything."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers may write here, too."""
+        return self._database.dialect == "postgresql"
 
     async def create(self, name: str, config: str) -> CollectionRow:
         """A new collection. Raises AlreadyExists."""
@@ -86,11 +132,13 @@ class CollectionStore:
         return CollectionRow(key[0], name, config, now)
 
     async def rename(self, collection_id: int, name: str) -> None:
-        """Another name. Raises AlreadyExists."""
+        """Another name. Raises AlreadyExists, NotFound."""
         c = collections
         try:
             async with self._database.begin() as db:
-                await db.execute(sa.update(c).where(c.c.id == collection_id).values(name=name))
+                new = sa.update(c).where(c.c.id == collection_id).values(name=name)
+                if not (await db.execute(new)).rowcount:
+                    raise NotFound("collection", str(collection_id))
         except IntegrityError:
             raise AlreadyExists(f"there is a collection {name!r} already") from None
 
@@ -98,11 +146,38 @@ class CollectionStore:
         """Every collection, by name."""
         async with self._database.read() as db:
             found = await db.execute(sa.select(collections).order_by(collections.c.name))
-            return [CollectionRow(r.id, r.name, r.config, r.created_at) for r in found]
+            return [_collection(r) for r in found]
+
+    async def heads(self) -> list[tuple[int, str, int]]:
+        """Id, name and next label of every collection."""
+        c = collections
+        async with self._database.read() as db:
+            found = await db.execute(sa.select(c.c.id, c.c.name, c.c.next_label))
+            return [(r.id, r.name, r.next_label) for r in found]
+
+    async def find(self, name: str) -> CollectionRow | None:
+        """A collection by its name."""
+        async with self._database.read() as db:
+            found = await db.execute(sa.select(collections).where(collections.c.name == name))
+            row = found.one_or_none()
+            return None if row is None else _collection(row)
+
+    @asynccontextmanager
+    async def moment(self, collection_id: int) -> AsyncIterator[Moment]:
+        """The collection of this moment, for as long as it is looked at. Raises NotFound."""
+        async with self._database.read() as db:
+            found = await db.execute(
+                sa.select(collections).where(collections.c.id == collection_id)
+            )
+            row = found.one_or_none()
+            if row is None:
+                raise NotFound("collection", str(collection_id))
+            yield Moment(db, _collection(row), row.next_label)
 
     async def delete(self, collection_id: int) -> int:
-        """Remove a collection; gives the number of its points."""
+        """Remove a collection; gives the number of its points. Raises NotFound."""
         async with self._database.begin() as db:
+            await self._take_labels(db, collection_id, 1)  # a write must not come in between
             p = collection_points
             count, rest = 0, [p.c.collection_id == collection_id]
             while rest:
@@ -125,11 +200,14 @@ class CollectionStore:
         """Write (id, payload, vector) rows, and remove the points in `gone`, in one transaction.
 
         Returns:
-            the label of the first row (the others follow), and the labels that were replaced or
-            removed.
+            the label of the first row (the others follow; without rows it is no point's), and the
+            labels that were replaced or removed.
+
+        Raises:
+            NotFound: the collection is gone.
         """
         async with self._database.begin() as db:
-            first = await self._take_labels(db, collection_id, len(rows))
+            first = await self._take_labels(db, collection_id, max(1, len(rows)))
             replaced = await self._labels_of(db, collection_id, [*(r[0] for r in rows), *gone])
             await self._delete_labels(db, collection_id, replaced)
             values = [
@@ -183,39 +261,28 @@ class CollectionStore:
             count += gone.rowcount
         return count
 
-    async def delete_ids(self, collection_id: int, ids: Sequence[str]) -> list[int]:
-        """Remove points by id; gives their labels."""
+    async def delete_ids(self, collection_id: int, ids: Sequence[str]) -> tuple[int, list[int]]:
+        """Remove points by id; gives the label that this took, and theirs. Raises NotFound."""
         async with self._database.begin() as db:
+            first = await self._take_labels(db, collection_id, 1)
             labels = await self._labels_of(db, collection_id, ids)
             await self._delete_labels(db, collection_id, labels)
-        return labels
+        return first, labels
 
-    async def delete_labels(self, collection_id: int, labels: Sequence[int]) -> int:
-        """Remove points by label; gives how many were there."""
+    async def delete_labels(self, collection_id: int, labels: Sequence[int]) -> tuple[int, int]:
+        """Remove points by label; gives the label that this took, and how many were there. Raises
+        NotFound."""
         async with self._database.begin() as db:
-            return await self._delete_labels(db, collection_id, labels)
-
-    async def labels(self, collection_id: int) -> list[int]:
-        """All labels, rising."""
-        p = collection_points
-        query = sa.select(p.c.label).where(p.c.collection_id == collection_id).order_by(p.c.label)
-        async with self._database.read() as db:
-            return list((await db.execute(query)).scalars())
+            first = await self._take_labels(db, collection_id, 1)
+            return first, await self._delete_labels(db, collection_id, labels)
 
     async def points_from(
         self, collection_id: int, label: int, size: int = PAGE
     ) -> AsyncIterator[list[PointRow]]:
         """Pages of the points whose label is at least this one, in the order of labels."""
-        p = collection_points
         while True:
-            query = (
-                sa.select(p.c.label, p.c.point_id, p.c.payload, p.c.vector)
-                .where(p.c.collection_id == collection_id, p.c.label >= label)
-                .order_by(p.c.label)
-                .limit(size)
-            )
             async with self._database.read() as db:
-                rows = [PointRow(*r) for r in await db.execute(query)]
+                rows = await _page(db, collection_id, label, size)
             if rows:
                 label = rows[-1].label + 1
                 yield rows
@@ -251,8 +318,12 @@ class CollectionStore:
         return out
 
     async def add_snapshot(self, collection_id: int, row: SnapshotRow) -> None:
-        """Keep a snapshot's facts."""
+        """Keep a snapshot's facts. Raises NotFound."""
         async with self._database.begin() as db:
+            c = collections
+            mine = sa.select(c.c.id).where(c.c.id == collection_id).with_for_update()
+            if await db.scalar(mine) is None:
+                raise NotFound("collection", str(collection_id))
             await db.execute(
                 collection_snapshots.insert().values(
                     collection_id=collection_id,
@@ -274,3 +345,18 @@ class CollectionStore:
         )
         async with self._database.read() as db:
             return [SnapshotRow(*r) for r in await db.execute(query)]
+
+
+def _collection(row: sa.Row) -> CollectionRow:
+    return CollectionRow(row.id, row.name, row.config, row.created_at)
+
+
+async def _page(db: AsyncConnection, collection_id: int, label: int, size: int) -> list[PointRow]:
+    p = collection_points
+    query = (
+        sa.select(p.c.label, p.c.point_id, p.c.payload, p.c.vector)
+        .where(p.c.collection_id == collection_id, p.c.label >= label)
+        .order_by(p.c.label)
+        .limit(size)
+    )
+    return [PointRow(*r) for r in await db.execute(query)]

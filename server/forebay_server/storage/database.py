@@ -103,9 +103,12 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """One transaction that reads, of one moment. Waits for no writer. Raises as `begin`."""
+        options: dict[str, Any] = {"forebay_read": True}
+        if self.dialect == "postgresql":  # by default each statement there is of its own moment
+            options["isolation_level"] = "REPEATABLE READ"
         with _outages():
             async with self._engine.connect() as plain:
-                yield await plain.execution_options(forebay_read=True)
+                yield await plain.execution_options(**options)
 
     async def close(self) -> None:
         """Close all connections."""

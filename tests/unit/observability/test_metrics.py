@@ -41,6 +41,7 @@ def filled() -> Metrics:
     m.batches.observer("m", 2)(report)
     m.watch_models(lambda: [("m", 2, 4096)])
     m.watch_batches(lambda: (1, 4))
+    m.watch_follower(lambda: 0.5)
     m.batch_items_ended("completed", 3)
     m.watch_collections(lambda: [("c", dict.fromkeys(SIZES, 1.0))])
     m.index_rebuilds.labels("c", "checksum").inc()

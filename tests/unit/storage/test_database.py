@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from forebay.errors import Unavailable
+from forebay.errors import NotFound, Unavailable
 from forebay_server.repository.state import HistoryEvent, Routing
 from forebay_server.storage import collections as collections_module
 from forebay_server.storage import database as database_module
@@ -242,8 +242,11 @@ async def test_a_collection_goes_with_all_its_points(
         await store.upsert(row.id, [(str(i), b"", None) for i in range(points)])
     assert await store.delete(gone.id) == points
     assert [row.name for row in await store.all()] == ["kept"]
-    assert len(await store.labels(kept.id)) == points
-    assert await store.labels(gone.id) == []
+    async with store.moment(kept.id) as moment:
+        assert len(await moment.labels(0, moment.next_label)) == points
+    assert [rows async for rows in store.points_from(gone.id, 0)] == []
+    with pytest.raises(NotFound):
+        await store.delete(gone.id)
 
 
 async def test_of_two_in_a_deadlock_one_is_unavailable(shared: tuple[Database, str]) -> None:
