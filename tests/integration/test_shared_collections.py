@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ def pair(another: Callable[..., Replica]) -> tuple[Replica, Replica]:
 @pytest.fixture
 def name(request: pytest.FixtureRequest, pair: tuple[Replica, Replica]) -> str:
     """A collection with words and vectors, made on the first server."""
-    made = request.node.name.partition("[")[0][5:60]
+    made = re.sub(r"[^\w-]+", "-", request.node.name[5:])[-60:].strip("-_")
     create(pair[0].stub, made, dimensions=2, metric="METRIC_L2", text_fields=TEXT)
     return made
 
@@ -209,12 +210,14 @@ def test_both_write_at_once_and_agree_with_the_database(
         soon(lambda r=replica: r.count(name), len(stored))
 
 
+@pytest.mark.parametrize("trusted_s", [0.0, 1e9])
 def test_writes_of_many_pages_come_whole(
-    pair: tuple[Replica, Replica], name: str, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Replica, Replica], name: str, trusted_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when a server is far behind: searches meanwhile see each point once, old or new."""
     monkeypatch.setattr("forebay_server.storage.collections.PAGE", 50)
-    monkeypatch.setattr("forebay_server.dataplane.upkeep.COUNTED", 64)
+    monkeypatch.setattr("forebay_server.dataplane.upkeep.LABELS", 64)
+    monkeypatch.setattr("forebay_server.dataplane.upkeep.TRUSTED_S", trusted_s)
     a, b = pair
     asked = pb.SearchRequest(collection=name, vector=[0, 0], limit=1000, with_payload=False)
     points = [f"p{i}" for i in range(500)]
@@ -223,6 +226,10 @@ def test_writes_of_many_pages_come_whole(
         stored = a.stored(name)
         while b.near(name, 0, 0) != stored:
             assert sorted(ids(b.stub.Search(asked))) == sorted(points) or version == 1
+    b.remove(name, *points[:99])
+    a.upsert(name, point("last", [0, 0]))
+    soon(lambda: b.near(name, 0, 0) == a.near(name, 0, 0) == a.stored(name), True)
+    assert len(a.stored(name)) == 402
 
 
 def test_removal_by_filter_takes_what_the_other_wrote(

@@ -23,6 +23,8 @@ log = logging.getLogger("forebay.collections")
 
 #: Seconds between looks.
 FOLLOW_S = 1.0
+#: Seconds between removals of what is known of old removals.
+FORGET_S = 600.0
 #: Collections that are opened or brought up to date at the same time: each holds a connection.
 AT_ONCE = 4
 
@@ -81,12 +83,15 @@ class Follower:
                 return
 
     async def _follow(self) -> None:
-        well = True
+        well, forget_at = True, 0.0
         while True:
             await asyncio.sleep(FOLLOW_S)
             began = time.monotonic()
             try:
                 due = await self._due()
+                if began >= forget_at:
+                    await self._store.forget_removals()
+                    forget_at = began + FORGET_S
             except Exception as e:
                 if well:
                     known = e if isinstance(e, Unavailable) else None
@@ -107,7 +112,7 @@ class Follower:
 
     async def _due(self) -> list[int]:
         """Ids of collections of which the database has other facts than are known here."""
-        d = self._directory
+        d, began = self._directory, time.monotonic()
         out, there = [], set()
         for collection_id, name, next_label in await self._store.heads():
             there.add(collection_id)
@@ -117,6 +122,8 @@ class Follower:
                     out.append(collection_id)
             elif c.known != next_label or not d.has(c, name):
                 out.append(collection_id)
+            else:
+                c.seen = max(c.seen, began)
         return out + [c.row.id for c in d.every() if c.row.id not in there]
 
     def _may(self, collection_id: int) -> bool:

@@ -26,7 +26,13 @@ from forebay_server.indexes import files
 from forebay_server.indexes.backends import Backends
 from forebay_server.indexes.collection import CollectionConfig, CollectionIndex, IndexedPoint
 from forebay_server.indexes.dense import training
-from forebay_server.storage.collections import CollectionRow, CollectionStore, Moment, PointRow
+from forebay_server.storage.collections import (
+    KEPT_S,
+    CollectionRow,
+    CollectionStore,
+    Moment,
+    PointRow,
+)
 
 log = logging.getLogger("forebay.collections")
 
@@ -40,9 +46,10 @@ IDLE_S = 3.0
 RETRY_S = 30.0
 #: Vectors that are gathered before a new index takes them in.
 REBUILD_PAGE = 200_000
-#: Labels that are counted together, to find where points went: only where the count differs are the
-#: labels themselves read.
-COUNTED = 8192
+#: Labels that are looked up together.
+LABELS = 10_000
+#: Seconds for which the database surely knows all that was removed from an index's moment on.
+TRUSTED_S = KEPT_S / 2
 
 
 @dataclass(slots=True, eq=False)
@@ -50,13 +57,15 @@ class OpenCollection:
     """A collection with its index. Writes hold `lock`; searches take `index` as it is.
 
     `known` is the next label of the database's moment that the index stands for: a write that is
-    given another one has others before it which the index lacks.
+    given another one has others before it which the index lacks. `seen` is when that was the next
+    label, by the monotonic clock.
     """
 
     row: CollectionRow
     config: CollectionConfig
     index: CollectionIndex
     known: int = 0
+    seen: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     maintenance: asyncio.Task[None] | None = None
     deleted: bool = False
@@ -110,8 +119,7 @@ class Upkeep:
                 self._on_rebuild(row.name, "damaged")
                 await asyncio.to_thread(files.remove, folder)
         await self._gather(row.id, c.index)
-        moment = await self._bring_up(row.id, c.index)
-        c.row, c.known = moment.row, moment.next_label
+        c.row = await self._bring_up(c, c.index)
         if c.index.dense is not None:
             await asyncio.to_thread(discard, c.index.dense.discard_others)
         took = time.monotonic() - began
@@ -156,18 +164,19 @@ class Upkeep:
             self._on_rebuild(c.name, "failed_write")
             fresh = self.new_index(c.row, c.config)
             await self._gather(c.row.id, fresh)
-            c.known = (await self._bring_up(c.row.id, fresh)).next_label
+            await self._bring_up(c, fresh)
             c.index = fresh
         else:
-            c.known = first + max(1, len(points))
+            c.known, c.seen = first + max(1, len(points)), c.written
 
     async def catch_up(self, c: OpenCollection) -> CollectionRow:
         """Bring the index up to what other servers have written; gives the collection as the database
         has it. To be called under the lock. Raises NotFound when it is gone."""
-        moment = await self._bring_up(c.row.id, c.index, c.known)
-        if moment.next_label != c.known:
-            c.known, c.written = moment.next_label, time.monotonic()
-        return moment.row
+        known = c.known
+        row = await self._bring_up(c, c.index, known)
+        if c.known != known:
+            c.written = time.monotonic()
+        return row
 
     async def _gather(self, collection_id: int, index: CollectionIndex, expected: int = 0) -> None:
         """Give an index that nobody searches the points that it lacks. What went, and what came in
@@ -186,35 +195,43 @@ class Upkeep:
                 gathered = 0
 
     async def _bring_up(
-        self, collection_id: int, index: CollectionIndex, known: int | None = None
-    ) -> Moment:
-        """Bring an index to a moment of the database; gives that. Labels are committed in their
-        order, so what is new is what has labels beyond the index's.
+        self, c: OpenCollection, index: CollectionIndex, known: int | None = None
+    ) -> CollectionRow:
+        """Bring an index of a collection to a moment of the database, and note that; gives what that
+        has of the collection. Labels are committed in their order, so what is new is what has labels
+        beyond the index's.
 
         Searches go on: a point that was written anew goes in the step that brings its successor, and
         up to a page of changes is one step.
 
         Args:
-            known: the moment that the index stands for.
+            known: the moment that the index stands for, if any: see OpenCollection.
         """
-        async with self.store.moment(collection_id) as moment:
-            if moment.next_label == known:
-                return moment
-            gone = await _gone(moment, index)
-            slots = await asyncio.to_thread(index.slots_of, gone)
-            left: dict[str, list[int]] = defaultdict(list)
-            for slot, label in zip(slots.tolist(), gone, strict=True):
-                left[index.ids[slot]].append(label)
-            page: list[PointRow] = []
-            async for rows in moment.points_from(index.next_label):
-                if page:
-                    old = [x for r in page for x in left.pop(r.point_id, ())]
-                    await asyncio.to_thread(_take_in, index, page, old)
-                page = rows
-            old = [x for labels in left.values() for x in labels]
-            if page or old:
+        began = time.monotonic()
+        async with self.store.moment(c.row.id) as moment:
+            if moment.next_label != known:
+                if known is not None and self.store.shared and began - c.seen < TRUSTED_S:
+                    gone = await moment.removals(known)
+                else:
+                    gone = await _gone(moment, index)
+                await self._change(index, gone, moment)
+        c.known, c.seen = moment.next_label, began
+        return moment.row
+
+    async def _change(self, index: CollectionIndex, gone: Sequence[int], moment: Moment) -> None:
+        slots = await asyncio.to_thread(index.slots_of, gone)
+        left: dict[str, list[int]] = defaultdict(list)
+        for slot, label in zip(slots.tolist(), index.labels.view()[slots].tolist(), strict=True):
+            left[index.ids[slot]].append(label)
+        page: list[PointRow] = []
+        async for rows in moment.points_from(index.next_label):
+            if page:
+                old = [x for r in page for x in left.pop(r.point_id, ())]
                 await asyncio.to_thread(_take_in, index, page, old)
-            return moment
+            page = rows
+        old = [x for labels in left.values() for x in labels]
+        if page or old:
+            await asyncio.to_thread(_take_in, index, page, old)
 
     # In the background.
 
@@ -274,7 +291,7 @@ class Upkeep:
         await self._gather(c.row.id, fresh, max(1, len(c.index)))
         await asyncio.to_thread(fresh.absorb, fresh=True)
         async with c.lock:
-            c.known = (await self._bring_up(c.row.id, fresh)).next_label
+            await self._bring_up(c, fresh)
             c.index = fresh
         if fresh.dense is not None:
             await asyncio.to_thread(discard, fresh.dense.discard_others)
@@ -291,18 +308,11 @@ def discard(remove: Callable[[], None]) -> None:
 async def _gone(moment: Moment, index: CollectionIndex) -> list[int]:
     """Labels of live points that are not in the database any more, rising."""
     mine = await asyncio.to_thread(index.live_labels)
-    if not len(mine):
-        return []
-    parts, have = await asyncio.to_thread(np.unique, mine // COUNTED, return_counts=True)
-    there = await moment.counts(COUNTED, index.next_label)
     out: list[int] = []
-    for part, count in zip(parts.tolist(), have.tolist(), strict=True):
-        if there.get(part, 0) == count:
-            continue
-        start, end = part * COUNTED, (part + 1) * COUNTED
-        some = mine[slice(*np.searchsorted(mine, (start, end)))]
-        labels = np.array(await moment.labels(start, end) if part in there else [], np.int64)
-        out.extend(np.setdiff1d(some, labels, assume_unique=True).tolist())
+    for start in range(0, len(mine), LABELS):
+        some = mine[start : start + LABELS]
+        there = await moment.labels(int(some[0]), int(some[-1]) + 1)
+        out.extend(np.setdiff1d(some, np.array(there, np.int64), assume_unique=True).tolist())
     return out
 
 

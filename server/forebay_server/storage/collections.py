@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from forebay_server.storage.database import Database
 from forebay_server.storage.tables import (
     collection_points,
+    collection_removals,
     collection_snapshots,
     collections,
 )
@@ -27,6 +29,8 @@ PART = 500
 PAGE = 4000
 #: Points that one statement deletes with their collection: it has STATEMENT_S at most.
 DELETED = 100_000
+#: Seconds for which it is known what writes removed, where servers share the database.
+KEPT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,10 @@ def parts(values: Sequence[T], size: int = PART) -> Iterator[Sequence[T]]:
         yield values[start : start + size]
 
 
+#: PostgreSQL's clock, one for all servers.
+_NOW = sa.extract("epoch", sa.func.clock_timestamp())
+
+
 class Moment:
     """A collection as one transaction sees it. `next_label` is what the next write will take."""
 
@@ -76,16 +84,13 @@ class Moment:
         self.row = row
         self.next_label = next_label
 
-    async def counts(self, size: int, end: int) -> dict[int, int]:
-        """How many points there are below a label, by the label divided by `size`."""
-        p = collection_points
-        part = (p.c.label // size).label("part")
-        query = (
-            sa.select(part, sa.func.count())
-            .where(p.c.collection_id == self.row.id, p.c.label < end)
-            .group_by("part")
-        )
-        return {int(r[0]): r[1] for r in await self._db.execute(query)}
+    async def removals(self, label: int) -> list[int]:
+        """Labels that were removed by the writes that were given this label or later ones: all of
+        them, when this was the next label less than KEPT_S ago. Where the store is shared."""
+        r = collection_removals
+        query = sa.select(r.c.removed).where(r.c.collection_id == self.row.id, r.c.label >= label)
+        found = b"".join((await self._db.execute(query)).scalars())
+        return list(struct.unpack(f"<{len(found) // 8}q", found))
 
     async def labels(self, start: int, end: int) -> list[int]:
         """The labels from one on and below another, rising."""
@@ -186,7 +191,8 @@ class CollectionStore:
                 some = rest if end is None else [*rest, p.c.label < end]
                 count += (await db.execute(sa.delete(p).where(*some))).rowcount
                 rest = [] if end is None else [rest[0], p.c.label >= end]
-            s = collection_snapshots
+            r, s = collection_removals, collection_snapshots
+            await db.execute(sa.delete(r).where(r.c.collection_id == collection_id))
             await db.execute(sa.delete(s).where(s.c.collection_id == collection_id))
             await db.execute(sa.delete(collections).where(collections.c.id == collection_id))
             return count
@@ -209,7 +215,7 @@ class CollectionStore:
         async with self._database.begin() as db:
             first = await self._take_labels(db, collection_id, max(1, len(rows)))
             replaced = await self._labels_of(db, collection_id, [*(r[0] for r in rows), *gone])
-            await self._delete_labels(db, collection_id, replaced)
+            await self._delete_labels(db, collection_id, first, replaced)
             values = [
                 {
                     "collection_id": collection_id,
@@ -250,8 +256,9 @@ class CollectionStore:
         return out
 
     async def _delete_labels(
-        self, db: AsyncConnection, collection_id: int, labels: Sequence[int]
+        self, db: AsyncConnection, collection_id: int, first: int, labels: Sequence[int]
     ) -> int:
+        """Remove points, and say to other servers that the write that begins at `first` did."""
         p = collection_points
         count = 0
         for some in parts(labels):
@@ -259,14 +266,29 @@ class CollectionStore:
                 sa.delete(p).where(p.c.collection_id == collection_id, p.c.label.in_(some))
             )
             count += gone.rowcount
+        if labels and self.shared:
+            await db.execute(
+                collection_removals.insert().values(
+                    collection_id=collection_id,
+                    label=first,
+                    removed=struct.pack(f"<{len(labels)}q", *labels),
+                    created_at=_NOW,
+                )
+            )
         return count
+
+    async def forget_removals(self) -> None:
+        """Drop what has been kept for KEPT_S."""
+        r = collection_removals
+        async with self._database.begin() as db:
+            await db.execute(sa.delete(r).where(r.c.created_at < _NOW - KEPT_S))
 
     async def delete_ids(self, collection_id: int, ids: Sequence[str]) -> tuple[int, list[int]]:
         """Remove points by id; gives the label that this took, and theirs. Raises NotFound."""
         async with self._database.begin() as db:
             first = await self._take_labels(db, collection_id, 1)
             labels = await self._labels_of(db, collection_id, ids)
-            await self._delete_labels(db, collection_id, labels)
+            await self._delete_labels(db, collection_id, first, labels)
         return first, labels
 
     async def delete_labels(self, collection_id: int, labels: Sequence[int]) -> tuple[int, int]:
@@ -274,7 +296,7 @@ class CollectionStore:
         NotFound."""
         async with self._database.begin() as db:
             first = await self._take_labels(db, collection_id, 1)
-            return first, await self._delete_labels(db, collection_id, labels)
+            return first, await self._delete_labels(db, collection_id, first, labels)
 
     async def points_from(
         self, collection_id: int, label: int, size: int = PAGE

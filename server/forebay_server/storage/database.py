@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 #: The newest migration; a test holds it to be that.
-HEAD = "0005_versions"
+HEAD = "0007_collection_removals"
 #: PostgreSQL's advisory lock that holds migrations apart. Any fixed number will do.
 MIGRATION_LOCK = 0x464F5245
 #: Seconds that PostgreSQL may take for one statement: on a connection that hangs, callers would wait

@@ -134,6 +134,20 @@ collection_points = Table(
     UniqueConstraint("collection_id", "point_id", name="collection_point_id"),
 )
 
+# What writes of the last while removed, where servers share the database: others take it out of their
+# indexes without a look at all labels.
+collection_removals = Table(
+    "collection_removals",
+    metadata,
+    Column("collection_id", Integer, primary_key=True),
+    # The first label that the write was given.
+    Column("label", BigInteger, primary_key=True),
+    # The labels that it removed: little-endian int64.
+    Column("removed", LargeBinary, nullable=False),
+    # By the database's clock.
+    Column("created_at", Float, nullable=False),
+)
+
 collection_snapshots = Table(
     "collection_snapshots",
     metadata,

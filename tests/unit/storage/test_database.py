@@ -249,6 +249,42 @@ async def test_a_collection_goes_with_all_its_points(
         await store.delete(gone.id)
 
 
+async def test_what_writes_removed_is_kept_for_a_while(
+    shared: tuple[Database, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CollectionStore(shared[0])
+    row = await store.create("c", "{}")
+    assert await store.upsert(row.id, [(str(i), b"", None) for i in range(4)]) == (0, [])
+    assert await store.upsert(row.id, [("1", b"", None)], ["2"]) == (4, [1, 2])
+    assert await store.delete_ids(row.id, ["0", "x"]) == (5, [0])
+    assert await store.delete_labels(row.id, [3, 77]) == (6, 1)
+    assert await store.delete_ids(row.id, ["x"]) == (7, [])
+
+    async def removals(label: int) -> list[int]:
+        async with store.moment(row.id) as moment:
+            assert moment.next_label == 8
+            return sorted(await moment.removals(label))
+
+    assert await removals(0) == [0, 1, 2, 3, 77]
+    assert await removals(5) == [0, 3, 77]
+    await store.forget_removals()
+    assert await removals(6) == [3, 77]
+    monkeypatch.setattr(collections_module, "KEPT_S", -1.0)
+    await store.forget_removals()
+    assert await removals(0) == []
+
+
+async def test_a_moment_stays_as_it_is(database: tuple[Database, str]) -> None:
+    store = CollectionStore(database[0])
+    row = await store.create("c", "{}")
+    await store.upsert(row.id, [("a", b"", None)])
+    async with store.moment(row.id) as moment:
+        assert await moment.labels(0, 9) == [0]
+        await store.upsert(row.id, [("a", b"", None), ("b", b"", None)])
+        assert await moment.labels(0, 9) == [0]
+        assert [[p.point_id for p in rows] async for rows in moment.points_from(0)] == [["a"]]
+
+
 async def test_of_two_in_a_deadlock_one_is_unavailable(shared: tuple[Database, str]) -> None:
     database, _ = shared
     rows = [{"model": m, "alias": "a", "version": 1} for m in ("one", "other")]
