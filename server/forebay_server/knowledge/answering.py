@@ -10,6 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from forebay.errors import Unavailable
+
 from forebay_server.core.call import Call
 from forebay_server.dataplane.embedding import TextEmbedder
 from forebay_server.knowledge.bases import Base, KnowledgeBases
@@ -221,8 +223,13 @@ class Answerer:
         out: dict[str, Source] = {}
         for document in {c.document: None for c in chunks}:
             row = await self._bases.store.get(base.row.id, document)
-            if row is not None:
-                out[document] = Source(await self._bases.text(base, document), row.pages)
+            if row is None:
+                continue
+            try:
+                text = await self._bases.texts.read(base.row.id, document)
+            except Unavailable:  # another server has it: what is cited counts as not verified
+                text = ""
+            out[document] = Source(text, row.pages)
         return out
 
 

@@ -2,39 +2,49 @@
 
 A knowledge base keeps its chunks in a collection of its own, its files in a folder of its own. A
 document that was acknowledged is on disk: its file first, then its row.
+
+Where servers share a database, what another one has made is looked up when it is asked for, and what
+another one has removed is forgotten within FOLLOW_S.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
-import hashlib
-import os
-import secrets
+import logging
 import shutil
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
-from forebay.errors import FailedPrecondition, InvalidArgument, NotFound, TooLarge
+from forebay.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    ForebayError,
+    InvalidArgument,
+    NotFound,
+)
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane.collection_config import check_language
-from forebay_server.dataplane.collections import HIDDEN, Collections
+from forebay_server.dataplane.collections import Collections
 from forebay_server.dataplane.writes import Writes
 from forebay_server.indexes.collection import CollectionConfig, TextFieldConfig
-from forebay_server.indexes.filters import NoneOf, OneOf, tagged
+from forebay_server.indexes.filters import OneOf, tagged
 from forebay_server.knowledge.chunking import ChunkConfig
+from forebay_server.knowledge.leftovers import LEFT_OVER_S, collection_of, remove_leftovers
+from forebay_server.knowledge.texts import DocumentTexts
+from forebay_server.knowledge.uploads import Upload
 from forebay_server.storage.knowledge import BaseRow, DocumentRow, KnowledgeStore
 
-#: Bytes of one uploaded file.
-MAX_FILE = 256 << 20
-#: Characters of documents' texts that are kept in memory, for citations of the next answers.
-KEPT_CHARACTERS = 8_000_000
+log = logging.getLogger("forebay.knowledge")
+
+#: Seconds within which bases that another server has removed are forgotten.
+FOLLOW_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,40 +71,7 @@ class Base:
     @property
     def collection(self) -> str:
         """Name of the collection with its chunks."""
-        return f"{HIDDEN}knowledge-{self.row.id}"
-
-
-class Upload:
-    """A file on its way to disk."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.id = secrets.token_hex(16)
-        self.path = folder / f"{self.id}.file"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = self.path.open("wb")
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> None:
-        """One more piece. Raises TooLarge."""
-        self.size += len(data)
-        if self.size > MAX_FILE:
-            raise TooLarge(self.name, size=self.size, limit=MAX_FILE, unit="bytes")
-        self._digest.update(data)
-        self._file.write(data)
-
-    def commit(self) -> str:
-        """On disk; gives the SHA-256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
-
-    def abort(self) -> None:
-        """Leave nothing. Idempotent."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        return collection_of(self.row.id)
 
 
 class KnowledgeBases:
@@ -106,78 +83,115 @@ class KnowledgeBases:
         self._folder = folder
         self._writes = Writes()
         self._bases: dict[str, Base] = {}
-        self._texts: OrderedDict[tuple[int, str], str] = OrderedDict()
-        self._characters = 0
+        self.texts = DocumentTexts(store, folder)
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Read what is stored; take away what a crash left of what was never acknowledged, or was
         being removed."""
         for row in await self.store.bases():
-            base = Base(row, _config(row.config))
-            if self._has_collection(base):
-                self._bases[row.name] = base
-            else:
-                await self.store.delete_base(row.id)
-        names = {b.collection for b in self._bases.values()}
-        for c in self.collections.all():
-            if c.name.startswith(f"{HIDDEN}knowledge-") and c.name not in names:
-                await self.collections.delete(c.name)
-        for base in self._bases.values():
-            known = await self.store.ids(base.row.id)
-            stranger = NoneOf((OneOf("document", tuple(tagged(i) for i in known)),))
-            await self.collections.remove(base.collection, None, stranger)
-        await asyncio.to_thread(self._sweep, await self._known_files())
+            if await self._take(row) is None and self._left_over(row):
+                with contextlib.suppress(NotFound):  # another server was quicker
+                    await self.store.delete_base(row.id)
+        await remove_leftovers(self.store, self.collections, self._folder)
+        if self._shared:
+            self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
         """Finish writes. Before the collections are closed."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait({self._following})
         await self._writes.close()
 
-    def _has_collection(self, base: Base) -> bool:
+    @property
+    def _shared(self) -> bool:
+        """Whether other servers may use the same database."""
+        return self.store.owner is not None
+
+    def _left_over(self, row: BaseRow) -> bool:
+        """Whether nobody can be making the base's collection any more."""
+        return not self._shared or row.created_at < time.time() - LEFT_OVER_S
+
+    async def _take(self, row: BaseRow) -> Base | None:
+        """Know a stored base from now on; None when it has no collection."""
+        base = Base(row, _config(row.config))
         try:
-            self.collections.get(base.collection)
+            await self.collections.known(base.collection)
         except NotFound:
-            return False
-        return True
+            return None
+        known = self._bases.get(row.name)
+        if known is None or known.row.id < row.id:  # ids rise: that one is newer
+            self._bases[row.name] = base
+        return self._bases[row.name]
 
-    async def _known_files(self) -> dict[str, set[str]]:
-        """Documents' ids by the name of their base's folder."""
-        return {str(b.row.id): set(await self.store.ids(b.row.id)) for b in self._bases.values()}
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            try:
+                await self._rows()
+            except ForebayError as e:
+                log.warning("knowledge bases of other servers are not followed: %s", e.message)
+            except Exception:
+                log.exception("following knowledge bases failed; it is tried again")
 
-    def _sweep(self, known: Mapping[str, set[str]]) -> None:
-        if not self._folder.is_dir():
-            return
-        for folder in self._folder.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder, True)
-                continue
-            for path in folder.iterdir():
-                if path.is_file() and path.name.split(".")[0] not in known[folder.name]:
-                    path.unlink(missing_ok=True)
+    async def _rows(self) -> list[BaseRow]:
+        """What is stored; what is not any more is forgotten."""
+        before = self.all()
+        rows = await self.store.bases()
+        ids = {row.id for row in rows}
+        for base in before:
+            if base.row.id not in ids and self._bases.get(base.name) is base:
+                del self._bases[base.name]
+        return rows
+
+    async def _look(self, wanted: Callable[[BaseRow], bool] = lambda row: True) -> list[str]:
+        """Know those of the wanted bases that other servers have made; gives the names of all."""
+        if not self._shared:
+            return list(self._bases)
+        rows = await self._rows()
+        for row in rows:
+            if wanted(row) and self._known(row.id) is None:
+                await self._take(row)
+        return [row.name for row in rows]
 
     def folder(self, base_id: int) -> Path:
         """Where a knowledge base keeps its files."""
         return self._folder / str(base_id)
 
-    def get(self, name: str) -> Base:
+    async def get(self, name: str) -> Base:
         """The knowledge base. Raises NotFound, naming the nearest."""
-        base = self._bases.get(name)
-        if base is None:
-            nearest = difflib.get_close_matches(name, self._bases, n=3)
-            raise NotFound("knowledge base", name, nearest=nearest)
-        return base
+        if name not in self._bases:
+            names = await self._look(lambda row: row.name == name)
+            if name not in self._bases:
+                nearest = difflib.get_close_matches(name, names, n=3)
+                raise NotFound("knowledge base", name, nearest=nearest)
+        return self._bases[name]
 
-    def by_id(self, base_id: int) -> Base | None:
+    async def by_id(self, base_id: int) -> Base | None:
         """The knowledge base; None when it is gone."""
+        if self._known(base_id) is None:
+            await self._look(lambda row: row.id == base_id)
+        return self._known(base_id)
+
+    def _known(self, base_id: int) -> Base | None:
         return next((b for b in self._bases.values() if b.row.id == base_id), None)
 
     def all(self) -> list[Base]:
-        """All, by name."""
+        """All that this server knows, by name."""
         return [self._bases[n] for n in sorted(self._bases)]
+
+    async def listed(self) -> list[Base]:
+        """All, by name."""
+        await self._look()
+        return self.all()
 
     async def create(self, call: Call, name: str, config: BaseConfig) -> Base:
         """A new knowledge base."""
         if name in self._bases:
-            await self.store.create_base(name, "{}")  # raises AlreadyExists
+            await self._look(lambda row: False)  # another server may have removed it
+        if name in self._bases:
+            raise AlreadyExists(f"there is a knowledge base {name!r} already")
         check_language(config.language, "config.language")
         served = await self.collections._access.resolve_async(
             call, config.embedding_model, ("embedding",)
@@ -202,14 +216,15 @@ class KnowledgeBases:
             chunks = CollectionConfig(None, fields, embedding_model=config.embedding_model)
             await self.collections.create(call, base.collection, chunks)
         except BaseException:
-            await self.store.delete_base(row.id)
+            with contextlib.suppress(NotFound):
+                await self.store.delete_base(row.id)
             raise
         self._bases[name] = base
         return base
 
     async def delete(self, name: str) -> int:
         """Remove a knowledge base with every trace; gives the number of its documents."""
-        return await self._writes.finish(self._delete(self.get(name)))
+        return await self._writes.finish(self._delete(await self.get(name)))
 
     async def _delete(self, base: Base) -> int:
         if self._bases.get(base.name) is not base:  # another call was quicker
@@ -217,10 +232,13 @@ class KnowledgeBases:
         del self._bases[base.name]
         try:
             count = await self.store.delete_base(base.row.id)
+        except NotFound:  # another server was quicker
+            raise NotFound("knowledge base", base.name) from None
         except BaseException:
             self._bases[base.name] = base  # nothing was removed
             raise
-        await self.collections.delete(base.collection)
+        with contextlib.suppress(NotFound):  # another server saw it without its base, at its start
+            await self.collections.delete(base.collection)
         await asyncio.to_thread(shutil.rmtree, self.folder(base.row.id), True)
         return count
 
@@ -279,6 +297,8 @@ class KnowledgeBases:
         try:
             earlier = await self.store.add(row)
         except NotFound:
+            upload.abort()
+            await self._leave_no_folder(base.row.id)
             raise NotFound("knowledge base", base.name) from None
         return (row, False) if earlier is None else (earlier, True)
 
@@ -289,37 +309,13 @@ class KnowledgeBases:
             raise NotFound("document", document)
         return row
 
-    async def text(self, base: Base, document: str) -> str:
-        """A document's text, as it was read last; empty when it has none yet or is gone."""
-        key = (base.row.id, document)
-        kept = self._texts.get(key)
-        if kept is not None:
-            self._texts.move_to_end(key)
-            return kept
-        try:
-            text = await asyncio.to_thread(_read, self.folder(base.row.id) / f"{document}.txt")
-        except FileNotFoundError:
-            return ""
-        if key in self._texts:  # another call has read it meanwhile: it is counted once
-            return text
-        self._texts[key] = text
-        self._characters += len(text)
-        while self._characters > KEPT_CHARACTERS:
-            self._characters -= len(self._texts.popitem(last=False)[1])
-        return text
-
-    def forget_text(self, row: DocumentRow) -> None:
-        """The text on disk has changed or goes."""
-        gone = self._texts.pop((row.base_id, row.id), None)
-        self._characters -= len(gone or "")
-
-    def text_path(self, row: DocumentRow) -> Path:
-        """Where a document's text is kept."""
-        return self.folder(row.base_id) / f"{row.id}.txt"
-
     def file_path(self, row: DocumentRow) -> Path:
         """Where a document's file is kept."""
         return self.folder(row.base_id) / f"{row.id}.file"
+
+    async def reachable(self, row: DocumentRow) -> bool:
+        """Whether a document's file is on this server's disk: another one may have it."""
+        return not self._shared or await asyncio.to_thread(self.file_path(row).exists)
 
     async def delete_document(self, base: Base, document: str) -> int:
         """Remove a document with every trace; gives the number of its chunks."""
@@ -327,13 +323,30 @@ class KnowledgeBases:
         return await self._writes.finish(self._delete_document(base, row))
 
     async def _delete_document(self, base: Base, row: DocumentRow) -> int:
-        # The row first: an ingest that runs looks for it before it writes chunks.
-        await self.store.delete(row.id)
-        count = await self.collections.remove(base.collection, None, chunks_of(row.id))
-        for path in (self.file_path(row), self.text_path(row)):
-            path.unlink(missing_ok=True)
-        self.forget_text(row)
+        # The row first: an ingest that runs, here or on another server, looks for it when it has
+        # written chunks.
+        last = await self.store.delete(row.id)
+        count = 0
+        if self._shared and last is not None:  # written elsewhere, they may not be in the index yet
+            count = await self.collections.remove(base.collection, chunk_ids(last), None)
+        count += await self.collections.remove(base.collection, None, chunks_of(row.id))
+        self._remove_files(row)
         return count
+
+    async def leave_no_file(self, row: DocumentRow) -> None:
+        """The document was removed while it was worked on: files written since go too."""
+        self._remove_files(row)
+        await self._leave_no_folder(row.base_id)
+
+    async def _leave_no_folder(self, base_id: int) -> None:
+        """A base that was removed while files were written has no folder."""
+        if base_id not in {row.id for row in await self.store.bases()}:
+            await asyncio.to_thread(shutil.rmtree, self.folder(base_id), True)
+
+    def _remove_files(self, row: DocumentRow) -> None:
+        for path in (self.file_path(row), self.texts.path(row.base_id, row.id)):
+            path.unlink(missing_ok=True)
+        self.texts.forget(row.base_id, row.id)
 
 
 def chunks_of(document: str) -> OneOf:
@@ -341,11 +354,16 @@ def chunks_of(document: str) -> OneOf:
     return OneOf("document", (tagged(document),))
 
 
+def chunk_ids(row: DocumentRow) -> list[str]:
+    """Ids of a document's chunks."""
+    return [chunk_id(row.id, row.generation, i) for i in range(row.chunks)]
+
+
+def chunk_id(document: str, generation: int, number: int) -> str:
+    """A chunk's id: ingests count as generations, each document's chunks from 0."""
+    return f"{document}.{generation}.{number}"
+
+
 def _config(text: str) -> BaseConfig:
     d = orjson.loads(text)
     return BaseConfig(d["embedding_model"], d["language"], ChunkConfig(**d["chunks"]))
-
-
-def _read(path: Path) -> str:
-    # Not read_text: it would turn line ends, and with them the offsets.
-    return path.read_bytes().decode()

@@ -138,6 +138,7 @@ class Retriever:
 
         Raises:
             FailedPrecondition: a step needs a language model and none is named or set.
+            Unavailable: a text that chunks are to be given from is on another server's disk.
         """
         steps: list[Step] = []
 
@@ -201,13 +202,15 @@ class Retriever:
         return [replace(chunks[i], score=float(scores[i])) for i in order]
 
     async def _with_parents(self, base: Base, chunks: list[RetrievedChunk]) -> list[RetrievedChunk]:
-        """For parent_child: the larger span around each chunk, none twice."""
+        """For parent_child: the larger span around each chunk, none twice. Raises Unavailable."""
         if base.config.chunks.method != "parent_child":
             return chunks
         out: dict[tuple[str, int], RetrievedChunk] = {}
         for c in chunks:
             start, end = c.metadata["\0parent"]
-            text = (await self._bases.text(base, c.document))[start:end]
+            text = (await self._bases.texts.read(base.row.id, c.document))[start:end]
+            if not text:  # it was removed since it was found
+                continue
             out.setdefault((c.document, start), replace(c, start=start, end=end, text=text))
         return list(out.values())
 

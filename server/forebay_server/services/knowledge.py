@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import cast
 
-from forebay.errors import FailedPrecondition, InvalidArgument
+from forebay.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from forebay.v1 import knowledge_pb2 as pb
 
 from forebay_server.core.call import Call, Principal
@@ -63,27 +63,33 @@ class KnowledgeService(Service):
     async def get_knowledge_base(self, call: Call) -> pb.GetKnowledgeBaseResponse:
         """GetKnowledgeBase."""
         request = cast(pb.GetKnowledgeBaseRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         return pb.GetKnowledgeBaseResponse(knowledge_base=await self._base(base))
 
     async def list_knowledge_bases(self, call: Call) -> pb.ListKnowledgeBasesResponse:
         """ListKnowledgeBases."""
         request = cast(pb.ListKnowledgeBasesRequest, call.request)
-        chosen, following = Page(request, 100, str).of(self._bases.all(), lambda b: (b.row.name,))
-        return pb.ListKnowledgeBasesResponse(
-            knowledge_bases=[await self._base(b) for b in chosen], next_page_token=following
-        )
+        bases = await self._bases.listed()
+        chosen, following = Page(request, 100, str).of(bases, lambda b: (b.row.name,))
+        out = pb.ListKnowledgeBasesResponse(next_page_token=following)
+        for base in chosen:
+            with suppress(NotFound):  # removed meanwhile
+                out.knowledge_bases.append(await self._base(base))
+        return out
 
     async def delete_knowledge_base(self, call: Call) -> pb.DeleteKnowledgeBaseResponse:
         """DeleteKnowledgeBase."""
         request = cast(pb.DeleteKnowledgeBaseRequest, call.request)
-        self._jobs.forget(self._bases.get(request.knowledge_base))
+        self._jobs.forget(await self._bases.get(request.knowledge_base))
         count = await self._bases.delete(request.knowledge_base)
         return pb.DeleteKnowledgeBaseResponse(documents=count)
 
     async def _base(self, base: Base) -> pb.KnowledgeBase:
         documents = await self._bases.store.count(base.row.id)
-        chunks = len(self._bases.collections.get(base.collection).index)
+        try:
+            chunks = len((await self._bases.collections.known(base.collection)).index)
+        except NotFound:  # another server has removed it
+            raise NotFound("knowledge base", base.name) from None
         return messages.base_message(base, documents, chunks)
 
     # Documents.
@@ -96,7 +102,7 @@ class KnowledgeService(Service):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgument.at("header", "must be the first message of the stream")
         header = first.header
-        base = self._bases.get(header.knowledge_base)
+        base = await self._bases.get(header.knowledge_base)
         metadata = to_dict(header.metadata, "header.metadata")
         uploads: list[Upload] = []
         kept = 0
@@ -130,7 +136,7 @@ class KnowledgeService(Service):
     async def ingest_text(self, call: Call) -> pb.IngestTextResponse:
         """IngestText."""
         request = cast(pb.IngestTextRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         name = request.name or "text"
         metadata = to_dict(request.metadata, "metadata")
         if "." not in name:
@@ -150,11 +156,11 @@ class KnowledgeService(Service):
     async def get_document(self, call: Call) -> pb.GetDocumentResponse:
         """GetDocument."""
         request = cast(pb.GetDocumentRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         row = await self._bases.document(base, request.document)
         out = pb.GetDocumentResponse(document=messages.document_message(row))
         if request.with_text:
-            text = await self._bases.text(base, row.id)
+            text = await self._bases.texts.read(base.row.id, row.id)
             starts = row.pages or [0]
             for number, (start, end) in enumerate(
                 zip(starts, [*starts[1:], len(text)], strict=True), 1
@@ -165,7 +171,7 @@ class KnowledgeService(Service):
     async def list_documents(self, call: Call) -> pb.ListDocumentsResponse:
         """ListDocuments."""
         request = cast(pb.ListDocumentsRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         page = Page(request, 100, float, str)
         rows = await self._bases.store.page(
             base.row.id, messages.STATUSES[request.status], page.behind, page.size + 1
@@ -178,23 +184,31 @@ class KnowledgeService(Service):
     async def delete_document(self, call: Call) -> pb.DeleteDocumentResponse:
         """DeleteDocument."""
         request = cast(pb.DeleteDocumentRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         chunks = await self._bases.delete_document(base, request.document)
         return pb.DeleteDocumentResponse(chunks=chunks)
 
     async def reingest_document(self, call: Call) -> pb.ReingestDocumentResponse:
         """ReingestDocument."""
         request = cast(pb.ReingestDocumentRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         row = await self._bases.document(base, request.document)
-        if row.status not in ("ready", "failed"):
+        here = await self._bases.reachable(row)
+        if request.password and not here:
+            raise Unavailable(
+                f"the file of document {row.id!r} is not on this server's disk, and passwords stay "
+                "with the server that was told them: ask the server that took the document",
+                reason="FILE_AWAY",
+            )
+        queued = await self._bases.store.queue_again(row.id, here)
+        row = await self._bases.document(base, row.id)
+        if not queued:
             raise FailedPrecondition(
                 f"document {row.id!r} is {row.status}; wait until it is ready or has failed",
                 reason="INGEST_RUNNING",
             )
-        await self._bases.store.update(row.id, status="queued", progress=0.0, reason="", message="")
-        row = await self._bases.document(base, row.id)
-        self._ingest.put(row, request.password)
+        if here:
+            self._ingest.put(row, request.password)
         return pb.ReingestDocumentResponse(document=messages.document_message(row))
 
     # Questions.
@@ -202,7 +216,7 @@ class KnowledgeService(Service):
     async def retrieve(self, call: Call) -> pb.RetrieveResponse:
         """Retrieve."""
         request = cast(pb.RetrieveRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         call.facts.items = 1
         spec = messages.spec_of(request.retrieval)
         found = await self._retriever.retrieve(call, base, request.query, spec, Written())
@@ -250,19 +264,22 @@ class KnowledgeService(Service):
                     yield pb.AskStreamResponse(usage=usage(call))
                 yield _stream_message(call, event, request.explain)
 
-    def _events(
+    async def _events(
         self, call: Call, request: pb.AskRequest | pb.AskStreamRequest
     ) -> AsyncGenerator[Event, None]:
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         call.facts.items = 1
-        return self._answerer.answer(call, base, messages.question_of(request))
+        question = messages.question_of(request)
+        async with aclosing(self._answerer.answer(call, base, question)) as events:
+            async for event in events:
+                yield event
 
     # Evaluations.
 
     async def evaluate(self, call: Call) -> pb.EvaluateResponse:
         """Evaluate."""
         request = cast(pb.EvaluateRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         items, runs = messages.items_of(request), messages.runs_of(request)
         out = pb.EvaluateResponse()
         for run in runs:
@@ -274,7 +291,7 @@ class KnowledgeService(Service):
     async def start_evaluation(self, call: Call) -> pb.StartEvaluationResponse:
         """StartEvaluation."""
         request = cast(pb.StartEvaluationRequest, call.request)
-        base = self._bases.get(request.knowledge_base)
+        base = await self._bases.get(request.knowledge_base)
         items, _ = messages.items_of(request), messages.runs_of(request)  # raise for bad fields
         who = call.principal
         job = await self._jobs.add(
@@ -290,13 +307,15 @@ class KnowledgeService(Service):
     async def get_evaluation(self, call: Call) -> pb.GetEvaluationResponse:
         """GetEvaluation."""
         request = cast(pb.GetEvaluationRequest, call.request)
-        job = self._jobs.get(self._bases.get(request.knowledge_base), request.evaluation)
+        job = await self._jobs.get(
+            await self._bases.get(request.knowledge_base), request.evaluation
+        )
         return pb.GetEvaluationResponse(evaluation=messages.evaluation_message(job))
 
     async def list_evaluations(self, call: Call) -> pb.ListEvaluationsResponse:
         """ListEvaluations."""
         request = cast(pb.ListEvaluationsRequest, call.request)
-        jobs = self._jobs.of(self._bases.get(request.knowledge_base))
+        jobs = await self._jobs.of(await self._bases.get(request.knowledge_base))
         page = Page(request, 100, float, str)
         chosen, following = page.of(jobs, lambda j: (-j.created_at, j.id))
         return pb.ListEvaluationsResponse(
@@ -307,12 +326,12 @@ class KnowledgeService(Service):
     async def delete_evaluation(self, call: Call) -> pb.DeleteEvaluationResponse:
         """DeleteEvaluation."""
         request = cast(pb.DeleteEvaluationRequest, call.request)
-        await self._jobs.delete(self._bases.get(request.knowledge_base), request.evaluation)
+        await self._jobs.delete(await self._bases.get(request.knowledge_base), request.evaluation)
         return pb.DeleteEvaluationResponse()
 
     async def _execute(self, job: EvaluationJob, note: Callable[[], None]) -> None:
         """Carry an evaluation out; runs that are done already are left out."""
-        base = self._bases.by_id(job.base_id)
+        base = await self._bases.by_id(job.base_id)
         if base is None:
             return
         request = pb.StartEvaluationRequest.FromString(job.request)

@@ -193,6 +193,9 @@ knowledge_documents = Table(
     Column("generation", Integer, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
+    # Where servers share the database: which one works on it, and until when its word holds.
+    Column("owner", String(32)),
+    Column("owned_until", Float),
     UniqueConstraint("base_id", "sha256", name="knowledge_document_content"),
     Index("knowledge_document_status", "status"),
 )

@@ -65,9 +65,10 @@ class PausedKnowledge(KnowledgeStore):
         await self.pause()
         return found
 
-    async def delete(self, document: str) -> None:
-        await super().delete(document)
+    async def delete(self, document: str) -> DocumentRow | None:
+        row = await super().delete(document)
         await self.pause()
+        return row
 
     async def delete_base(self, base_id: int) -> int:
         count = await super().delete_base(base_id)

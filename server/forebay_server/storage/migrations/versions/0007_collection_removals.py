@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0007_collection_removals"
-down_revision = "0005_versions"
+down_revision = "0006_document_claims"
 
 
 def upgrade() -> None:
