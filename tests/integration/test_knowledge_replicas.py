@@ -23,11 +23,11 @@ from tests.integration.test_faults import deterministic, word_id
 from tests.integration.test_knowledge import create, upload, wait
 
 Stub = knowledge_pb2_grpc.KnowledgeServiceStub
-#: Claims that run out in a second.
+#: Claims that run out in two seconds.
 SHORT = """
 from forebay_server.knowledge import claims
 from forebay_server.storage import knowledge
-knowledge.OWNED_S, claims.CLAIM_EVERY_S = 1.0, 0.2
+knowledge.OWNED_S, claims.CLAIM_EVERY_S = 2.0, 0.2
 from forebay_cli.main import app
 app(["serve"])
 """
@@ -37,7 +37,7 @@ TEXT = b"The code of the first door is xylophone."
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """As SHORT, for the servers of this process."""
-    monkeypatch.setattr(stored, "OWNED_S", 1.0)
+    monkeypatch.setattr(stored, "OWNED_S", 2.0)
     monkeypatch.setattr(claims, "CLAIM_EVERY_S", 0.2)
 
 
@@ -308,15 +308,23 @@ def doomed(
         server.kill()
 
 
-def begin_and_kill(server: ServerProcess, watcher: Stub, base: str) -> str:
+def owned_until(live: Live, document: str) -> float:
+    d = knowledge_documents
+    ((until_then,),) = rows(live, sa.select(d.c.owned_until).where(d.c.id == document))
+    return until_then or 0.0
+
+
+def begin_and_kill(server: ServerProcess, watching: Live, base: str) -> str:
     """A document in whose middle the server is killed."""
-    text = b"Some doors hang. " + TEXT
-    document = upload(Stub(server.channel), base, ("hang.txt", text))[0].document.id
-    until_it_is(watcher, base, document, pb.DOCUMENT_STATUS_EMBEDDING)
-    time.sleep(2)  # its claim is renewed: nobody else takes it up
-    assert get(watcher, base, document).status == pb.DOCUMENT_STATUS_EMBEDDING
+    stub = Stub(watching.channel)
+    document = upload(Stub(server.channel), base, ("hang.txt", b"Some doors hang. " + TEXT))
+    name = document[0].document.id
+    until_it_is(stub, base, name, pb.DOCUMENT_STATUS_EMBEDDING)
+    claimed = owned_until(watching, name)
+    until(lambda: owned_until(watching, name) > claimed + 2)  # longer than its first claim held
+    assert get(stub, base, name).status == pb.DOCUMENT_STATUS_EMBEDDING
     server.kill()
-    return document
+    return name
 
 
 def test_documents_of_a_killed_server_go_on_elsewhere(
@@ -326,7 +334,7 @@ def test_documents_of_a_killed_server_go_on_elsewhere(
     new_home: Callable[[], Path],
 ) -> None:
     create(first, "killed", language="en")
-    document = begin_and_kill(doomed(new_home()), first, "killed")
+    document = begin_and_kill(doomed(new_home()), pair[0], "killed")
     assert wait(first, "killed")["hang.txt"].status == pb.DOCUMENT_STATUS_READY
     assert chunks_of(pair[0], document) == [f"{document}.1.0"]
     answer = until(lambda: [a for a in [ask(first, "killed")] if a.citations])[0]
@@ -334,6 +342,7 @@ def test_documents_of_a_killed_server_go_on_elsewhere(
 
 
 def test_documents_whose_file_is_elsewhere_wait_for_the_server_that_has_it(
+    pair: list[Live],
     first: Stub,
     doomed: Callable[[Path], ServerProcess],
     start: Start,
@@ -343,8 +352,8 @@ def test_documents_whose_file_is_elsewhere_wait_for_the_server_that_has_it(
 ) -> None:
     create(first, "apart")
     home = tmp_path / "apart"
-    document = begin_and_kill(doomed(home), first, "apart")
-    time.sleep(2)  # longer than its claim holds
+    document = begin_and_kill(doomed(home), pair[0], "apart")
+    until(lambda: owned_until(pair[0], document) + 1 < time.time())  # others have looked since
     assert get(first, "apart", document).status == pb.DOCUMENT_STATUS_EMBEDDING
     again = start(quick, storage__database=url, home=home)
     assert wait(first, "apart")["hang.txt"].status == pb.DOCUMENT_STATUS_READY
