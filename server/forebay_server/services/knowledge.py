@@ -13,12 +13,13 @@ from forebay.v1 import knowledge_pb2 as pb
 
 from forebay_server.core.call import Call, Principal
 from forebay_server.knowledge.answering import Answerer, Done, Event, Stage, Token
-from forebay_server.knowledge.bases import Base, KnowledgeBases, Upload
+from forebay_server.knowledge.bases import Base, KnowledgeBases
 from forebay_server.knowledge.citations import Citation, Unsupported
 from forebay_server.knowledge.evaluating import Evaluator
 from forebay_server.knowledge.evaluation_jobs import EvaluationJob, EvaluationJobs
 from forebay_server.knowledge.ingest import Ingest, internal_call
 from forebay_server.knowledge.retrieval import Retrieved, Retriever
+from forebay_server.knowledge.uploads import Upload
 from forebay_server.knowledge.writer import Written
 from forebay_server.services import knowledge_messages as messages
 from forebay_server.services.base import Service
