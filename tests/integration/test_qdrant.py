@@ -9,8 +9,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from forebay.settings import load_settings
 from forebay.v1 import collection_pb2 as pb
 from forebay.v1 import collection_pb2_grpc
+from forebay_server.retrieval import backends
 from google.protobuf import json_format
 
 from tests.conftest import Start
@@ -66,3 +68,17 @@ def test_a_collection_lives_in_qdrant_and_survives_a_restart(
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "retrieval.qdrant" in str(caught.value.details())
     live.stop()
+
+
+def test_servers_of_one_database_keep_their_points_apart(tmp_path: Path) -> None:
+    def prefix(home: str, shared: bool) -> str:
+        values = {"home": tmp_path / home, "retrieval.qdrant": "local"}
+        made = backends(load_settings(values, environ={}).settings, shared)
+        assert made.qdrant is not None
+        made.close()
+        return made.qdrant.prefix
+
+    assert prefix("a", False) == "forebay"
+    a, b = prefix("a", True), prefix("b", True)
+    assert a != b and {a[:8], b[:8]} == {"forebay-"}
+    assert prefix("a", True) == a

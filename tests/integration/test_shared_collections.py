@@ -320,7 +320,10 @@ def test_snapshots_lie_with_the_server_that_made_them(
 
 
 def test_a_server_that_starts_leaves_what_others_work_at(
-    pair: tuple[Replica, Replica], another: Callable[..., Replica], name: str
+    pair: tuple[Replica, Replica],
+    another: Callable[..., Replica],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, _ = pair
     a.upsert(name, point("a", [1, 0], text="word"))
@@ -336,10 +339,12 @@ def test_a_server_that_starts_leaves_what_others_work_at(
     # While it is away, others write; its own index on disk is brought up to that.
     a.remove(name, "a")
     a.upsert(name, point("b", [3, 0], text="word"), point("c", [4, 0], text="word"))
+    monkeypatch.setattr("forebay_server.dataplane.collections.RESTORED_S", -1.0)
     third = another(home=third.live.settings.home)
     assert third.near(name, 0, 0) == {"b": [3, 0], "c": [4, 0]}
     third.live.stop()
-    a.live.run(store.delete(fresh.id))
+    assert fresh.id not in {r.id for r in a.live.run(store.all())}
+    soon(lambda: fresh.name in {c.name for c in a.collections.all()}, False)
 
 
 def test_a_database_that_was_away_is_caught_up_with(
