@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import getpass
 import importlib.util
 import itertools
@@ -76,7 +75,7 @@ NewDatabase = Callable[[], str]
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewDatabase]:
+def postgres(request: pytest.FixtureRequest) -> Iterator[NewDatabase]:
     """Databases in a PostgreSQL server of our own; the test skips saying why there is none."""
     pytest.importorskip("asyncpg", reason="no asyncpg: pip install asyncpg")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -84,7 +83,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewDatabase]:
     if not found and not which:
         pytest.skip("no PostgreSQL: apt install postgresql")
     binaries = found[-1] if found else Path(str(which)).parent
-    root = tmp_path_factory.mktemp("postgres")
+    # Not in pytest's own folder, which another user than its own cannot pass.
+    root = Path(tempfile.mkdtemp(prefix="forebay-postgres-"))
+    request.addfinalizer(lambda: shutil.rmtree(root, ignore_errors=True))
     as_user: list[str] = []
     if getpass.getuser() == "root":  # PostgreSQL refuses to run as root
         if not shutil.which("setpriv"):
@@ -92,18 +93,16 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewDatabase]:
                 "PostgreSQL does not run as root, and there is no setpriv: apt install util-linux"
             )
         as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        for folder in (root, *root.parents[:2]):
-            with contextlib.suppress(OSError):  # where it matters, initdb fails
-                folder.chmod(0o755)
         shutil.chown(root, "postgres", "postgres")
+
+    log = root / "log"
 
     def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [*as_user, str(binaries / program), *map(str, arguments)]
         # Not by pipes: the server that pg_ctl starts would keep them open.
-        with (root.parent / f"{root.name}.log").open("a+") as log:
-            return subprocess.run(command, stdout=log, stderr=log, text=True, cwd="/")
+        with log.open("a+") as out:
+            return subprocess.run(command, stdout=out, stderr=out, text=True, cwd="/")
 
-    log = root.parent / f"{root.name}.log"
     if run("initdb", "-D", root / "data", "-A", "trust", "-U", "forebay").returncode:
         pytest.skip(f"initdb failed: {log.read_text()[-200:]}")
     port = free_port()
