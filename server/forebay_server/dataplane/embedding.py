@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from forebay_server.core.call import Call
 from forebay_server.dataplane import heads
 from forebay_server.dataplane.models import ServedModel
+from forebay_server.dataplane.parts import as_part
 from forebay_server.dataplane.texts import TextJob, TextOutcome, TextPipeline
 from forebay_server.dataplane.tokenization import TextInput
 
@@ -145,47 +145,5 @@ class TextEmbedder:
     async def _once(
         self, call: Call, make: Callable[[Call, Done], TextJob]
     ) -> tuple[TextOutcome, Call]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[TextOutcome] = loop.create_future()
-
-        def settle(outcome: TextOutcome | None, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            elif outcome is not None:
-                future.set_result(outcome)
-
-        def ended(child: Call) -> None:
-            if child.error is not None:
-                loop.call_soon_threadsafe(settle, None, child.error)
-
-        child = child_of(call, ended)
-
-        def done(outcome: TextOutcome) -> None:
-            child.finish()
-            loop.call_soon_threadsafe(settle, outcome, None)
-
-        job = make(child, done)
-        try:
-            # Tokenising takes a while: not on the event loop.
-            await asyncio.to_thread(self._texts.run, [job])
-            return await future, child
-        except asyncio.CancelledError:
-            child.cancel()
-            raise
-
-
-def child_of(call: Call, on_end: Callable[[Call], None]) -> Call:
-    """A call that is part of another: the same key and deadline, facts of its own."""
-    child = Call(
-        call.method,
-        call.metadata,
-        started=time.monotonic(),
-        deadline=call.deadline,
-        peer=call.peer,
-        on_end=on_end,
-    )
-    child.principal = call.principal
-    child.request_id = call.request_id
-    return child
+        # Tokenising takes a while: not on the event loop.
+        return await as_part(call, lambda child, done: self._texts.run([make(child, done)]))

@@ -25,8 +25,9 @@ from forebay_server.core.call import Call
 from forebay_server.core.interfaces import Completion, EngineRequest, Item, Timing
 from forebay_server.dataplane.collection_config import check_filter
 from forebay_server.dataplane.collections import Collections
-from forebay_server.dataplane.embedding import child_of, embedding_job, matrix
+from forebay_server.dataplane.embedding import embedding_job, matrix
 from forebay_server.dataplane.models import attempt, guarded
+from forebay_server.dataplane.parts import as_part
 from forebay_server.dataplane.texts import TextOutcome, TextPipeline
 from forebay_server.dataplane.upkeep import OpenCollection
 from forebay_server.indexes.engine import Found, Mode, SearchTask
@@ -130,32 +131,11 @@ class SearchPipeline:
 
     async def search(self, call: Call, spec: SearchSpec) -> SearchOutcome:
         """One search as part of another call, awaited on the event loop. Its facts are added."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[SearchOutcome] = loop.create_future()
 
-        def settle(outcome: SearchOutcome | None, error: BaseException | None) -> None:
-            if not future.done():
-                if error is not None:
-                    future.set_exception(error)
-                elif outcome is not None:
-                    future.set_result(outcome)
+        def start(child: Call, done: Callable[[SearchOutcome], None]) -> None:
+            self.run([SearchJob(child, spec, done)])
 
-        def ended(child: Call) -> None:
-            if child.error is not None:
-                loop.call_soon_threadsafe(settle, None, child.error)
-
-        child = child_of(call, ended)
-
-        def done(outcome: SearchOutcome) -> None:
-            child.finish()
-            loop.call_soon_threadsafe(settle, outcome, None)
-
-        try:
-            await asyncio.to_thread(self.run, [SearchJob(child, spec, done)])
-            outcome = await future
-        except asyncio.CancelledError:
-            child.cancel()
-            raise
+        outcome, child = await as_part(call, start)
         facts = call.facts
         if outcome.embedded:
             facts.model, facts.version = child.facts.model, child.facts.version

@@ -14,9 +14,9 @@ from forebay.settings import KnowledgeSettings
 
 from forebay_server.core.call import Call
 from forebay_server.core.generation import ChatContext, Tally
-from forebay_server.dataplane.embedding import child_of
 from forebay_server.dataplane.generation import GenerationPipeline
 from forebay_server.dataplane.generation_jobs import ChatAsk, Job
+from forebay_server.dataplane.parts import child_of
 
 #: What a model replies when the context does not hold the answer.
 NOT_FOUND = "NOT IN THE DOCUMENTS"

@@ -13,8 +13,8 @@ from forebay.v1 import collection_pb2 as pb
 
 from forebay_server.core.call import Call
 from forebay_server.dataplane.collections import HIDDEN, Collections, Written
-from forebay_server.dataplane.embedding import child_of
 from forebay_server.dataplane.models import jobs_of
+from forebay_server.dataplane.parts import child_of
 from forebay_server.dataplane.searching import SearchJob, SearchPipeline
 from forebay_server.dataplane.snapshots import Snapshots
 from forebay_server.services.base import Service
