@@ -20,8 +20,8 @@ ENV PATH=/opt/forebay/bin:$PATH \
     FOREBAY_HOME=/data \
     FOREBAY_GRPC__HOST=0.0.0.0 \
     FOREBAY_HTTP__HOST=0.0.0.0
-# With the models' folder: a new volume that is mounted there takes its owner over.
-RUN mkdir -p /data/models && chown -R forebay /data
+# With the folders that may be volumes of their own: a new one that is mounted there takes its owner over.
+RUN mkdir -p /data/models /data/files /data/knowledge && chown -R forebay /data
 # By number: Kubernetes' runAsNonRoot cannot see that a name is not root's.
 USER 10001
 VOLUME /data

@@ -163,7 +163,7 @@ def test_compose_mounts_files_that_are_there() -> None:
             assert name in services
 
 
-def test_one_replica_writes_models_and_into_no_folder_that_docker_made_as_root() -> None:
+def test_one_replica_writes_models_and_none_into_a_folder_that_docker_made_as_root() -> None:
     compose = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
     mounts = {
         name: next(v for v in service["volumes"] if ":/data/models" in v)
@@ -178,8 +178,15 @@ def test_one_replica_writes_models_and_into_no_folder_that_docker_made_as_root()
     # A volume that is new takes over its owner from the image.
     assert {re.sub(r".*:-(\w+)}.*", r"\1", mount) for mount in mounts.values()} == {"models"}
     assert "models" in compose["volumes"]
-    image = (DEPLOY.parent / "Dockerfile").read_text()
-    assert "mkdir -p /data/models && chown -R forebay /data" in image
+    shared = {"files", "knowledge"}
+    for name in mounts:
+        volumes = compose["services"][name]["volumes"]
+        assert {f"{v}:/data/{v}" for v in shared} <= set(volumes)
+    for file in ("Dockerfile", "Dockerfile.gpu"):
+        (made,) = re.findall(
+            r"mkdir -p (.*) && chown -R forebay /data", (DEPLOY.parent / file).read_text()
+        )
+        assert set(made.split()) == {f"/data/{v}" for v in {"models", *shared}}
 
 
 def test_nginx_bounds_no_upload_that_forebay_takes() -> None:
