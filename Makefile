@@ -63,7 +63,7 @@ lint: $(VENV)/.dev ## ruff, pyright, import rules, buf lint and breaking changes
 
 test: $(VENV)/.dev $(VENV)/.native ## All tests that this machine can run
 	@if command -v cargo >/dev/null; then cd server/native && cargo test --quiet --no-default-features; fi
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15
 
 vllm: $(VENV)/.dev ## vLLM for CPUs in an environment of its own (6 GB)
 	$(BIN)/uv venv --quiet --python $(BIN)/python .venv-vllm

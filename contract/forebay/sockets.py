@@ -10,22 +10,28 @@ import weakref
 from pathlib import Path
 
 PREFIX = "forebay-sockets-"
+#: Bytes of a temp directory's path that leave room for the folder, 8 letters of its own, and a socket's name.
+MOST = 107 - len(f"/{PREFIX}") - 8 - len("/ordinary.sock")
 
 
 class SocketFolder:
-    """A folder in the temp directory, as a socket's path has 107 bytes at most and a home may be deep.
+    """A folder in the temp directory, as a socket's path has 107 bytes at most and a home may be deep; in
+    /tmp where the temp directory is deep, too.
 
     It is removed when this process ends, however a start fails. One that is killed cannot do that: its
     owner holds a lock on a folder, and whoever makes the next removes those that nobody holds.
     """
 
     def __init__(self) -> None:
-        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        temporary = tempfile.gettempdir()
+        if len(os.fsencode(temporary)) > MOST:
+            temporary = "/tmp"  # noqa: S108 (mkdtemp: its folder is this user's alone)
+        for left in Path(temporary).glob(f"{PREFIX}*"):
             lock = _locked(left)
             if lock is not None:
                 _remove(left, lock)
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary))
             lock = _locked(self.path)
             if lock is not None and self.path.exists():
                 break  # else another process that starts now has taken it for one that was left

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -259,12 +261,14 @@ def test_it_ends_with_a_fault_when_its_server_dies(starters: Path, tmp_path: Pat
 
 @EXTENDED
 def test_no_folder_of_sockets_stays_when_a_start_fails_or_a_server_is_killed(
-    starters: Path, tmp_path: Path
+    starters: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     def left() -> list[Path]:
         return list(temporary.glob("forebay-*"))
 
-    (temporary := tmp_path / "t").mkdir()
+    # A test's own folder may be too deep for sockets.
+    temporary = Path(tempfile.mkdtemp())
+    request.addfinalizer(lambda: shutil.rmtree(temporary))
     where = {"TMPDIR": str(temporary)}
     with up(starters, tmp_path / "a", **where) as (process, _):
         assert len(left()) == 2  # between server and gateway, and between the server's lanes

@@ -325,11 +325,8 @@ class KnowledgeBases:
     async def _delete_document(self, base: Base, row: DocumentRow) -> int:
         # The row first: an ingest that runs, here or on another server, looks for it when it has
         # written chunks.
-        last = await self.store.delete(row.id)
-        count = 0
-        if self._shared and last is not None:  # written elsewhere, they may not be in the index yet
-            count = await self.collections.remove(base.collection, chunk_ids(last), None)
-        count += await self.collections.remove(base.collection, None, chunks_of(row.id))
+        await self.store.delete(row.id)
+        count = await self.collections.remove(base.collection, None, chunks_of(row.id))
         self._remove_files(row)
         return count
 

@@ -193,13 +193,11 @@ class KnowledgeStore:
         values: dict[str, Any] = {"status": "queued", "progress": 0.0, "reason": "", "message": ""}
         return await self._change(done, values | (self._claimed() if mine else {}))
 
-    async def delete(self, document: str) -> DocumentRow | None:
-        """Remove a document's row; gives it as it was last, None when it was gone."""
+    async def delete(self, document: str) -> None:
+        """Remove a document's row."""
         d = knowledge_documents
         async with self._database.begin() as db:
-            gone = await db.execute(sa.delete(d).where(d.c.id == document).returning(d))
-            row = gone.first()
-            return None if row is None else _document(row)
+            await db.execute(sa.delete(d).where(d.c.id == document))
 
     # Claims, where servers share the database.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,12 @@ raise OSError("the start fails")
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    return tmp_path
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # A test's own folder may be too deep for sockets.
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(folder)
 
 
 def holder() -> tuple[subprocess.Popen[str], Path]:
@@ -87,3 +91,15 @@ def test_one_that_is_handed_over_stays_used() -> None:
     process.communicate("\n", timeout=30)
     SocketFolder().remove()
     assert not folder.exists()
+
+
+def test_in_a_deep_temp_directory_a_socket_still_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (deep := tmp_path / ("d" * 60)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = SocketFolder()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder.path / "ordinary.sock"))
+    folder.remove()
+    assert not folder.path.exists() and not list(deep.iterdir())
