@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import onnx
 import pytest
+from forebay.errors import Unavailable
 from forebay.oip import open_inference_pb2 as oip
 from forebay.oip import open_inference_pb2_grpc as oip_grpc
 from forebay.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
@@ -230,3 +231,29 @@ def test_a_model_without_room_says_when_to_come_again_and_is_served_once_there_i
     stub_of(live).UnloadModel(model_pb2.UnloadModelRequest(model="housing"))
     error = embed(live, "second")  # it is loaded, and does no embeddings
     assert details(error)[0] == "WRONG_TASK"
+
+
+def test_a_load_that_failed_for_what_passes_is_tried_again(
+    starters: Path, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = copy_models(starters, tmp_path / "models", "iris")
+    (models / "iris" / "model.yaml").unlink(missing_ok=True)
+    (models / "iris" / "model.yaml").write_text(LATE)
+    live = start(models)
+    load, killed = pool.load, Unavailable("the model's process died", reason="ENGINE_DIED")
+
+    def dies(*_: object) -> None:
+        raise killed
+
+    monkeypatch.setattr(pool, "load", dies)
+    for _ in range(2):  # the second is not loaded again
+        error = embed(live, "iris")
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        reason, retry = details(error)
+        assert reason == "MODEL_NOT_READY"
+        assert retry is not None and 0 < retry <= pool.RETRY_S
+    monkeypatch.setattr(pool, "RETRY_S", 0.0)  # a caller that has waited
+    with pytest.raises(grpc.RpcError):
+        stub_of(live).LoadModel(model_pb2.LoadModelRequest(model="iris"))
+    monkeypatch.setattr(pool, "load", load)
+    assert served_version(live) == 1

@@ -27,7 +27,7 @@ log = logging.getLogger("forebay.repository")
 GRACE_S = 0.5
 #: Weight that an engine's files take in memory, for the budget, before it is loaded.
 MEMORY_FACTOR = 1.3
-#: Seconds until a load that found no room is tried again, by the next call.
+#: Seconds until a load that found no room, or failed for what may pass, is tried again by the next call.
 RETRY_S = 5.0
 #: Model and version.
 Key = tuple[str, int]
@@ -45,7 +45,8 @@ class Failure:
 
 def retry_s(error: ForebayError) -> float:
     """Seconds after which a load that failed so may succeed. Infinite: not before somebody mends the model."""
-    return RETRY_S if error.reason == "MEMORY_BUDGET" else inf
+    passes = error.code == "UNAVAILABLE"  # as of a process that the machine killed while it loaded
+    return RETRY_S if passes or error.reason == "MEMORY_BUDGET" else inf
 
 
 class ModelPool:
