@@ -53,9 +53,16 @@ from forebay_server.storage.database import Database
 from forebay_server.storage.routing_state import StoredRoutingState
 from forebay_server.transport.http_port import HttpPort
 from forebay_server.transport.lanes import Lanes, choose
+from forebay_server.transport.leasing import Leasing
 from forebay_server.transport.metrics_http import MetricsListener
 from forebay_server.transport.pipeline import Pipeline
-from forebay_server.transport.stages import WATCHING, Admission, standard_stages
+from forebay_server.transport.stages import (
+    WATCHING,
+    AccessLog,
+    Admission,
+    Measuring,
+    standard_stages,
+)
 
 log = logging.getLogger("forebay.server")
 
@@ -142,6 +149,7 @@ class Server:
             self.metrics.refused_at_the_door,
             self._http,
             self.metrics.http.ended,
+            self._leases(limiter),
         )
         await self._listen()
         await self.repository.start()
@@ -164,6 +172,16 @@ class Server:
     def port(self) -> int:
         """The gRPC port in force."""
         return self.lanes.port
+
+    def _leases(self, limiter: Limiter) -> Leasing | None:
+        if self._tracer.enabled:
+            return None  # each call has a span
+        watch = Measuring(self.metrics), AccessLog()
+        leasing = Leasing(self.keys, limiter, self.ledger, *watch)
+        self.keys.on_change = self.repository.events.on_change = leasing.recall
+        if isinstance(limiter, ProcessLimiter):
+            limiter.borrower = leasing
+        return leasing
 
     def _limiter(self) -> Limiter:
         url = self.settings.storage.redis.get_secret_value()

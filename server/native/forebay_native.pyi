@@ -1,6 +1,7 @@
 """The fast lane: gRPC over HTTP/2 that gives Python all waiting calls of some methods as batches."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 __version__: str
 
@@ -32,6 +33,7 @@ class Server:
             too much waits.
         too_large: serialised google.rpc.Status, without its message, of the refusal
             (RESOURCE_EXHAUSTED) of a message beyond `max_message_bytes`.
+        id_prefix: what the ids of requests that leases answer begin with; a number follows.
         tls: contents of PEM files: certificate chain, key, authority of client certificates; None:
             the port is in the clear.
         http: a second port, for HTTP/1.1: `addresses`; `gateway`, the Unix socket that other requests
@@ -71,6 +73,7 @@ class Server:
         receive_timeout_s: float,
         overload: tuple[str, bytes, float],
         too_large: bytes,
+        id_prefix: str = "",
         tls: tuple[bytes, bytes, bytes | None] | None = None,
         http: Mapping[str, object] | None = None,
         http_tls: tuple[bytes, bytes, bytes | None] | None = None,
@@ -123,6 +126,37 @@ class Server:
         they are no smaller than this one, where `by_size` says that it matters. Then, where `gap_s` is
         over 0, for four times as long all but one in each such time. `retry_s`: after how long clients' retry
         policies are to come again; infinite: not at all."""
+    def lease(
+        self,
+        call: Call,
+        recipe: Recipe,
+        line: str,
+        calls: int,
+        items: int,
+        hold_s: float,
+        trailers: Sequence[tuple[str, str]],
+        counts: Sequence[tuple[str, int, bool]],
+    ) -> Lease | None:
+        """Lease the right to answer calls like this one: of the same method and metadata (but for
+        x-request-id, traceparent, tracestate and baggage), whose requests differ in the recipe's records
+        alone. None: no journal is set, or there are too many leases.
+
+        Args:
+            line: what a line of the journal begins with: `calls,items,0,0,0,0,engine_ms,0.0]` follows.
+            calls, items: how many calls, and how many rows of all of them, may be answered.
+            hold_s: for so long, unless it is renewed.
+            trailers: of the answers.
+            counts: trailers that say what is left: name, and what is added to the calls that are left;
+                or to the items, where the last is True.
+        """
+    def wait_leased(self, timeout_s: float) -> bool:
+        """Wait until a call was answered by a lease since the last time; False: none was."""
+    def set_journal(self, path: Path | None) -> None:
+        """The file that what leases answer is counted in before the answers leave. None, or one that cannot
+        be opened: leases answer nothing."""
+    def journal_state(self) -> tuple[bool, bool, list[bytes]]:
+        """Whether the journal was written to, whether a line was left without an end, and lines that it
+        did not take; since the last time."""
     def take_refusals(self) -> list[int]:
         """Calls that were refused without Python because too much waits, by method, since the last
         time."""
@@ -145,6 +179,61 @@ def check_tls(
     certificate: bytes, key: bytes, client_ca: bytes | None = None, *, http: bool = False
 ) -> None:
     """Raise the ValueError that a Server with these files would raise."""
+
+def tree_visits(number: int) -> int | None:
+    """How many nodes a row visits at most in the trees that ONNX Runtime has made of an operator with this
+    `number`; None where there are none, or where they give a row several values."""
+
+class Recipe:
+    """How a lease answers a call: `before`, then `each` and the value of each row, then an ending.
+
+    Args:
+        field: of the request, which holds its records.
+        trees: their number; see `tree_visits`.
+        numbers: the records are rows of google.protobuf.Struct with these features: name, least, most, and
+            whether it must be there. Others, and more, are Python's affair.
+        raw: the only record is a tensor of float32, of so many bytes, whose rows have so many columns.
+        double: values are doubles, else floats.
+        endings: by the number of rows, from one on: bytes, and where in them the milliseconds that the
+            work took go, as a double. None: Python answers.
+
+    Raises:
+        ValueError: there are no such trees; they want longer rows; a place is beyond the bytes.
+    """
+
+    def __init__(
+        self,
+        field: int,
+        trees: int,
+        numbers: Sequence[tuple[str, float, float, bool]] | None,
+        raw: tuple[int, int] | None,
+        before: bytes,
+        each: bytes,
+        double: bool,
+        endings: Sequence[tuple[bytes, int | None] | None],
+    ) -> None: ...
+
+class Lease:
+    """The right to answer some calls; see `Server.lease`."""
+
+    def renew(
+        self,
+        calls: int,
+        items: int,
+        hold_s: float,
+        trailers: Sequence[tuple[str, str]],
+        counts: Sequence[tuple[str, int, bool]],
+    ) -> bool:
+        """Lend more, beside what is left, and for longer. False: it has ended."""
+    def end(self) -> tuple[int, int]:
+        """When this returns it answers nothing more. Gives the calls and items that were left."""
+    def left(self) -> tuple[int, int]:
+        """Calls and items that are left."""
+    def take(
+        self,
+    ) -> list[tuple[int, str | None, list[tuple[float, str, str]], list[float], float]]:
+        """What was answered since the last time, by what is the same: rows of each, its `traceparent`;
+        milliseconds, request id and peer of each; seconds of each; the model's seconds of all."""
 
 class Split:
     """Messages that were taken apart by `split`."""

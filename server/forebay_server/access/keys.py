@@ -86,15 +86,20 @@ class KeyStore:
         # One reload at a time: an older look at the table must not end up over a newer one, which
         # would bring a key back that was just revoked.
         self._reloading = asyncio.Lock()
+        #: Is called, on the loop, as soon as a change of a key is in force.
+        self.on_change: Callable[[], None] = lambda: None
 
     async def reload(self) -> None:
         """Read all keys anew."""
         async with self._reloading:
             async with self._database.read() as db:
                 keys = [_from_row(r) for r in await db.execute(sa.select(api_keys))]
+            before = self._keys
             self._keys = {
                 k.id: (k, Principal(k.id, frozenset(k.scopes), frozenset(k.models))) for k in keys
             }
+            if self._keys != before:
+                self.on_change()
 
     async def keep_fresh(self, every_s: float) -> None:
         """Reload for ever."""

@@ -33,6 +33,8 @@ SLACK = 1e-6
 LEASE_S, RENEWALS = 60.0, 4
 #: Seconds without trying after Redis failed: else each call would wait for its timeout.
 REST_S = 2.0
+#: Keys that may have fewer calls in flight are lent nothing.
+LENT_FROM = 32
 #: Seconds after which a full house may have room. A guess: no clock says when calls end.
 CONCURRENCY_RETRY_S = 0.05
 
@@ -92,6 +94,28 @@ class Admitted:
     refusal: LimitSpent | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Calls and tokens that were taken from a key's buckets for calls that may come; and where the key
+    stands, them included."""
+
+    calls: int
+    tokens: int
+    standing: Standing = Standing()
+
+
+class Borrower(Protocol):
+    """Who was lent something."""
+
+    def settle(self, key_id: str) -> None:
+        """Say now what of a key's was used."""
+        ...
+
+    def recall(self, key_id: str) -> None:
+        """Give a key's back that was not."""
+        ...
+
+
 class Limiter(Protocol):
     """Admission by key."""
 
@@ -101,6 +125,17 @@ class Limiter(Protocol):
 
     def release(self, key_id: str, limits: Limits, tokens: int, calls: int = 1) -> None:
         """Calls have ended, and used `tokens` together."""
+        ...
+
+    def lend(self, key_id: str, limits: Limits, calls: int, tokens: int) -> Loan | None:
+        """So many calls and tokens at most for who admits calls by itself for a moment; None where that
+        cannot be, or where nothing is to be had."""
+        ...
+
+    def settle(
+        self, key_id: str, limits: Limits, used: tuple[int, int], back: tuple[int, int]
+    ) -> None:
+        """Of the calls and tokens that were lent, so many were used, and so many come back."""
         ...
 
 
@@ -129,6 +164,32 @@ class _State:
     requests: _Bucket | None = None
     tokens: _Bucket | None = None
     in_flight: int = 0
+    #: Lent, and not settled: of each bucket, which is as much less full.
+    lent_calls: int = 0
+    lent_tokens: int = 0
+
+    @property
+    def lends(self) -> bool:
+        return self.lent_calls > 0 or self.lent_tokens > 0
+
+    def refill(self, limits: Limits, now: float) -> None:
+        """Bring the buckets up to now."""
+        rate, per_minute = limits.requests_per_second, limits.tokens_per_minute
+        if rate is not None:
+            full = capacity(limits)
+            if self.requests is None:
+                self.requests = _Bucket(full, now)
+            self.requests.refill(rate, full - self.lent_calls, now)
+        if per_minute is not None:
+            if self.tokens is None:
+                self.tokens = _Bucket(float(per_minute), now)
+            self.tokens.refill(per_minute / 60, float(per_minute) - self.lent_tokens, now)
+
+    def standing(self, limits: Limits) -> Standing:
+        """What is lent counts as being there: it comes back, unless calls use it."""
+        requests = self.requests.level + self.lent_calls if self.requests else 0.0
+        tokens = self.tokens.level + self.lent_tokens if self.tokens else 0.0
+        return _standing(limits, requests, tokens)
 
 
 class ProcessLimiter:
@@ -138,34 +199,40 @@ class ProcessLimiter:
         self._clock = clock
         self._states: dict[str, _State] = {}
         self._lock = threading.Lock()
+        self.borrower: Borrower | None = None
 
     def admit(self, key_id: str, limits: Limits, calls: int = 1) -> Admitted:
         """See Limiter."""
+        state = self._states.get(key_id)
+        lent = state is not None and state.lends
+        if lent and self.borrower is not None:
+            self.borrower.settle(key_id)
+        admitted = self._admit(key_id, limits, calls)
+        if admitted.refusal is None or not lent or self.borrower is None:
+            return admitted
+        # No call is refused for what nobody uses.
+        self.borrower.recall(key_id)
+        more = self._admit(key_id, limits, calls - admitted.calls)
+        return Admitted(admitted.calls + more.calls, more.standing, more.refusal)
+
+    def _admit(self, key_id: str, limits: Limits, calls: int) -> Admitted:
         with self._lock:
-            now = self._clock()
             state = self._states.setdefault(key_id, _State())
+            state.refill(limits, self._clock())
             granted, wait, violation = calls, 0.0, None
             rate = limits.requests_per_second
-            if rate is not None:
-                full = capacity(limits)
-                if state.requests is None:
-                    state.requests = _Bucket(full, now)
-                state.requests.refill(rate, full, now)
+            if rate is not None and state.requests is not None:
                 held = max(0, int(state.requests.level + SLACK))
                 if held < granted:
                     granted = held
                     wait = (held + 1 - state.requests.level) / rate
                     violation = f"{rate:g} calls per second"
-            per_minute = limits.tokens_per_minute
-            if per_minute is not None:
-                if state.tokens is None:
-                    state.tokens = _Bucket(float(per_minute), now)
-                state.tokens.refill(per_minute / 60, float(per_minute), now)
-                if state.tokens.level < 1 - SLACK:
-                    granted = 0
-                    needed = (1 - state.tokens.level) / (per_minute / 60)
-                    if needed > wait:
-                        wait, violation = needed, f"{per_minute} tokens per minute"
+            tokens, per_minute = state.tokens, limits.tokens_per_minute
+            if tokens is not None and per_minute is not None and tokens.level < 1 - SLACK:
+                granted = 0
+                needed = (1 - tokens.level) / (per_minute / 60)
+                if needed > wait:
+                    wait, violation = needed, f"{per_minute} tokens per minute"
             most = limits.max_concurrency
             if most is not None and state.in_flight + granted > most:
                 granted = max(0, most - state.in_flight)
@@ -174,7 +241,7 @@ class ProcessLimiter:
             if state.requests is not None and rate is not None:
                 state.requests.level -= granted
             state.in_flight += granted
-            standing = _standing(limits, *_levels(state))
+            standing = state.standing(limits)
             if violation is None:
                 return Admitted(granted, standing)
             return Admitted(granted, standing, LimitSpent(key_id, violation, wait, standing))
@@ -189,12 +256,41 @@ class ProcessLimiter:
             if state.tokens is not None and limits.tokens_per_minute is not None:
                 state.tokens.level -= tokens
 
+    def lend(self, key_id: str, limits: Limits, calls: int, tokens: int) -> Loan | None:
+        """See Limiter. At most half of what a bucket holds; nothing of keys that may have few calls in
+        flight, for what is lent is not counted there."""
+        if limits.max_concurrency is not None and limits.max_concurrency < LENT_FROM:
+            return None
+        with self._lock:
+            state = self._states.setdefault(key_id, _State())
+            state.refill(limits, self._clock())
+            if state.requests is not None and limits.requests_per_second is not None:
+                calls = min(calls, int(max(0.0, state.requests.level) / 2))
+            if state.tokens is not None and limits.tokens_per_minute is not None:
+                tokens = min(tokens, int(max(0.0, state.tokens.level) / 2))
+            if calls < 1 or tokens < 1:
+                return None
+            if state.requests is not None and limits.requests_per_second is not None:
+                state.requests.level -= calls
+                state.lent_calls += calls
+            if state.tokens is not None and limits.tokens_per_minute is not None:
+                state.tokens.level -= tokens
+                state.lent_tokens += tokens
+            return Loan(calls, tokens, state.standing(limits))
 
-def _levels(state: _State) -> tuple[float, float]:
-    return (
-        state.requests.level if state.requests else 0.0,
-        state.tokens.level if state.tokens else 0.0,
-    )
+    def settle(
+        self, key_id: str, limits: Limits, used: tuple[int, int], back: tuple[int, int]
+    ) -> None:
+        """See Limiter."""
+        with self._lock:
+            state = self._states.setdefault(key_id, _State())
+            state.refill(limits, self._clock())  # as full as what is lent has let them become
+            if state.requests is not None and limits.requests_per_second is not None:
+                state.lent_calls = max(0, state.lent_calls - used[0] - back[0])
+                state.requests.level += back[0]
+            if state.tokens is not None and limits.tokens_per_minute is not None:
+                state.lent_tokens = max(0, state.lent_tokens - used[1] - back[1])
+                state.tokens.level += back[1]
 
 
 def _standing(limits: Limits, requests: float, tokens: float) -> Standing:
@@ -397,6 +493,15 @@ class RedisLimiter:
             self._rest(e)
             with self._lock:
                 self._ended.setdefault(key_id, []).extend(ended)
+
+    def lend(self, key_id: str, limits: Limits, calls: int, tokens: int) -> Loan | None:
+        """See Limiter. Nothing: other servers would refuse calls for what this one may not use."""
+        return None
+
+    def settle(
+        self, key_id: str, limits: Limits, used: tuple[int, int], back: tuple[int, int]
+    ) -> None:
+        """See Limiter. Nothing was lent."""
 
     async def keep(self) -> None:
         """Renew the leases of calls in flight for ever."""

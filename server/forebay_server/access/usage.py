@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 import sqlalchemy as sa
@@ -92,6 +92,24 @@ class UsageRow:
         return self.day, self.key_id, self.model, self.version, self.user
 
 
+class OtherWriter(Protocol):
+    """Who appends whole lines to the journal beside the ledger."""
+
+    def set_journal(self, path: Path | None) -> None:
+        """Append to this file from now on, and to the one before no more; None: to none."""
+        ...
+
+    def journal_state(self) -> tuple[bool, bool, list[bytes]]:
+        """Since the last time: whether it wrote, whether a line was left without an end, and the lines
+        that the file did not take."""
+        ...
+
+
+def line_start(key: UsageKey, day: str) -> str:
+    """What a line of the journal begins with; the counters, separated by commas, and `]` follow."""
+    return orjson.dumps([*key, day]).decode()[:-1] + ","
+
+
 class UsageLedger:
     """See the module. `record` is called from any thread; the rest from one event loop."""
 
@@ -113,6 +131,29 @@ class UsageLedger:
         self._today = (0, "")
         self._watched: dict[str, Counters] = {}
         self._write: Callable[[int, bytes], int] = os.write
+        self._other: OtherWriter | None = None
+
+    def share(self, other: OtherWriter | None) -> None:
+        """Let somebody else append to the journal too, before the calls that it answers are answered;
+        None: nobody any more."""
+        with self._lock:
+            if self._other is not None:
+                self._other.set_journal(None)
+                self._hear()
+            self._other = other
+            if other is not None:
+                other.set_journal(self._path)
+
+    def _hear(self) -> None:
+        """What the other writer has done, and what it could not."""
+        if self._other is None:
+            return
+        dirty, torn, lost = self._other.journal_state()
+        self._dirty |= dirty
+        self._torn |= torn
+        for line in lost:
+            log.error("the usage journal did not take what the transport has answered")
+            self._keep(line)
 
     async def start(self) -> None:
         """Commit what an earlier process left, and open a new segment."""
@@ -129,6 +170,7 @@ class UsageLedger:
         day = self._day()
         line = b"".join(orjson.dumps([*key, day, *values]) + b"\n" for key, values in sums.items())
         with self._lock:
+            self._hear()
             if self._unwritten or self._torn:
                 self._keep(line)
                 self._write_waiting()
@@ -201,6 +243,8 @@ class UsageLedger:
 
     async def _sync(self) -> None:
         async with self._flushing:  # a roll would close the file under fsync's hands
+            with self._lock:
+                self._hear()
             if self._dirty:
                 self._dirty = False
                 await asyncio.to_thread(os.fsync, self._file)
@@ -217,6 +261,7 @@ class UsageLedger:
     async def _flush(self, watched: str = "") -> Counters:
         """As `flush`. What is in the database then of what was recorded of a watched key."""
         with self._lock:
+            self._hear()
             if self._unwritten:
                 self._write_waiting()
             empty = os.fstat(self._file).st_size == 0
@@ -226,6 +271,8 @@ class UsageLedger:
             with self._lock:
                 old_file, old_path = self._file, self._path
                 self._path, self._file = path, file
+                if self._other is not None:
+                    self._other.set_journal(path)
                 self._torn = False
                 seen = replace(self._watched.get(watched, _NOTHING))
             self._pending.append((old_path, old_file))

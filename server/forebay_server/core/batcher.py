@@ -137,6 +137,16 @@ class BatchingEngineClient:
                 slot.turn.release()
         return None
 
+    @property
+    def trees(self) -> int | None:
+        """See interfaces.EngineClient."""
+        number = getattr(self.engines[0], "trees", None)
+        return number if self.spec.isolation == "thread" else None
+
+    def answered(self, rows: int, calls: int, engine_s: float) -> None:
+        """See interfaces.EngineClient."""
+        self.statistics.alone(rows, calls, engine_s, time.time())
+
     def stats(self) -> Mapping[str, Any]:
         """The statistics object, queue depth, derived figures and the engines' own facts."""
         return {

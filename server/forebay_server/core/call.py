@@ -77,6 +77,7 @@ class Call:
         context: what stages and services keep with a few calls; see `note`.
         permit: what admission gave; nobody else's.
         origin: room for the transport; nobody else's.
+        recipe: how the transport may answer such calls by itself; see dataplane/recipes.py.
         progress: number of stages begun, shared by the calls that began together.
         passed: the progress when the call ended; only those stages hear of its end.
     """
@@ -102,6 +103,7 @@ class Call:
         "permit",
         "principal",
         "progress",
+        "recipe",
         "request",
         "request_id",
         "started",
@@ -131,6 +133,7 @@ class Call:
         self.context: Mapping[str, object] = _NOTHING
         self.permit: object = None
         self.origin: object = None
+        self.recipe: object = None
         self.progress: list[int] = _NOT_BEGUN
         self.passed = 0
         self.background = False

@@ -275,6 +275,17 @@ class EngineClient(Protocol):
         rows of requests that are not queued yet, and will be before it."""
         ...
 
+    @property
+    def trees(self) -> int | None:
+        """Where the model is nothing but a regressor's trees in this process: the number by which the
+        extension has them, so that the transport may walk them by itself. Else None."""
+        ...
+
+    def answered(self, rows: int, calls: int, engine_s: float) -> None:
+        """The transport has answered calls of so many rows each, which took the model so many seconds
+        together."""
+        ...
+
     def stats(self) -> Mapping[str, Any]:
         """Counts and seconds since load, queue depth, memory; see ModelStatistics."""
         ...

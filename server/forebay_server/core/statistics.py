@@ -84,6 +84,29 @@ class EngineStatistics:
             old = self.rows_per_second
             self.rows_per_second = rate if not old else old + EWMA * (rate - old)
 
+    def alone(self, rows: int, calls: int, seconds: float, wall: float) -> None:
+        """Calls of so many rows each ran by themselves, past the queue, in so many seconds together. They
+        say nothing of how fast batches go."""
+        with self._lock:
+            self.batches += calls
+            self.rows += rows * calls
+            self.tokens += rows * calls
+            self.padded_tokens += rows * calls
+            size = self.by_size.get(rows)
+            if size is None:
+                size = self.by_size[rows] = SizeStatistics()
+            for all_of, of_size in (
+                (self.prepare, size.prepare),
+                (self.execute, size.execute),
+                (self.finish, size.finish),
+            ):
+                spent = seconds if of_size is size.execute else 0.0
+                all_of.add(spent, calls)
+                of_size.add(spent, calls)
+            self.success.add(seconds, calls)
+            self.queue.add(0.0, calls)
+            self.last_inference = wall
+
     @property
     def padding_ratio(self) -> float:
         """Share of the tokens that ran which were padding, 0 to 1."""

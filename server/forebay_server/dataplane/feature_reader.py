@@ -18,11 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay_server.dataplane.records import ColumnFields, Records
-from forebay_server.repository.manifest import TabularHead
+from forebay_server.repository.manifest import Feature, TabularHead
 
 #: The model's inputs for the requests that are good; (place, rows) of each of them, in order; and the
 #: places of the others.
 Read = tuple[dict[str, NDArray[Any]], list[tuple[int, int]], list[int]]
+
+
+def takes(features: Sequence[Feature]) -> list[tuple[str, float, float, bool]]:
+    """What the extension takes for each feature of numbers without asking: its name, the least and the
+    most, and whether it must be there."""
+    return [
+        (f.name, -inf if f.min is None else f.min, inf if f.max is None else f.max, not f.nullable)
+        for f in features
+    ]
 
 
 class FeatureReader:
@@ -37,15 +46,7 @@ class FeatureReader:
         self._numbers = [f.name for f in numbers]
         self._strings = [f.name for f in strings]
         self._reader = forebay_native.FeatureReader(
-            [
-                (
-                    f.name,
-                    -inf if f.min is None else f.min,
-                    inf if f.max is None else f.max,
-                    not f.nullable,
-                )
-                for f in numbers
-            ],
+            takes(numbers),
             [(f.name, set(f.categories or ()), not f.nullable) for f in strings],
         )
 

@@ -19,7 +19,7 @@ from forebay.errors import (
     QueueFull,
 )
 
-from forebay_server.core.call import ANONYMOUS, Call, CallFacts
+from forebay_server.core.call import ANONYMOUS, Call, CallFacts, Principal
 from forebay_server.core.interfaces import Completion, EngineClient, EngineRequest
 from forebay_server.dataplane.tokenization import TextEncoder
 from forebay_server.repository import LoadedModel
@@ -159,6 +159,19 @@ class ModelAccess:
             return None if loaded is None else self._serve(calls[0], loaded)
         except ForebayError:
             return None
+
+    def still(
+        self, model: ServedModel, ref: str, tasks: Sequence[str], sticky_key: str, who: Principal
+    ) -> bool:
+        """Whether a caller's calls mean this model, and it alone: without a split and without a shadow."""
+        own = sticky_key or (who.key_id if who is not ANONYMOUS else "")
+        if self._resolver.splits(ref) or self._resolver.shadowed(model.loaded):
+            return False
+        try:
+            loaded = self._resolver.resolve_loaded(ref, tasks, own)
+        except ForebayError:
+            return False
+        return loaded is model.loaded and who.may_use(model.name)
 
     async def resolve_async(
         self, call: Call, ref: str, tasks: Sequence[str], sticky_key: str = ""

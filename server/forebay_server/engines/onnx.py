@@ -75,6 +75,8 @@ class OnnxEngine:
         self.spec = spec
         self._instead_of = [instead_of] if instead_of else []
         self._sessions: _Sessions | None = None
+        #: Where the model is nothing but a regressor's trees: by which number the extension has them.
+        self.trees: int | None = None
         self._shares = False
         self._providers: list[str] = []
         self._lacking: list[str] = []
@@ -95,6 +97,7 @@ class OnnxEngine:
         own = None
         if model is not None and order == ["cpu"] and trees.library():
             own = trees.replaced(model)
+        number = trees.whole(model) if own is not None else None
         del model
 
         def opened(threads: int, alone: bool = False) -> ort.InferenceSession:
@@ -134,6 +137,7 @@ class OnnxEngine:
             raise rejected(f"{path.name} cannot be loaded: {first_line(e)}") from e
         self._check_signature(session)
         self._sessions = _Sessions(session, wide)
+        self.trees = number if own is not None else None
         self._outputs = (
             [self.spec.output]
             if self.spec.kind == "tokens"
@@ -233,6 +237,7 @@ class OnnxEngine:
     def close(self) -> None:
         """Drop the session; a thread's memory goes back as far as the allocator lets it."""
         self._sessions = None
+        self.trees = None
 
     def info(self) -> Mapping[str, Any]:
         """Providers in force, those wanted in vain, and an estimate of resident bytes."""

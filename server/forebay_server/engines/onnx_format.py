@@ -46,6 +46,7 @@ def _message(name: str) -> Any:
             ("node", 1, repeated, f.TYPE_MESSAGE, "NodeProto"),
             ("initializer", 5, repeated, f.TYPE_MESSAGE, "TensorProto"),
             ("input", 11, repeated, f.TYPE_MESSAGE, "ValueInfoProto"),
+            ("output", 12, repeated, f.TYPE_MESSAGE, "ValueInfoProto"),
         ],
         "ValueInfoProto": [
             ("name", 1, optional, f.TYPE_STRING, ""),

@@ -9,6 +9,7 @@ missing, run as they always did.
 from __future__ import annotations
 
 import importlib.util
+import secrets
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,8 @@ _WEIGHTS = ("treeids", "nodeids", "ids", "weights")
 _READ = {"nodes_modes", "nodes_hitrates", "post_transform", "aggregate_function"}
 _LABELS = {"classlabels_int64s", "classlabels_strings"}
 _FLOATS, _INTS, _INT, _STRING, _INT64 = 6, 7, 2, 8, 7
+#: By which a regressor's trees are found again.
+_NUMBER = "number"
 
 
 @cache
@@ -66,6 +69,20 @@ def replaced(model: Any) -> bytes | None:
     return bytes(model.SerializeToString())
 
 
+def whole(model: Any) -> int | None:
+    """Of a model that `replaced` has changed: the number by which the extension finds its trees, if the
+    model is these trees and nothing else, from its only input to its only output; else None."""
+    graph = model.graph
+    if len(graph.node) != 1 or graph.initializer or len(graph.output) != 1 or len(graph.input) != 1:
+        return None
+    (node,) = graph.node
+    ends = [graph.input[0].name], [graph.output[0].name]
+    numbers = [a.i for a in node.attribute if a.name == _NUMBER]
+    if node.domain != DOMAIN or not numbers or (list(node.input), list(node.output)) != ends:
+        return None
+    return int(numbers[0])
+
+
 def _regressor(node: Any) -> bool:
     own = {a.name: a for a in node.attribute}
     weights = {f"target_{n}" for n in _WEIGHTS}
@@ -77,6 +94,8 @@ def _regressor(node: Any) -> bool:
         return False
     _become(node, "TreeRegressor", [own[n] for n in own if n in weights or n in _SAME], modes)
     node.attribute.add(name="average", type=_INT, i=int(aggregate == b"AVERAGE"))
+    # By chance: a model's file, which may name this operator itself, must not name another's trees.
+    node.attribute.add(name=_NUMBER, type=_INT, i=secrets.randbits(62))
     return True
 
 

@@ -46,6 +46,12 @@ class Metrics:
             ["reason"],
             registry=r,
         )
+        self.leased = Counter(
+            "forebay_rpc_server_leased",
+            "Calls that the transport has answered by itself, like others before them",
+            ["method"],
+            registry=r,
+        )
         self.items = Counter(
             "forebay_items", "Items (texts, rows, pairs) answered", ["model"], registry=r
         )

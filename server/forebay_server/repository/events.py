@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 
@@ -24,6 +24,8 @@ class Events:
 
     def __init__(self) -> None:
         self._watchers: set[asyncio.Queue[Event]] = set()
+        #: Is called, on the loop, as soon as the versions that calls reach have changed.
+        self.on_change: Callable[[], None] = lambda: None
 
     async def watch(self) -> AsyncIterator[Event]:
         """Changes from now on. A watcher that falls 1000 behind loses the oldest."""

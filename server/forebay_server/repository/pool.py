@@ -104,6 +104,7 @@ class ModelPool:
             return asyncio.sleep(0)
         self._unloading.add(key)
         self.loaded = {k: m for k, m in self.loaded.items() if k != key}
+        self._events.on_change()
         task = asyncio.create_task(self._close(key, model))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -120,6 +121,7 @@ class ModelPool:
         for task in self._loading.values():
             task.cancel()
         models, self.loaded = list(self.loaded.values()), {}
+        self._events.on_change()
         closing = [asyncio.to_thread(m.client.close, timeout_s) for m in models]
         await asyncio.gather(*closing, *self._closing)
 
@@ -171,6 +173,7 @@ class ModelPool:
         model.last_used = time.monotonic()
         self.forgive(key)
         self.loaded = {**self.loaded, key: model}
+        self._events.on_change()
         self._catalogue.learn(name, model.manifest.task)
         self._events.publish("loaded", name, version)
         return model

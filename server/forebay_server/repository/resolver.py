@@ -87,6 +87,11 @@ class Resolver:
         routings = self._routing.by_model
         return any(r.shares for n, r in routings.items() if not ref or ref.startswith(n))
 
+    def shadowed(self, model: LoadedModel) -> bool:
+        """Whether some of a version's requests go to a shadow too."""
+        found = self._routing.by_model.get(model.name)
+        return found is not None and found.shadow is not None and found.shadow[0] != model.version
+
     def shadow(self, model: LoadedModel, requests: Sequence[EngineRequest]) -> None:
         """Send a copy of a fraction of the requests to the shadow version; answers are dropped."""
         found = self._routing.by_model.get(model.name)

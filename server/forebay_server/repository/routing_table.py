@@ -114,3 +114,4 @@ class RoutingTable:
 
     def _put(self, name: str, routing: Routing) -> None:
         self.by_model = {**self.by_model, name: routing}
+        self._events.on_change()

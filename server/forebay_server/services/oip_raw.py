@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,7 +25,11 @@ from forebay_server.core.interfaces import TensorSpec
 from forebay_server.dataplane import tensors
 from forebay_server.dataplane.blocks import Blocks, Tensors
 from forebay_server.dataplane.models import ModelAccess, ServedModel
+from forebay_server.dataplane.recipes import Recipe, most_rows, of_tensor
 from forebay_server.dataplane.records import Records, take_apart
+
+if TYPE_CHECKING:
+    import forebay_native
 
 _RAW = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number
 #: Heads that are remembered for a model; more are read again each time.
@@ -102,9 +106,14 @@ class RawInfer:
                 return False
             # Said in numbers: of tensors without elements, numpy cannot tell how many rows there are.
             feeds[name] = np.frombuffer(data, dtype).reshape(plan.rows * len(calls), *shape[1:])
-        blocks = Blocks(
-            self._access, model, "inputs", lambda c, r, o: _answer(plan, model, c, o), plan.group
-        )
+
+        def done(calls: Sequence[Call], rows: Sequence[int], outputs: Tensors) -> None:
+            if model.client.trees is not None:
+                valid = partial(self._access.still, model, self._ref(request), self._tasks, "")
+                calls[0].recipe = Recipe(head, model, lambda: _recipe(plan, model), valid)
+            _answer(plan, model, calls, outputs)
+
+        blocks = Blocks(self._access, model, "inputs", done, plan.group)
         blocks.submit(feeds, calls, [plan.rows] * len(calls))
         return True
 
@@ -166,6 +175,18 @@ def _answer(plan: _Plan, model: ServedModel, calls: Sequence[Call], outputs: Ten
             own = [raw[i * size : (i + 1) * size] for i in range(n)]
         pieces.append([_raw_prefix(len(data)) + data for data in own])
     reply_all(calls, [head + b"".join(parts) for parts in zip(*pieces, strict=True)])
+
+
+def _recipe(plan: _Plan, model: ServedModel) -> forebay_native.Recipe | None:
+    """The same answers, as the extension writes them."""
+    if len(plan.inputs) != 1 or len(plan.names) != 1 or plan.rows > most_rows(model):
+        return None
+    ((_, dtype, shape, _),) = plan.inputs
+    if dtype != np.float32 or len(shape) != 2:
+        return None
+    given = np.zeros((plan.rows, 1), np.float32)
+    before = _response_head(plan, model, [given], [given.shape]) + _raw_prefix(given.nbytes)
+    return of_tensor(model, _RAW, (plan.rows, shape[1]), before)
 
 
 def _response_head(

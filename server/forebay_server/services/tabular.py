@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from forebay.constraints import Validator
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from forebay_server.core.call import Call, CallFacts, reply_all
 from forebay_server.dataplane.blocks import Tensors, answer_each
 from forebay_server.dataplane.models import ModelAccess, ServedModel, jobs_of
+from forebay_server.dataplane.recipes import Ending, Recipe, most_rows, of_rows
 from forebay_server.dataplane.records import AVAILABLE, take_apart
 from forebay_server.dataplane.tabular import (
     TASKS,
@@ -33,6 +34,11 @@ from forebay_server.dataplane.tabular import (
 from forebay_server.services.base import Service, answers_in_order
 from forebay_server.services.common import exactly_one
 
+if TYPE_CHECKING:
+    import forebay_native
+
+#: What answers calls; see TabularPipeline.run_together.
+Done = Callable[[ServedModel, Sequence[Call], Sequence[int], Tensors], None]
 PREDICT = "/forebay.v1.TabularService/Predict"
 _ROWS, _COLUMNS = pb.PredictRequest.ROWS_FIELD_NUMBER, pb.PredictRequest.COLUMNS_FIELD_NUMBER
 _COLUMN = (
@@ -76,8 +82,22 @@ class TabularService(Service):
                 if known is None:
                     odd += own
                 else:
-                    odd += self._tables.run_together(own, *known, tables, _reply_all, columns)
+                    done = self._repeatable(head, *known) if columns is None else _reply_all
+                    odd += self._tables.run_together(own, *known, tables, done, columns)
         return [*odd, *left]
+
+    def _repeatable(self, head: bytes, ref: str, sticky_key: str) -> Done:
+        """`_reply_all`, which also says how the transport may answer such calls."""
+
+        def done(
+            model: ServedModel, calls: Sequence[Call], rows: Sequence[int], outputs: Tensors
+        ) -> None:
+            if model.client.trees is not None:
+                valid = partial(self._access.still, model, ref, TASKS, sticky_key)
+                calls[0].recipe = Recipe(head, model, lambda: _recipe(model), valid)
+            _reply_all(model, calls, rows, outputs)
+
+        return done
 
     def _read_head(self, data: bytes) -> tuple[str, str] | None:
         """The model and the sticky key of a request without its table; None where it is not what it
@@ -314,6 +334,17 @@ def _written(values: NDArray[Any]) -> bytes:
     out["before"] = _VALUE
     out["value"] = values
     return out.tobytes()
+
+
+def _recipe(model: ServedModel) -> forebay_native.Recipe | None:
+    """The same answers, as the extension writes them."""
+    endings: list[Ending] = []
+    for rows in range(1, most_rows(model) + 1):
+        ms = 1.5
+        facts = CallFacts(model.name, model.version, rows, compute_s=ms / 1e3, batch_rows=rows)
+        ending = _facts(facts)
+        endings.append((ending, ending.rindex(struct.pack("<d", ms))))
+    return of_rows(model, _ROWS, _VALUE, endings) if endings else None
 
 
 def _reply_all(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from forebay_server.services.base import Handler
 from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.http_port import Direct, HttpPort
 from forebay_server.transport.inbox import MAX_TAKE
+from forebay_server.transport.leasing import Leasing
 from forebay_server.transport.pipeline import (
     REQUEST_ID,
     TOO_MANY_RETRY_S,
@@ -63,6 +65,7 @@ class FastLane:
         refused: hears of calls of a method that the extension refused because too much waits.
         http: a second port, for HTTP.
         http_ended: hears of its answers: route, status, and how long each took.
+        leasing: lets the extension answer some calls by itself; None: it answers none.
 
     Raises:
         OSError: it cannot listen there.
@@ -80,6 +83,7 @@ class FastLane:
         refused: Callable[[str, int], None],
         http: HttpPort | None = None,
         http_ended: Callable[[str, int, Sequence[float]], None] = lambda route, status, took: None,
+        leasing: Leasing | None = None,
     ) -> None:
         import forebay_native
 
@@ -119,6 +123,7 @@ class FastLane:
                 receive_timeout_s=settings.receive_timeout_s,
                 overload=(full.message, full.to_status().SerializeToString(), TOO_MANY_RETRY_S),
                 too_large=_too_large(settings.max_message_bytes),
+                id_prefix=secrets.token_hex(8),
                 tls=tls.read() if tls is not None else None,
                 http=http.config() if http is not None else None,
                 http_tls=http_tls.read() if http_tls is not None else None,
@@ -127,6 +132,9 @@ class FastLane:
             raise SettingsError(str(e)) from None
         self.port = self._server.port
         self.http_port = self._server.http_port
+        self._leasing = leasing
+        if leasing is not None:
+            leasing.start(self._server)
         self._on_end = Collector(self._end).add
         self._ending = threading.Event()
         self._threads = [
@@ -152,6 +160,8 @@ class FastLane:
     def close(self) -> None:
         """End connections and threads."""
         self._ending.set()
+        if self._leasing is not None:
+            self._leasing.close()
         self._server.close()
         for thread in self._threads:
             thread.join(timeout=5)
@@ -226,6 +236,10 @@ class FastLane:
                 [c.request_id for c in group],
                 group[0].trailers,
             )
+            if self._leasing is not None:
+                for call in group:
+                    if call.recipe is not None:
+                        self._leasing.offer(call)
         if direct:
             self._answer_http(direct)
         if failed:

@@ -24,6 +24,7 @@ from forebay_server.transport.dispatch import Dispatcher
 from forebay_server.transport.fast import FastLane, available
 from forebay_server.transport.http_port import HttpPort
 from forebay_server.transport.inbox import Inbox
+from forebay_server.transport.leasing import Leasing
 from forebay_server.transport.ordinary import OrdinaryLane
 from forebay_server.transport.pipeline import Pipeline
 from forebay_server.transport.unknown import UnknownMethods
@@ -49,6 +50,7 @@ class Lanes:
         refused: Callable[[str, int], None],
         http: HttpPort | None,
         http_ended: Callable[[str, int, Sequence[float]], None],
+        leasing: Leasing | None = None,
     ) -> None:
         self.lane = choose(settings)
         if http is not None and self.lane == "ordinary":
@@ -56,6 +58,7 @@ class Lanes:
         self.port = self.http_port = 0
         self._http = http
         self._http_ended = http_ended
+        self._leasing = leasing
         self._settings = settings
         self._handlers = handlers
         self._pipeline = pipeline
@@ -112,6 +115,7 @@ class Lanes:
             self._refused,
             self._http,
             self._http_ended,
+            self._leasing,
         )
         self.port, self.http_port = self._fast.port, self._fast.http_port
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from forebay.errors import ForebayError
 
@@ -86,22 +86,30 @@ class Measuring:
     def end(self, runs: Sequence[Sequence[Call]]) -> None:
         """Observe durations and outcomes."""
         now = self._clock()
+        self._count((run[0], [now - c.started for c in run]) for run in runs)
+
+    def answered(self, like: Call, seconds: Sequence[float]) -> None:
+        """Calls like this one were answered by the transport; how long each took."""
+        self._metrics.leased.labels(like.method.path).inc(len(seconds))
+        self._metrics.rpc.started([like.method.path] * len(seconds))
+        self._count([(like, seconds)])
+
+    def _count(self, runs: Iterable[tuple[Call, Sequence[float]]]) -> None:
+        """Runs: the first call, and the seconds of each."""
         durations: dict[tuple[str, str], list[float]] = {}
         items: dict[str, int] = {}
         tokens: dict[str, int] = {}
-        for run in runs:
-            first = run[0]
+        for first, took in runs:
             code = first.code or "UNKNOWN"
-            took = [now - c.started for c in run]
             durations.setdefault((first.method.path, code), []).extend(took)
             if code == "OK":
                 f = first.facts
                 if f.items:
-                    items[f.model] = items.get(f.model, 0) + f.items * len(run)
+                    items[f.model] = items.get(f.model, 0) + f.items * len(took)
                 if f.tokens:
-                    tokens[f.model] = tokens.get(f.model, 0) + f.tokens * len(run)
+                    tokens[f.model] = tokens.get(f.model, 0) + f.tokens * len(took)
             elif code in REFUSALS and first.error:
-                self._metrics.rejected.labels(first.error.reason).inc(len(run))
+                self._metrics.rejected.labels(first.error.reason).inc(len(took))
         for (path, code), seconds in durations.items():
             self._metrics.rpc.ended(path, code, seconds)
         for model, n in items.items():
@@ -139,6 +147,11 @@ class AccessLog:
                 each = [(round((now - call.started) * 1e3, 3), call.request_id, call.peer)]
                 lines = [AccessLines(self._shared(call), each)]
                 self._log.error("", extra={"access": lines}, exc_info=info)
+
+    def answered(self, like: Call, each: list[tuple[float, str, str]]) -> None:
+        """Calls like this one were answered by the transport: milliseconds, request id and peer of each."""
+        if self._log.isEnabledFor(logging.INFO):
+            self._log.handle(access_record([AccessLines(self._shared(like), each)]))
 
     def _shared(self, call: Call) -> dict[str, object]:
         """What calls of a run say alike."""
@@ -204,6 +217,14 @@ class UsageRecording:
             self._ledger.record(sums)
 
 
+def bearer(call: Call) -> str:
+    """What a call says of who makes it, as `authorization` does."""
+    given = call.metadata.get("authorization") or ""
+    if not given and (key := call.metadata.get("x-api-key")):
+        given = f"Bearer {key}"  # as Anthropic's clients send it
+    return given
+
+
 class Authentication:
     """Who calls, and whether the key holds the method's scope."""
 
@@ -218,9 +239,7 @@ class Authentication:
             scope = call.method.scope
             if scope == "public":
                 continue
-            given = call.metadata.get("authorization") or ""
-            if not given and (key := call.metadata.get("x-api-key")):
-                given = f"Bearer {key}"  # as Anthropic's clients send it
+            given = bearer(call)
             principal = known.get((given, scope))
             if principal is not None:
                 call.principal = principal

@@ -26,6 +26,7 @@ use crate::call::{Call, Caller, Outcome};
 use crate::cork::Cork;
 use crate::frame::Receiver;
 use crate::inbox::{Inbox, Room};
+use crate::lease::Arrival;
 use crate::metadata;
 use crate::ordinary::Ordinary;
 use crate::reply::{Reply, answer, plain, refusal, streamed};
@@ -50,11 +51,13 @@ pub async fn serve(
 ) {
     let config = &shared.config;
     let greeted = Arc::new(AtomicBool::new(false));
-    let stream = Cork::new(Greeted {
+    let leases = shared.leases.clone();
+    let greeted_stream = Greeted {
         stream,
         heard: greeted.clone(),
         read: 0,
-    });
+    };
+    let stream = Cork::new(greeted_stream, Arc::new(move || leases.write()));
     let ordinary = Arc::new(Ordinary::new(config.ordinary.clone(), peer));
     let callers = Arc::new(Callers::new(peer.into()));
     let service = service_fn(|request| {
@@ -203,6 +206,15 @@ async fn fast(
     let behind = || shared.inbox.behind();
     if let Some(full) = shared.shed.refusal(method, &message, deadline, behind) {
         return Err(full);
+    }
+    let arrival = Arrival {
+        method,
+        message: &message,
+        headers,
+        deadline,
+    };
+    if let Some(outcome) = shared.leases.answer(&arrival, || callers.of(headers)) {
+        return Ok(answer(outcome));
     }
     let caller = callers.of(headers);
     if shared.config.methods[method as usize].streams {

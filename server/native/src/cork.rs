@@ -17,9 +17,13 @@ const FULL: usize = 64 << 10;
 /// Pieces of this size are written as they are, and not copied.
 const LARGE: usize = 16 << 10;
 
+/// Is called each time before bytes leave.
+pub type Before = Arc<dyn Fn() + Send + Sync>;
+
 struct State<S> {
     stream: S,
     waiting: BytesMut,
+    before: Before,
 }
 
 /// See the module. Clones are the same stream: one for the protocol, one for who ends its turns.
@@ -32,10 +36,11 @@ impl<S> Clone for Cork<S> {
 }
 
 impl<S: AsyncWrite + Unpin> Cork<S> {
-    pub fn new(stream: S) -> Self {
+    pub fn new(stream: S, before: Before) -> Self {
         Self(Arc::new(Mutex::new(State {
             stream,
             waiting: BytesMut::new(),
+            before,
         })))
     }
 
@@ -49,6 +54,9 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
 
 impl<S: AsyncWrite + Unpin> State<S> {
     fn poll_out(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.waiting.is_empty() {
+            (self.before)();
+        }
         while !self.waiting.is_empty() {
             let n = ready!(Pin::new(&mut self.stream).poll_write(context, &self.waiting))?;
             if n == 0 {
@@ -91,6 +99,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Cork<S> {
             ready!(state.poll_out(context))?;
         }
         if size >= LARGE {
+            (state.before)();
             return Pin::new(&mut state.stream).poll_write_vectored(context, data);
         }
         for piece in data {
@@ -136,7 +145,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn small_writes_leave_together_at_the_end_of_the_turn() {
         let (near, mut far) = duplex(1 << 20);
-        let mut cork = Cork::new(near);
+        let mut cork = Cork::new(near, Arc::new(|| ()));
         for piece in [&b"one "[..], b"two ", b"three"] {
             cork.write_all(piece).await.unwrap();
             cork.flush().await.unwrap();
@@ -149,7 +158,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn large_writes_keep_their_place_and_are_not_held_back() {
         let (near, mut far) = duplex(1 << 20);
-        let mut cork = Cork::new(near);
+        let mut cork = Cork::new(near, Arc::new(|| ()));
         let large = vec![7; LARGE];
         cork.write_all(b"first").await.unwrap();
         cork.write_all(&large).await.unwrap();
@@ -162,7 +171,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn a_reader_that_does_not_read_holds_the_writer_up() {
         let (near, mut far) = duplex(1000);
-        let cork = Cork::new(near);
+        let cork = Cork::new(near, Arc::new(|| ()));
         let mut writer = cork.clone();
         let all = vec![7; FULL * 4];
         let expected = all.clone();
@@ -182,9 +191,29 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
+    async fn somebody_is_told_before_bytes_leave() {
+        let (near, mut far) = duplex(1 << 20);
+        let told = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = told.clone();
+        let before: Before = Arc::new(move || {
+            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        });
+        let times = || told.load(std::sync::atomic::Ordering::SeqCst);
+        let mut cork = Cork::new(near, before);
+        cork.write_all(b"small").await.unwrap();
+        assert_eq!(times(), 0);
+        out(&cork).await;
+        assert_eq!((times(), there(&mut far).await), (1, b"small".to_vec()));
+        cork.write_all(&vec![7; LARGE]).await.unwrap();
+        assert_eq!(times(), 2);
+        out(&cork).await;
+        assert_eq!(times(), 2, "nothing waits");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
     async fn a_reader_that_is_gone_is_an_error_of_the_turn() {
         let (near, far) = duplex(1000);
-        let mut cork = Cork::new(near);
+        let mut cork = Cork::new(near, Arc::new(|| ()));
         cork.write_all(b"late").await.unwrap();
         drop(far);
         let ended = std::future::poll_fn(|c| cork.poll_out(c)).await;

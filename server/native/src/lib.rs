@@ -2,8 +2,8 @@
 //! takes the answers back. It knows no contract: bytes in, bytes out. Calls of other methods go
 //! through to the ordinary lane over a Unix socket, unchanged. So it does with some routes of HTTP/1.1 and
 //! with the gateway. Beside it, `split` takes many messages apart at one of their fields, and `rows` and
-//! `columns` read tables from the pieces. And there is an operator for ONNX Runtime that has nothing to do
-//! with all that: `trees`.
+//! `columns` read tables from the pieces. There is an operator for ONNX Runtime, `trees`; and with all of these,
+//! `lease` answers small tables by itself, for as long as Python lets it.
 
 pub mod call;
 pub mod columns;
@@ -13,6 +13,7 @@ pub mod frame;
 pub mod gateway;
 pub mod http1;
 pub mod inbox;
+pub mod lease;
 pub mod metadata;
 pub mod ordinary;
 #[cfg(feature = "python")]

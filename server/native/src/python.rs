@@ -1,6 +1,8 @@
 //! The module `forebay_native`, as Python sees it. `forebay_native.pyi` has its types.
 
 use std::any::Any;
+use std::fs::OpenOptions;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,7 +14,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
-use crate::call::{Call, Outcome};
+use crate::call::{Call, Caller, Outcome};
 use crate::http1;
 use crate::inbox::{Bounds, Gone};
 use crate::metadata;
@@ -21,7 +23,10 @@ use crate::shed::Holds;
 use crate::status::{self, Code, Refusal};
 use crate::tls;
 
+use leases::{PyLease, PyRecipe};
+
 mod http;
+mod leases;
 mod records;
 
 /// From this size on, an answer's bytes go to the socket from Python's own memory.
@@ -107,18 +112,23 @@ type PyPem = (Vec<u8>, Vec<u8>, Option<Vec<u8>>);
 /// Python's form of a `Caller`.
 type PyCaller = (Py<PyDict>, Py<PyString>);
 
-fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_>> {
+/// Made once for a caller.
+fn known<'a>(py: Python<'_>, caller: &'a Caller) -> &'a PyCaller {
     let make = || -> Box<dyn Any + Send + Sync> {
         let dict = PyDict::new(py);
-        for (name, value) in &call.caller.pairs {
+        for (name, value) in &caller.pairs {
             // Nothing is left to go wrong: both are strings.
             let _ = dict.set_item(PyString::intern(py, name), value);
         }
-        let known: PyCaller = (dict.unbind(), PyString::new(py, &call.caller.peer).unbind());
+        let known: PyCaller = (dict.unbind(), PyString::new(py, &caller.peer).unbind());
         Box::new(known)
     };
-    let known = call.caller.python.get_or_init(make);
-    let (metadata, peer) = known.downcast_ref::<PyCaller>().expect("made above");
+    let known = caller.python.get_or_init(make);
+    known.downcast_ref::<PyCaller>().expect("made above")
+}
+
+fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_>> {
+    let (metadata, peer) = known(py, &call.caller);
     let (metadata, peer) = (metadata.clone_ref(py), peer.clone_ref(py));
     let left = call.deadline.map(|d| match d.checked_duration_since(now) {
         Some(left) => left.as_secs_f64(),
@@ -136,7 +146,7 @@ impl PyServer {
     #[new]
     #[pyo3(signature = (addresses, methods, ordinary, *, threads, max_message_bytes, max_header_bytes,
         max_connections, max_streams, max_waiting_calls, max_waiting_bytes, max_waiting_s, keepalive_s,
-        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, too_large, tls = None, http = None,
+        keepalive_timeout_s, max_age_s, age_grace_s, receive_timeout_s, overload, too_large, id_prefix = String::new(), tls = None, http = None,
         http_tls = None))]
     #[allow(
         clippy::too_many_arguments,
@@ -163,6 +173,7 @@ impl PyServer {
         receive_timeout_s: f64,
         overload: (String, Vec<u8>, f64),
         too_large: Vec<u8>,
+        id_prefix: String,
         tls: Option<PyPem>,
         http: Option<http::PyHttp>,
         http_tls: Option<PyPem>,
@@ -198,6 +209,7 @@ impl PyServer {
                 retry: Duration::try_from_secs_f64(overload.2).ok(),
             },
             too_large,
+            id_prefix,
             http: http.map(http::PyHttp::config).transpose()?,
         };
         let tls_of = |pem: Option<PyPem>, door| {
@@ -369,6 +381,54 @@ impl PyServer {
         py.detach(|| inbox.refuse(|c| shed.is_one(c, &alike).then(|| refusal.clone())));
     }
 
+    /// Leases the right to answer calls like this one.
+    #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)] // PyO3 makes it for the call
+    fn lease(
+        &self,
+        call: PyRef<'_, PyCall>,
+        recipe: PyRef<'_, PyRecipe>,
+        line: String,
+        calls: u64,
+        items: u64,
+        hold_s: f64,
+        trailers: Vec<(String, String)>,
+        counts: leases::PyCounts,
+    ) -> PyResult<Option<PyLease>> {
+        let terms = leases::terms(calls, items, hold_s, trailers, counts)?;
+        let leases = &self.server.shared.leases;
+        let lease = leases.lease(&call.call, recipe.recipe.clone(), line, terms);
+        let whole = |lease| PyLease {
+            lease,
+            leases: leases.clone(),
+        };
+        Ok(lease.map(whole))
+    }
+
+    /// Waits until a call was answered by a lease.
+    fn wait_leased(&self, py: Python<'_>, timeout_s: f64) -> bool {
+        let timeout = Duration::try_from_secs_f64(timeout_s).unwrap_or_default();
+        py.detach(|| self.server.shared.leases.wait(timeout))
+    }
+
+    /// The file that what leases answer is counted in. Without one, or where it cannot be opened, they
+    /// answer nothing.
+    fn set_journal(&self, path: Option<PathBuf>) {
+        let open = |path| OpenOptions::new().append(true).open(path).ok();
+        self.server.shared.leases.journal.set(path.and_then(open));
+    }
+
+    /// Whether the journal was written to, and whether a line was left without an end; since the last time.
+    /// And lines that it did not take.
+    fn journal_state(&self) -> (bool, bool, Vec<Vec<u8>>) {
+        let leases = &self.server.shared.leases;
+        let journal = &leases.journal;
+        (
+            journal.take_dirty(),
+            journal.take_torn(),
+            leases.take_lost(),
+        )
+    }
+
     /// Calls that were refused here because too much waits, by method, since the last time.
     fn take_refusals(&self) -> Vec<usize> {
         let refusals = self.server.shared.refusals.iter();
@@ -451,6 +511,9 @@ fn forebay_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<records::PyFeatureReader>()?;
     module.add_function(wrap_pyfunction!(records::column_sizes, module)?)?;
     module.add_function(wrap_pyfunction!(check_tls, module)?)?;
+    module.add_function(wrap_pyfunction!(leases::tree_visits, module)?)?;
+    module.add_class::<PyRecipe>()?;
+    module.add_class::<PyLease>()?;
     module.add_class::<PyCall>()?;
     module.add_class::<PyServer>()
 }

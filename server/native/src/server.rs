@@ -23,6 +23,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::call::{Call, Outcome};
 use crate::inbox::{Bounds, Inbox};
+use crate::lease::Leases;
 use crate::shed::Shed;
 use crate::status::Refusal;
 use crate::{connection, http1};
@@ -62,6 +63,8 @@ pub struct Config {
     pub overload: Refusal,
     /// What is said of a message beyond the limit: a serialised google.rpc.Status without a message.
     pub too_large: Vec<u8>,
+    /// What ids of requests that are answered here begin with.
+    pub id_prefix: String,
     /// A second port, for HTTP/1.1.
     pub http: Option<http1::Config>,
 }
@@ -97,6 +100,7 @@ pub struct Shared {
     pub methods: HashMap<String, u32>,
     pub inbox: Arc<Inbox>,
     pub shed: Shed,
+    pub leases: Arc<Leases>,
     /// The right to unpack a message that may be long: at a time, as many are as the transport has
     /// threads.
     pub unpacking: Arc<Semaphore>,
@@ -199,6 +203,7 @@ impl Server {
                 .collect(),
             methods: methods.iter().map(|m| m.path.clone()).zip(0..).collect(),
             shed: Shed::new(methods.iter().map(|m| m.fields.clone()).collect()),
+            leases: Arc::new(Leases::new(config.id_prefix.clone())),
             unpacking: Arc::new(Semaphore::new(threads)),
             inbox: Arc::new(Inbox::new(config.bounds)),
             connections: AtomicUsize::new(0),

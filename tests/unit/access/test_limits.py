@@ -42,6 +42,100 @@ def admitted(limiter: Limiter, limits: Limits, key: str = "k") -> bool:
     return True
 
 
+class Borrower:
+    """Uses some of what it was lent; gives the rest back when asked."""
+
+    def __init__(self, limiter: ProcessLimiter, limits: Limits) -> None:
+        self.limiter, self.limits = limiter, limits
+        self.calls = self.tokens = 0
+        self.used = (0, 0)
+        limiter.borrower = self
+
+    def borrow(self, calls: int, tokens: int) -> None:
+        loan = self.limiter.lend("k", self.limits, calls, tokens)
+        if loan is not None:
+            self.calls += loan.calls
+            self.tokens += loan.tokens
+
+    def use(self, calls: int, tokens: int) -> int:
+        """Gives how many calls it had."""
+        calls = min(calls, self.calls)
+        tokens = min(tokens, self.tokens)
+        self.calls -= calls
+        self.tokens -= tokens
+        self.used = (self.used[0] + calls, self.used[1] + tokens)
+        return calls
+
+    def settle(self, key_id: str) -> None:
+        used, self.used = self.used, (0, 0)
+        self.limiter.settle(key_id, self.limits, used, (0, 0))
+
+    def recall(self, key_id: str) -> None:
+        self.settle(key_id)
+        back, self.calls, self.tokens = (self.calls, self.tokens), 0, 0
+        self.limiter.settle(key_id, self.limits, (0, 0), back)
+
+
+@given(
+    rate=st.floats(0.01, 100),
+    burst=st.integers(1, 50),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["wait", "call", "lend", "use", "recall"]), st.integers(1, 60)),
+        min_size=1,
+        max_size=80,
+    ),
+)
+def test_what_is_lent_is_part_of_what_the_limit_allows(
+    rate: float, burst: int, steps: list[tuple[str, int]]
+) -> None:
+    clock, limits = Clock(0.0), Limits(rate, burst)
+    limiter = ProcessLimiter(clock)
+    borrower = Borrower(limiter, limits)
+    level = float(burst)  # the bucket by the book
+    for step, n in steps:
+        if step == "wait":
+            borrower.settle("k")
+            clock.now += n / 10
+            level = min(burst, level + n / 10 * rate)
+        elif step == "lend":
+            borrower.borrow(n, n)
+        elif step == "use":
+            level -= borrower.use(n, n)
+        elif step == "recall":
+            borrower.recall("k")
+        else:
+            got = limiter.admit("k", limits, n)
+            assert abs(got.calls - min(n, level)) < 1 + 1e-3
+            level -= got.calls
+            assert got.standing.remaining_requests is not None
+            assert abs(got.standing.remaining_requests - max(0.0, level)) < 1 + 1e-3
+        assert level > -1e-3
+
+
+def test_tokens_are_lent_and_come_back() -> None:
+    clock, limits = Clock(0.0), Limits(tokens_per_minute=60)
+    limiter = ProcessLimiter(clock)
+    borrower = Borrower(limiter, limits)
+    borrower.borrow(8, 100)
+    assert (borrower.calls, borrower.tokens) == (8, 30), "half of what there is"
+    borrower.use(8, 20)
+    assert acquire(limiter, "k", limits).remaining_tokens == 40
+    clock.now += 1000
+    assert acquire(limiter, "k", limits).remaining_tokens == 60, "no more than a full bucket"
+    limiter.release("k", limits, 55)
+    assert acquire(limiter, "k", limits).remaining_tokens == 5, "those that were lent"
+    limiter.release("k", limits, 5)
+    assert not admitted(limiter, limits)
+
+
+def test_keys_that_may_have_few_calls_at_once_are_lent_nothing() -> None:
+    limiter = ProcessLimiter()
+    assert limiter.lend("k", Limits(max_concurrency=31), 9, 9) is None
+    loan = limiter.lend("k", Limits(max_concurrency=32), 9, 9)
+    assert loan is not None and (loan.calls, loan.tokens) == (9, 9)
+    assert limiter.lend("k", Limits(requests_per_second=1), 9, 9) is None, "half of one"
+
+
 @given(
     rate=st.floats(0.01, 1e4),
     burst=st.none() | st.integers(1, 50),

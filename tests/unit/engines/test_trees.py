@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any, cast
 
@@ -204,6 +205,36 @@ def test_regressors(mode: str, tracks: bool, count: int, tmp_path: Path) -> None
 )
 def test_regressors_of_other_kinds(more: dict[str, Any], tmp_path: Path) -> None:
     same(ensemble(3, **more), tmp_path)
+
+
+def test_trees_that_are_a_whole_model_are_found_by_their_number(tmp_path: Path) -> None:
+    import forebay_native
+
+    def number(model: onnx.ModelProto) -> int | None:
+        path = tmp_path / "model.onnx"
+        onnx.save(model, str(path))
+        read = tree_depth.read(path)
+        made = trees.replaced(read)
+        found = trees.whole(read)
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(LIBRARY)
+        sessions.append(ort.InferenceSession(made, options))
+        return found
+
+    sessions: list[ort.InferenceSession] = []
+    whole = number(ensemble(3, count=5))
+    assert whole is not None
+    visits = forebay_native.tree_visits(whole)
+    assert visits is not None and 5 <= visits <= 5 * 12
+    several = number(ensemble(3, targets=3))
+    assert several is not None and forebay_native.tree_visits(several) is None
+    more = ensemble(3)
+    more.graph.node.add(op_type="Identity", input=[more.graph.output[0].name], output=["more"])
+    more.graph.output[0].name = "more"
+    assert number(more) is None
+    sessions.clear()
+    gc.collect()
+    assert forebay_native.tree_visits(whole) is None, "its session has ended"
 
 
 def test_a_leaf_without_a_weight_adds_its_nodes_own_value(tmp_path: Path) -> None:

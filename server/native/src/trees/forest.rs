@@ -76,6 +76,11 @@ impl Forest {
         self.targets
     }
 
+    /// Nodes that a row visits at most.
+    pub fn visits(&self) -> usize {
+        self.trees.iter().map(|t| t.depth as usize).sum()
+    }
+
     /// Columns that rows must have at least.
     pub fn features(&self) -> usize {
         self.features

@@ -3,6 +3,7 @@
 //! operator that ONNX Runtime loads, by `ort`, its C interface. They hold to ONNX Runtime's results, bit
 //! for bit where it adds in the trees' order.
 
+pub mod ensemble;
 pub mod forest;
 mod op;
 mod ort;

@@ -1,7 +1,8 @@
 //! `forebay:TreeRegressor` and `forebay:TreeClassifier`, operators that ONNX Runtime loads from this library.
 //!
 //! The attributes are those of ONNX's own two with the prefix `target_` for both, but: `modes` in place
-//! of `nodes_modes` (numbers, see `pack`), `average` 1 or 0, `labels` always integers. What a model
+//! of `nodes_modes` (numbers, see `pack`), `average` 1 or 0, `labels` always integers; and a regressor's
+//! `number`, by which others find its trees, see `ensemble`. What a model
 //! says in them is checked before any tree is walked.
 
 #![allow(unsafe_code)]
@@ -9,6 +10,7 @@
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{null, null_mut};
+use std::sync::Arc;
 
 use ort_sys::{
     ONNXTensorElementDataType as Type, OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain,
@@ -17,6 +19,7 @@ use ort_sys::{
 };
 use parking_lot::Mutex;
 
+use super::ensemble::Ensemble;
 use super::forest::Forest;
 use super::ort::{Fault, floats, int, ints, ok, output, shape_of, slice_of};
 use super::pack::Attributes;
@@ -34,15 +37,14 @@ unsafe impl Send for Domain {}
 
 static DOMAIN: Mutex<Domain> = Mutex::new(Domain(null_mut()));
 
-enum Finish {
-    Regressor(Regressor),
-    Classifier(Classifier),
+enum Trees {
+    Regressor(Arc<Ensemble>),
+    Classifier(Forest, Classifier),
 }
 
 struct Kernel {
     api: *const OrtApi,
-    forest: Forest,
-    finish: Finish,
+    trees: Trees,
 }
 
 /// The operator that a session calls by name.
@@ -242,7 +244,7 @@ unsafe fn kernel_of(
     if !base.is_empty() && base.len() != targets && !one_of_two {
         return Err(format!("{} base values for {targets} targets", base.len()).into());
     }
-    let finish = if classifies {
+    let trees = if classifies {
         if labels.len() < 2 {
             return Err(format!("{} classes", labels.len()).into());
         }
@@ -251,27 +253,29 @@ unsafe fn kernel_of(
             .and_then(Transform::numbered)
             .ok_or_else(|| format!("transform {code:?}"))?;
         let ids = &attributes.target_ids;
-        Finish::Classifier(Classifier {
+        let finish = Classifier {
             transform,
             one_sided: labels.len() == 2 && ids.iter().all(|id| *id == ids[0]),
             positive: attributes.target_weights.iter().all(|w| *w >= 0.0),
             labels,
             base,
-        })
+        };
+        Trees::Classifier(forest, finish)
     } else {
         let average = unsafe { int(api, info, c"average") } == Some(1);
         #[allow(clippy::cast_precision_loss)]
-        let trees = forest.trees() as f32;
-        Finish::Regressor(Regressor {
+        let count = forest.trees() as f32;
+        let finish = Regressor {
             base,
-            average: average.then_some(trees),
-        })
+            average: average.then_some(count),
+        };
+        let made = Arc::new(Ensemble::new(forest, finish));
+        if let Some(number) = unsafe { int(api, info, c"number") } {
+            made.publish(number);
+        }
+        Trees::Regressor(made)
     };
-    Ok(Kernel {
-        api,
-        forest,
-        finish,
-    })
+    Ok(Kernel { api, trees })
 }
 
 unsafe fn run(kernel: &Kernel, context: *mut OrtKernelContext) -> Result<(), Fault> {
@@ -288,26 +292,24 @@ unsafe fn run(kernel: &Kernel, context: *mut OrtKernelContext) -> Result<(), Fau
             [rows, columns] => (rows, columns),
             _ => return Err(format!("an input of {} dimensions", shape.len()).into()),
         };
-        let least = kernel.forest.features();
+        let (least, targets) = match &kernel.trees {
+            Trees::Regressor(all) => (all.features(), all.targets()),
+            Trees::Classifier(forest, _) => (forest.features(), forest.targets()),
+        };
         if columns < least.max(1) {
             return Err(format!("rows of {columns} features; {least} are needed").into());
         }
         let x = slice_of::<f32>(api, input.cast_mut(), rows * columns)?;
-        let targets = kernel.forest.targets();
-        match &kernel.finish {
-            Finish::Regressor(finish) => {
+        match &kernel.trees {
+            Trees::Regressor(all) => {
                 let out = output(api, context, 0, &[rows, targets])?;
-                let mut has = vec![false; if finish.asks() { out.len() } else { 0 }];
-                kernel.forest.sum(x, columns, out, &mut has);
-                for (row, sums) in out.chunks_mut(targets).enumerate() {
-                    finish.finish(sums, has.chunks(targets).nth(row).unwrap_or(&[]));
-                }
+                all.run(x, columns, out);
             }
-            Finish::Classifier(finish) => {
+            Trees::Classifier(forest, finish) => {
                 let labels = output::<i64>(api, context, 0, &[rows])?;
                 let out = output(api, context, 1, &[rows, targets])?;
                 let mut has = vec![false; out.len()];
-                kernel.forest.sum(x, columns, out, &mut has);
+                forest.sum(x, columns, out, &mut has);
                 let each = out.chunks_mut(targets).zip(has.chunks(targets));
                 for (label, (row, has)) in labels.iter_mut().zip(each) {
                     *label = finish.finish(row, has);
