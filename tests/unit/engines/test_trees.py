@@ -215,6 +215,7 @@ def test_trees_that_are_a_whole_model_are_found_by_their_number(tmp_path: Path) 
         onnx.save(model, str(path))
         read = tree_depth.read(path)
         made = trees.replaced(read)
+        assert made is not None
         found = trees.whole(read)
         options = ort.SessionOptions()
         options.register_custom_ops_library(LIBRARY)

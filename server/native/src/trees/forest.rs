@@ -6,6 +6,9 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::wide;
+
 /// Rows, or trees, that go down together.
 const LANES: usize = 16;
 /// Where fewer rows are left.
@@ -27,8 +30,8 @@ pub(super) struct Node {
 
 pub(super) const MAX_NODES: usize = 1 << 20;
 pub(super) const MAX_FEATURES: usize = 1 << 10;
-const FEATURE_AT: u32 = 20;
-const INNER: u32 = 1 << 30;
+pub(super) const FEATURE_AT: u32 = 20;
+pub(super) const INNER: u32 = 1 << 30;
 const MISSING_PASSES: u32 = 1 << 31;
 
 impl Node {
@@ -128,20 +131,56 @@ impl Forest {
         }
         for row in first..rows {
             let own = &x[row * columns..(row + 1) * columns];
-            for trees in self.trees.chunks(LANES) {
-                let last = trees.len() - 1;
-                let roots: [usize; LANES] = std::array::from_fn(|j| trees[j.min(last)].nodes.start);
-                let depth = trees.iter().map(|t| t.depth).max().unwrap_or(0);
-                // SAFETY: see `descend`; no feature is beyond `own`.
-                let ends = descend::<MISSING, LANES>(
-                    depth,
-                    |j, at| unsafe { *self.nodes.get_unchecked(roots[j] + at as usize) },
-                    |_, feature| unsafe { *own.get_unchecked(feature) },
-                );
-                for (root, end) in roots.into_iter().zip(ends).take(trees.len()) {
-                    self.add_leaf(self.nodes[root + end as usize].threshold, row, out, has);
-                }
+            self.sum_row::<MISSING>(row, own, out, has);
+        }
+    }
+
+    /// A row, several trees together.
+    fn sum_row<const MISSING: bool>(
+        &self,
+        row: usize,
+        own: &[f32],
+        out: &mut [f32],
+        has: &mut [bool],
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if wide::can() && self.nodes.len() < i32::MAX as usize {
+            for trees in self.trees.chunks(wide::LANES) {
+                let (roots, depth) = together(trees);
+                // SAFETY: see `wide::descend`; no feature is beyond `own`.
+                let ends = unsafe { wide::descend::<MISSING>(&self.nodes, &roots, depth, own) };
+                self.add_leaves(&ends[..trees.len()], row, out, has);
             }
+            return;
+        }
+        self.sum_row_plainly::<MISSING>(row, own, out, has);
+    }
+
+    pub(super) fn sum_row_plainly<const MISSING: bool>(
+        &self,
+        row: usize,
+        own: &[f32],
+        out: &mut [f32],
+        has: &mut [bool],
+    ) {
+        for trees in self.trees.chunks(LANES) {
+            let (roots, depth) = together::<LANES>(trees);
+            // SAFETY: see `descend`; no feature is beyond `own`.
+            let mut ends = descend::<MISSING, LANES>(
+                depth,
+                |j, at| unsafe { *self.nodes.get_unchecked((roots[j] + at) as usize) },
+                |_, feature| unsafe { *own.get_unchecked(feature) },
+            );
+            for (end, root) in ends.iter_mut().zip(roots) {
+                *end += root;
+            }
+            self.add_leaves(&ends[..trees.len()], row, out, has);
+        }
+    }
+
+    fn add_leaves(&self, nodes: &[u32], row: usize, out: &mut [f32], has: &mut [bool]) {
+        for &node in nodes {
+            self.add_leaf(self.nodes[node as usize].threshold, row, out, has);
         }
     }
 
@@ -193,6 +232,13 @@ impl Forest {
             }
         }
     }
+}
+
+/// The roots of up to `N` trees, the last one again for those that are missing; and the deepest's depth.
+fn together<const N: usize>(trees: &[Tree]) -> ([u32; N], u32) {
+    let last = trees.len() - 1;
+    let roots = std::array::from_fn(|j| trees[j.min(last)].nodes.start as u32);
+    (roots, trees.iter().map(|t| t.depth).max().unwrap_or(0))
 }
 
 /// The leaves that the lanes reach, counted from their roots.

@@ -11,3 +11,5 @@ pub mod pack;
 pub mod scores;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod wide;

@@ -87,15 +87,27 @@ fn plainly(a: &Attributes, x: &[f32]) -> Vec<f32> {
 #[test]
 fn walks_as_the_standard_says() {
     let mut dice = Dice(7);
-    for (trees, targets, rows) in [(1, 1, 1), (5, 1, 40), (40, 3, 17), (33, 2, 150)] {
-        let a = random(&mut dice, trees, 4, targets);
+    for (trees, targets, rows, features) in [
+        (1, 1, 1, 4),
+        (5, 1, 40, 4),
+        (40, 3, 17, 4),
+        (33, 2, 150, 4),
+        (70, 1, 7, 4),
+        (70, 2, 23, 12),
+    ] {
+        let a = random(&mut dice, trees, features, targets);
         let forest = Forest::new(&a).unwrap();
-        let mut x: Vec<f32> = (0..rows * 5).map(|_| dice.number()).collect();
-        x[0] = f32::NAN;
+        let columns = features + 1;
+        let mut x: Vec<f32> = (0..rows * columns).map(|_| dice.number()).collect();
+        x.iter_mut().step_by(7).for_each(|v| *v = f32::NAN);
         let mut out = vec![0.0; rows * targets];
-        forest.sum(&x, 5, &mut out, &mut []);
-        for (row, own) in x.chunks(5).zip(out.chunks(targets)) {
+        forest.sum(&x, columns, &mut out, &mut []);
+        for (row, own) in x.chunks(columns).zip(out.chunks(targets)) {
             assert_eq!(plainly(&a, row), own);
+            // Also where the processor has no wide registers.
+            let mut again = vec![0.0; targets];
+            forest.sum_row_plainly::<true>(0, row, &mut again, &mut []);
+            assert_eq!(again, own);
         }
     }
 }
