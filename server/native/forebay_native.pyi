@@ -229,11 +229,10 @@ class Lease:
         """When this returns it answers nothing more. Gives the calls and items that were left."""
     def left(self) -> tuple[int, int]:
         """Calls and items that are left."""
-    def take(
-        self,
-    ) -> list[tuple[int, str | None, list[tuple[float, str, str]], list[float], float]]:
-        """What was answered since the last time, by what is the same: rows of each, its `traceparent`;
-        milliseconds, request id and peer of each; seconds of each; the model's seconds of all."""
+    def take(self) -> list[tuple[int, str | None, str, list[float], float]]:
+        """What was answered since the last time, by what is the same: rows of each, its `traceparent`; the end
+        of each one's JSON line in the log (`"ms":..,"request_id":..,"peer":..}`), a line each; seconds of
+        each; the model's seconds of all."""
 
 class Split:
     """Messages that were taken apart by `split`."""

@@ -34,11 +34,18 @@ class AccessLines:
 
     Attributes:
         shared: fields that all of them say.
-        each: milliseconds, request id and peer of each.
+        each: milliseconds, request id and peer of each; or the ends of their lines in JSON, a line each,
+            as the transport has written them.
     """
 
     shared: dict[str, object]
-    each: list[tuple[float, str, str]]
+    each: list[tuple[float, str, str]] | str
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        each = self.each
+        return each.count("\n") + 1 if isinstance(each, str) else len(each)
 
 
 def access_record(lines: list[AccessLines]) -> logging.LogRecord:
@@ -70,6 +77,9 @@ class JsonFormatter(logging.Formatter):
         lines: list[str] = []
         for some in access:
             start = _json(head | some.shared | tail)[:-1]
+            if isinstance(some.each, str):
+                lines.append(f"{start}," + some.each.replace("\n", f"\n{start},"))
+                continue
             for ms, request_id, peer in some.each:  # ids have been checked; peers are written here
                 lines.append(
                     f'{start},"ms":{ms},"request_id":"{request_id}","peer":{_text(peer)}}}'
@@ -90,6 +100,11 @@ def _json(line: dict[str, Any]) -> str:
         return json.dumps(line, default=str)
 
 
+def _read(ends: str) -> list[tuple[float, str, str]]:
+    found = [json.loads("{" + end) for end in ends.split("\n")]
+    return [(one["ms"], one["request_id"], one["peer"]) for one in found]
+
+
 class ConsoleFormatter(logging.Formatter):
     """For people: time, level, and the message or the fields of each line."""
 
@@ -102,7 +117,8 @@ class ConsoleFormatter(logging.Formatter):
             texts = []
             for some in access:
                 end = " ".join(f"{k}={v}" for k, v in some.shared.items())
-                texts += [f"{end} ms={ms} request_id={i} peer={peer}" for ms, i, peer in some.each]
+                each = _read(some.each) if isinstance(some.each, str) else some.each
+                texts += [f"{end} ms={ms} request_id={i} peer={peer}" for ms, i, peer in each]
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         text = "\n".join(f"{when} {record.levelname.lower():7} {text}" for text in texts)
         if record.exc_info:
@@ -126,7 +142,7 @@ class _BoundedHandler(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         """Never blocks."""
         if self._lines.qsize() >= self._most:
-            self.dropped += sum(len(a.each) for a in getattr(record, "access", ())) or 1
+            self.dropped += sum(a.count for a in getattr(record, "access", ())) or 1
             return
         self._lines.put(record)
         if self.dropped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -22,12 +22,10 @@ class RpcMetrics(Collector):
         self._cells: dict[tuple[str, str], Cell] = {}
         self._active: Counter[str] = Counter()
 
-    def started(self, methods: Iterable[str]) -> None:
-        """Calls have arrived, one of each method given."""
+    def started(self, methods: Iterable[str] | Mapping[str, int]) -> None:
+        """Calls have arrived, one of each method given, or so many."""
         with self._lock:
-            active = self._active
-            for method in methods:
-                active[method] += 1
+            self._active.update(methods)
 
     def ended(self, method: str, code: str, seconds: Sequence[float]) -> None:
         """Calls of a method have their status: how long each took."""

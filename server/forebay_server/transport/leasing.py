@@ -185,7 +185,7 @@ class Leasing:
         calls = items = 0
         like, model = lease.like, lease.recipe.model
         for rows, traceparent, each, seconds, engine_s in lease.native.take():
-            n = len(each)
+            n = len(seconds)
             like.facts = CallFacts(
                 model.name,
                 model.version,

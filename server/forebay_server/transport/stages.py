@@ -91,7 +91,7 @@ class Measuring:
     def answered(self, like: Call, seconds: Sequence[float]) -> None:
         """Calls like this one were answered by the transport; how long each took."""
         self._metrics.leased.labels(like.method.path).inc(len(seconds))
-        self._metrics.rpc.started([like.method.path] * len(seconds))
+        self._metrics.rpc.started({like.method.path: len(seconds)})
         self._count([(like, seconds)])
 
     def _count(self, runs: Iterable[tuple[Call, Sequence[float]]]) -> None:
@@ -148,8 +148,8 @@ class AccessLog:
                 lines = [AccessLines(self._shared(call), each)]
                 self._log.error("", extra={"access": lines}, exc_info=info)
 
-    def answered(self, like: Call, each: list[tuple[float, str, str]]) -> None:
-        """Calls like this one were answered by the transport: milliseconds, request id and peer of each."""
+    def answered(self, like: Call, each: str) -> None:
+        """Calls like this one were answered by the transport; `each` as AccessLines has it."""
         if self._log.isEnabledFor(logging.INFO):
             self._log.handle(access_record([AccessLines(self._shared(like), each)]))
 

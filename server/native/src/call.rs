@@ -74,6 +74,8 @@ pub struct Caller {
     pub peer: Arc<str>,
     /// The caller's text metadata, in order.
     pub pairs: Vec<(String, String)>,
+    /// Room for who looks for what was leased to such calls.
+    pub leases_key: OnceLock<u64>,
     /// Room for Python's form of it.
     pub python: OnceLock<Box<dyn Any + Send + Sync>>,
 }
@@ -84,14 +86,16 @@ impl Caller {
         Self {
             peer,
             pairs: metadata::pairs(headers).map(owned).collect(),
+            leases_key: OnceLock::new(),
             python: OnceLock::new(),
         }
     }
 
-    /// Whether a call with these headers says the same.
+    /// Whether a call with these headers says the same. (Of values that are no text it never does.)
     pub fn says(&self, headers: &HeaderMap) -> bool {
-        let mine = self.pairs.iter().map(|(n, v)| (n.as_str(), v.as_str()));
-        metadata::pairs(headers).eq(mine)
+        let mine = self.pairs.iter().map(|(n, v)| (n.as_str(), v.as_bytes()));
+        let theirs = metadata::values(headers).map(|(n, v)| (n, v.as_bytes()));
+        theirs.eq(mine)
     }
 }
 

@@ -213,10 +213,10 @@ async fn fast(
         headers,
         deadline,
     };
-    if let Some(outcome) = shared.leases.answer(&arrival, || callers.of(headers)) {
+    let caller = callers.of(headers);
+    if let Some(outcome) = shared.leases.answer(&arrival, &caller) {
         return Ok(answer(outcome));
     }
-    let caller = callers.of(headers);
     if shared.config.methods[method as usize].streams {
         let (call, events) = Call::streamed(method, message, caller, deadline);
         if !shared.inbox.put(call.clone()) {

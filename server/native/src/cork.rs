@@ -16,6 +16,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const FULL: usize = 64 << 10;
 /// Pieces of this size are written as they are, and not copied.
 const LARGE: usize = 16 << 10;
+/// Buffers that are free, for the next connections that write: idle ones hold nothing, and busy ones need not
+/// ask for memory in each turn.
+static FREE: Mutex<Vec<BytesMut>> = Mutex::new(Vec::new());
+const MOST_FREE: usize = 64;
+const BUFFER: usize = 8 << 10;
 
 /// Is called each time before bytes leave.
 pub type Before = Arc<dyn Fn() + Send + Sync>;
@@ -64,7 +69,12 @@ impl<S: AsyncWrite + Unpin> State<S> {
             }
             self.waiting.advance(n);
         }
-        self.waiting = BytesMut::new(); // idle connections hold nothing
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.clear();
+        let mut free = FREE.lock();
+        if waiting.try_reclaim(BUFFER) && waiting.capacity() <= FULL && free.len() < MOST_FREE {
+            free.push(waiting);
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -101,6 +111,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Cork<S> {
         if size >= LARGE {
             (state.before)();
             return Pin::new(&mut state.stream).poll_write_vectored(context, data);
+        }
+        if state.waiting.capacity() == 0 {
+            let free = FREE.lock().pop();
+            state.waiting = free.unwrap_or_else(|| BytesMut::with_capacity(BUFFER));
         }
         for piece in data {
             state.waiting.extend_from_slice(piece);

@@ -252,6 +252,7 @@ fn caller(
         *last = Arc::new(Caller {
             peer: peer.clone(),
             pairs,
+            leases_key: OnceLock::new(),
             python: OnceLock::new(),
         });
     }

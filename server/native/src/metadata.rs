@@ -42,18 +42,19 @@ pub fn is_gzip(headers: &HeaderMap) -> bool {
 
 /// The caller's text metadata: all but gRPC's own headers and binary values.
 pub fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
-    headers.iter().filter_map(|(name, value)| {
-        let name = name.as_str();
+    values(headers).filter_map(|(name, value)| Some((name, value.to_str().ok()?)))
+}
+
+/// As `pairs`, whatever the values are.
+pub fn values(headers: &HeaderMap) -> impl Iterator<Item = (&str, &HeaderValue)> {
+    let all = headers.iter().map(|(name, value)| (name.as_str(), value));
+    all.filter(|(name, _)| {
         let own = matches!(
-            name,
+            *name,
             "te" | "content-type" | "grpc-timeout" | "grpc-encoding"
-        ) || matches!(name, "grpc-accept-encoding" | "accept-encoding")
-            || name.ends_with("-bin");
-        if own {
-            None
-        } else {
-            Some((name, value.to_str().ok()?))
-        }
+        );
+        !own && !matches!(*name, "grpc-accept-encoding" | "accept-encoding")
+            && !name.ends_with("-bin")
     })
 }
 

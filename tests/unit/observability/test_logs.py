@@ -62,6 +62,17 @@ def test_calls_that_ended_together_are_lines_of_one_record() -> None:
     assert len(ConsoleFormatter().format(made).splitlines()) == 3
 
 
+def test_lines_that_the_transport_has_begun_are_as_others() -> None:
+    each = [(0.031, "a", "unix:"), (2.0, "b", "ipv4:127.0.0.1:1"), (1e-3, "c", "unix:")]
+    ends = "\n".join(f'"ms":{ms},"request_id":"{i}","peer":"{peer}"}}' for ms, i, peer in each)
+    whole, begun = record(""), record("")
+    whole.access = [AccessLines({"code": "OK"}, each)]
+    begun.access = [AccessLines({"code": "OK"}, ends)]
+    assert begun.access[0].count == whole.access[0].count == 3
+    for formatter in (JsonFormatter(), ConsoleFormatter()):
+        assert formatter.format(begun) == formatter.format(whole)
+
+
 @pytest.mark.parametrize("value", ["\ud800", 2**70, object(), {1: 2}])
 def test_odd_values_lose_no_line(value: object) -> None:
     assert "odd" in json.loads(JsonFormatter().format(record("", {"odd": value})))

@@ -30,6 +30,7 @@ def filled() -> Metrics:
     m.rpc.ended("/s/M", "OK", [0.02])
     m.http.ended("/v2/models/{name}/infer", 200, [0.02])
     m.rejected.labels("QUEUE_FULL").inc()
+    m.leased.labels("/S/M").inc()
     m.items.labels("m").inc(3)
     m.tokens.labels("m").inc(30)
     m.cache_looked_up("m", 2, 1)

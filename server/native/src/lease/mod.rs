@@ -149,9 +149,8 @@ impl Lease {
         (state.calls, state.items)
     }
 
-    fn says(&self, method: u32, headers: &HeaderMap) -> bool {
-        let mine = self.pairs.iter().map(|(n, v)| (n.as_str(), v.as_str()));
-        self.method == method && lasting(headers).eq(mine)
+    fn is_for(&self, method: u32, caller: &Caller) -> bool {
+        self.method == method && lasting(caller).eq(&self.pairs)
     }
 }
 
@@ -212,21 +211,16 @@ impl Leases {
             return None;
         }
         let head = split(&call.message, recipe.field)?.head;
-        let pairs = call.caller.pairs.iter();
-        let pairs = pairs.filter(|(name, _)| !VARYING.contains(&name.as_str()));
         let lease = Arc::new(Lease {
             method: call.method,
-            pairs: pairs.cloned().collect(),
+            pairs: lasting(&call.caller).cloned().collect(),
             head,
             recipe,
             line,
             state: Mutex::default(),
         });
         lease.state.lock().lend(terms);
-        let key = self.key(
-            call.method,
-            lease.pairs.iter().map(|(n, v)| (n.as_str(), v.as_str())),
-        );
+        let key = self.key(call.method, &call.caller);
         let mut all = self.by_caller.write();
         if self.live.load(Ordering::Relaxed) >= MOST_LEASES {
             return None;
@@ -257,12 +251,8 @@ impl Leases {
         )
     }
 
-    /// The answer to a call that somebody has leased. `caller`: who calls.
-    pub fn answer(
-        &self,
-        call: &Arrival<'_>,
-        caller: impl FnOnce() -> Arc<Caller>,
-    ) -> Option<Outcome> {
+    /// The answer to a call, if somebody leased it. `caller`: who calls.
+    pub fn answer(&self, call: &Arrival<'_>, caller: &Arc<Caller>) -> Option<Outcome> {
         if self.live.load(Ordering::Relaxed) == 0 || self.broken.load(Ordering::Relaxed) {
             return None;
         }
@@ -276,7 +266,7 @@ impl Leases {
             (Some(_), Some(id)) => Some(id.to_str().ok()?),
             _ => return None,
         };
-        let (lease, records) = self.find(call)?;
+        let (lease, records) = self.find(call, caller)?;
         if !lease.state.lock().may_answer(1, began) {
             return None;
         }
@@ -285,7 +275,6 @@ impl Leases {
         let traceparent = call.headers.get(TRACE).and_then(|v| v.to_str().ok());
         let traceparent = traceparent.map(ToOwned::to_owned);
         let id = HeaderValue::from_str(&request_id).ok()?;
-        let caller = caller();
         let now = Instant::now();
         let (rows, engine) = (answer.rows as u64, answer.took);
         // In the order of `write`.
@@ -307,7 +296,7 @@ impl Leases {
         state.unheard.push(Answered {
             request_id,
             traceparent,
-            caller,
+            caller: caller.clone(),
             took: now - began,
             engine,
             rows: answer.rows,
@@ -357,11 +346,11 @@ impl Leases {
     }
 
     /// The lease that a call falls under, and where its records stand.
-    fn find(&self, call: &Arrival<'_>) -> Option<(Arc<Lease>, Vec<Range<usize>>)> {
-        let key = self.key(call.method, lasting(call.headers));
+    fn find(&self, call: &Arrival<'_>, caller: &Caller) -> Option<(Arc<Lease>, Vec<Range<usize>>)> {
+        let key = self.key(call.method, caller);
         let all = self.by_caller.read();
-        let some = all.get(&key)?;
-        let own = some.iter().filter(|l| l.says(call.method, call.headers));
+        let own = all.get(&key)?.iter();
+        let own = own.filter(|l| l.is_for(call.method, caller));
         let mut found = own.filter_map(|lease| {
             let parts = split(call.message, lease.recipe.field)?;
             (parts.head == lease.head).then(|| (lease.clone(), parts.records))
@@ -370,11 +359,16 @@ impl Leases {
     }
 
     /// Keyed by random numbers: nobody can tell from times how near a guess is.
-    fn key<'a>(&self, method: u32, pairs: impl Iterator<Item = (&'a str, &'a str)>) -> u64 {
-        let mut hasher = self.hasher.build_hasher();
-        method.hash(&mut hasher);
-        pairs.for_each(|pair| pair.hash(&mut hasher));
-        hasher.finish()
+    fn key(&self, method: u32, caller: &Caller) -> u64 {
+        let made = || {
+            let mut hasher = self.hasher.build_hasher();
+            lasting(caller).for_each(|pair| pair.hash(&mut hasher));
+            hasher.finish()
+        };
+        caller
+            .leases_key
+            .get_or_init(made)
+            .wrapping_add(method.into())
     }
 
     fn new_id(&self) -> String {
@@ -383,9 +377,10 @@ impl Leases {
     }
 }
 
-/// The caller's metadata without what varies.
-fn lasting(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
-    metadata::pairs(headers).filter(|(name, _)| !VARYING.contains(name))
+/// A caller's metadata without what varies.
+fn lasting(caller: &Caller) -> impl Iterator<Item = &(String, String)> {
+    let pairs = caller.pairs.iter();
+    pairs.filter(|(name, _)| !VARYING.contains(&name.as_str()))
 }
 
 #[cfg(test)]

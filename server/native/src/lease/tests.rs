@@ -70,7 +70,8 @@ impl Set {
             headers,
             deadline: None,
         };
-        self.leases.answer(&arrival, Arc::default)
+        let caller = Arc::new(Caller::new("".into(), headers));
+        self.leases.answer(&arrival, &caller)
     }
 
     fn journal(&self) -> String {
@@ -111,13 +112,15 @@ fn calls_that_ask_the_same_are_answered_and_no_others() {
         assert!(set.answer(method, ask, pairs).is_none(), "{why}");
     }
     assert_eq!(lease.left(), (8, 8));
+    let headers = &headers(&[KEY]);
     let late = Arrival {
         method: 3,
         message: &ask,
-        headers: &headers(&[KEY]),
+        headers,
         deadline: Some(Instant::now()),
     };
-    assert!(set.leases.answer(&late, Arc::default).is_none());
+    let caller = Arc::new(Caller::new("".into(), headers));
+    assert!(set.leases.answer(&late, &caller).is_none());
 }
 
 #[test]

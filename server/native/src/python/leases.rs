@@ -1,13 +1,13 @@
 //! Leases as Python sees them.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderName;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyString;
 
 use crate::lease::recipe::{Ending, Recipe, Table};
 use crate::lease::{Counts, Lease, Leases, Terms};
@@ -105,15 +105,9 @@ pub struct PyLease {
     pub leases: Arc<Leases>,
 }
 
-/// Calls that say the same of themselves: rows of each, `traceparent`; then milliseconds, request id and peer
-/// of each, seconds of each, and the model's seconds of all.
-type Group = (
-    usize,
-    Option<String>,
-    Vec<(f64, String, Py<PyString>)>,
-    Vec<f64>,
-    f64,
-);
+/// Calls that say the same of themselves: rows of each, `traceparent`; then the ends of their lines in the log,
+/// seconds of each, and the model's seconds of all.
+type Group = (usize, Option<String>, String, Vec<f64>, f64);
 
 #[pymethods]
 impl PyLease {
@@ -137,16 +131,23 @@ impl PyLease {
         self.lease.left()
     }
 
-    fn take(&self, py: Python<'_>) -> Vec<Group> {
+    fn take(&self) -> Vec<Group> {
         let mut groups: BTreeMap<(usize, Option<String>), Group> = BTreeMap::new();
         for one in self.lease.take() {
             let key = (one.rows, one.traceparent);
-            let new = || (key.0, key.1.clone(), Vec::new(), Vec::new(), 0.0);
+            let new = || (key.0, key.1.clone(), String::new(), Vec::new(), 0.0);
             let group = groups.entry(key.clone()).or_insert_with(new);
             let took = one.took.as_secs_f64();
-            let peer = super::known(py, &one.caller).1.clone_ref(py);
             let ms = (took * 1e6).round() / 1e3;
-            group.2.push((ms, one.request_id, peer));
+            let (id, peer) = (&one.request_id, &one.caller.peer);
+            if !group.2.is_empty() {
+                group.2.push('\n');
+            }
+            // Nothing to be escaped is in an id, which was looked at, nor in an address.
+            let _ = write!(
+                group.2,
+                r#""ms":{ms:?},"request_id":"{id}","peer":"{peer}"}}"#
+            );
             group.3.push(took);
             group.4 += one.engine.as_secs_f64();
         }
