@@ -161,23 +161,24 @@ class Leasing:
         while not self._ending.is_set():
             if self._server.wait_leased(HOLD_S if self._leases else 1.0):
                 time.sleep(GATHER_S)
-            try:
-                with self._lock:
-                    now = time.monotonic()
-                    for lease in list(self._leases.values()):
-                        self._look(lease, now)
-            except Exception:
-                log.exception("looking at leases failed")
-                self.recall()
+            with self._lock:
+                now = time.monotonic()
+                for lease in list(self._leases.values()):
+                    self._look(lease, now)
 
     def _look(self, lease: _Lease, now: float) -> None:
         """Count what a lease has answered, and renew it if it did, or end it."""
-        self._count(lease)
-        if lease.answered:
-            lease.answered = 0
-            if not self._renew(lease):
-                self._end(lease)
-        elif now >= lease.until:
+        try:
+            self._count(lease)
+            if lease.answered:
+                lease.answered = 0
+                holds = self._renew(lease)
+            else:
+                holds = now < lease.until
+        except Exception:  # a thread that dies would leave the other leases' calls uncounted
+            log.exception("looking at a lease failed")
+            holds = False
+        if not holds:
             self._end(lease)
 
     def _count(self, lease: _Lease) -> None:
@@ -241,8 +242,9 @@ class Leasing:
         back = lease.native.end()
         try:
             self._count(lease)
-        finally:
-            self._settle(lease.like.principal, lease.limits, (0, 0), back)
+        except Exception:
+            log.exception("what a lease has answered could not be counted")
+        self._settle(lease.like.principal, lease.limits, (0, 0), back)
 
     def _lend(self, who: Principal, limits: Limits | None, calls: int, items: int) -> Loan | None:
         if limits is None:
