@@ -401,6 +401,16 @@ def test_an_unloaded_model_answers_nothing_until_it_is_loaded(
     assert (leased(live) > 0) == (lane == "fast")
 
 
+def test_calls_of_too_many_rows_are_refused_as_ever(forests: Path, start: Start) -> None:
+    live = start(forests, grpc__max_items_per_call=3)
+    for i in range(20):
+        predict(live, *TABLE[i : i + 1 + i % 3])
+    with pytest.raises(grpc.RpcError) as caught:
+        predict(live, *TABLE[:4])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "3" in str(caught.value.details())
+
+
 def test_what_the_journal_does_not_take_is_counted_later(
     forests: Path, start: Start, lane: str
 ) -> None:

@@ -71,7 +71,7 @@ class TabularPipeline:
 
     def __init__(self, access: ModelAccess, max_items: int) -> None:
         self._access = access
-        self._max_items = max_items
+        self.max_items = max_items
         self._readers: WeakKeyDictionary[ServedModel, FeatureReader] = WeakKeyDictionary()
 
     def run(self, jobs: Sequence[TabularJob]) -> None:
@@ -125,7 +125,7 @@ class TabularPipeline:
             if self._access.refused(model, ref, calls):
                 return []
             tensors, good, odd = reader.rows(tables)
-            if sum(n for _, n in good) > self._max_items:
+            if sum(n for _, n in good) > self.max_items:
                 return list(calls)
             left = [calls[i] for i in odd]
         else:
@@ -149,7 +149,7 @@ class TabularPipeline:
         others are ended, before any table is read."""
         places, large, ahead = [], [], 0
         for i, (call, rows) in enumerate(zip(calls, tables.column_sizes(columns), strict=True)):
-            if rows > self._max_items:
+            if rows > self.max_items:
                 large.append(call)
             elif not self._access.refused(model, ref, [call], rows, ahead):
                 ahead += rows
@@ -160,8 +160,8 @@ class TabularPipeline:
 
     def _admitted(self, job: TabularJob, model: ServedModel, ahead: int = 0) -> bool:
         """Whether the queue will take it, behind so many rows of other jobs; else it is ended."""
-        if job.rows > self._max_items:
-            limit = self._max_items
+        if job.rows > self.max_items:
+            limit = self.max_items
             job.call.fail(TooLarge("rows", size=job.rows, limit=limit, unit="rows"))
             return False
         return not self._access.refused(model, job.ref, [job.call], job.rows, ahead)

@@ -94,7 +94,8 @@ class TabularService(Service):
         ) -> None:
             if model.client.trees is not None:
                 valid = partial(self._access.still, model, ref, TASKS, sticky_key)
-                calls[0].recipe = Recipe(head, model, lambda: _recipe(model), valid)
+                most = self._tables.max_items
+                calls[0].recipe = Recipe(head, model, lambda: _recipe(model, most), valid)
             _reply_all(model, calls, rows, outputs)
 
         return done
@@ -336,10 +337,10 @@ def _written(values: NDArray[Any]) -> bytes:
     return out.tobytes()
 
 
-def _recipe(model: ServedModel) -> forebay_native.Recipe | None:
+def _recipe(model: ServedModel, max_items: int) -> forebay_native.Recipe | None:
     """The same answers, as the extension writes them."""
     endings: list[Ending] = []
-    for rows in range(1, most_rows(model) + 1):
+    for rows in range(1, min(max_items, most_rows(model)) + 1):
         ms = 1.5
         facts = CallFacts(model.name, model.version, rows, compute_s=ms / 1e3, batch_rows=rows)
         ending = _facts(facts)
