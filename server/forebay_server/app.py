@@ -22,7 +22,8 @@ from forebay_server.access.budgets import Budgets
 from forebay_server.access.cache import ProcessCache, RedisCache, ResponseCache
 from forebay_server.access.idempotency import IdempotencyStore
 from forebay_server.access.keys import KeyStore
-from forebay_server.access.limits import Limiter, ProcessLimiter, RedisLimiter
+from forebay_server.access.limits import Limiter, ProcessLimiter
+from forebay_server.access.redis_limits import RedisLimiter
 from forebay_server.access.usage import UsageLedger
 from forebay_server.core.allocator import trim
 from forebay_server.dataplane.generation import GenerationPipeline

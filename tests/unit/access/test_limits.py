@@ -9,15 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 from forebay_server.access.keys import Limits
-from forebay_server.access.limits import (
-    LEASE_S,
-    Limiter,
-    LimitSpent,
-    ProcessLimiter,
-    RedisLimiter,
-    Standing,
-    capacity,
-)
+from forebay_server.access.limits import Limiter, LimitSpent, ProcessLimiter, Standing, capacity
+from forebay_server.access.redis_limits import LEASE_S, RedisLimiter
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -260,10 +260,10 @@ impl Leases {
         if call.deadline.is_some_and(|deadline| deadline <= began) {
             return None;
         }
-        let given = call.headers.get(metadata::REQUEST_ID);
-        let request_id = match (given, metadata::request_id(call.headers)) {
+        let mut given = call.headers.get_all(metadata::REQUEST_ID).iter();
+        let request_id = match (given.next(), given.next()) {
             (None, _) => None,
-            (Some(_), Some(id)) => Some(id.to_str().ok()?),
+            (Some(_), None) => Some(metadata::request_id(call.headers)?.to_str().ok()?),
             _ => return None,
         };
         let (lease, records) = self.find(call, caller)?;
@@ -272,7 +272,8 @@ impl Leases {
         }
         let answer = lease.recipe.answer(call.message, &records)?;
         let request_id = request_id.map_or_else(|| self.new_id(), ToOwned::to_owned);
-        let traceparent = call.headers.get(TRACE).and_then(|v| v.to_str().ok());
+        let traceparent = call.headers.get_all(TRACE).iter().next_back();
+        let traceparent = traceparent.and_then(|v| v.to_str().ok());
         let traceparent = traceparent.map(ToOwned::to_owned);
         let id = HeaderValue::from_str(&request_id).ok()?;
         let now = Instant::now();
