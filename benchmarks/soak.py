@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--minutes 20] [--keep]
 
-On the fast lane: tabular, embed, classify, rerank, ModelInfer and vector search, in Poisson arrivals
+On the fast lane: tabular (by Python, and by the lane itself), embed, classify, rerank, ModelInfer and vector search, in Poisson arrivals
 with ten seconds of bursts each minute; downloads, which are server streams; and predictions by HTTP. A
 share of the calls is taken back; some connections are dropped in the middle of calls, some read so slowly
 that the server has to wait. Every answer is checked against its own request. The server's proportional memory, descriptors, threads, asyncio tasks and Python
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -28,6 +30,7 @@ from forebay.v1 import collection_pb2_grpc
 from benchmarks import common
 from benchmarks.openloop import Workload, path, run, text, workloads
 from benchmarks.openloop.live import Served, serve
+from benchmarks.peers.models import forest
 from benchmarks.soak_traffic import Requests, Streams
 
 EVERY_S = 5.0
@@ -42,6 +45,8 @@ CONNECTIONS = {
 TRAFFIC = [
     ("tabular", 300, "main", 0.02),
     ("tabular", 60, "shaky", 0.0),
+    ("trees", 300, "main", 0.02),
+    ("trees", 60, "shaky", 0.0),
     ("infer", 100, "main", 0.02),
     ("search", 40, "main", 0.02),
     ("classify", 20, "main", 0.05),
@@ -80,6 +85,7 @@ def search(server: Served) -> Workload:
 def spec_of(server: Served, models: Path, minutes: int, scale: float) -> dict[str, Any]:
     """The whole run."""
     made = {n: f(models) for n, f in workloads.ALL.items() if n != "forest"}
+    made["trees"] = workloads.trees(models)
     made["search"] = search(server)
     rate = scale * sum(t[1] for t in TRAFFIC)
     bursts = {"rate": rate, "arrivals": "onoff", "on_s": 0.2, "off_s": 0.6}
@@ -192,6 +198,7 @@ def judge(result: dict[str, Any]) -> list[str]:
 def measure(minutes: int, scale: float) -> dict[str, Any]:
     """Load, samples, verdict."""
     with common.exact_starters() as models, tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(forest().parent, models / "forest", copy_function=os.link)
         inside = Path(folder, "inside.ndjson")
         command = (sys.executable, "-m", "benchmarks.soak_server", str(inside))
         http = {"FOREBAY_HTTP_PORT": "0", "FOREBAY_HTTP__GATEWAY": f"{folder}/none.sock"}

@@ -78,6 +78,24 @@ def tabular(models: Path, rows: int = 200) -> Workload:
     return out
 
 
+def trees(models: Path, rows: int = 200) -> Workload:
+    """TabularService.Predict: one row a call of `forest`, a model that is nothing but a regressor's trees;
+    the fast lane answers most of such calls by itself."""
+    bare = _Bare(models, "forest")
+    features = bare.manifest["tabular"]["features"]
+    rng = random.Random(6)
+    out = Workload("trees", "forebay.v1.TabularService/Predict")
+    at = path(tabular_pb2.PredictResponse, "predictions.value")
+    for _ in range(rows):
+        row = {f["name"]: round(rng.uniform(f["min"], f["max"]), 4) for f in features}
+        feeds = {bare.manifest["inputs"][0]["name"]: np.array([[*row.values()]], np.float32)}
+        value = float(np.asarray(bare.session.run(None, feeds)[0]).reshape(-1)[0])
+        request = tabular_pb2.PredictRequest(model="forest")
+        request.rows.add().update(row)
+        out.add(request, [double(at, value, max(1e-3, 1e-6 * abs(value)))])
+    return out
+
+
 def forest(models: Path, calls: int = 40, rows: int = 500) -> Workload:
     """TabularService.Predict with columns: 500 rows of the housing forest a call."""
     bare = _Bare(models, "housing")
