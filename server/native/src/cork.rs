@@ -72,7 +72,8 @@ impl<S: AsyncWrite + Unpin> State<S> {
         let mut waiting = std::mem::take(&mut self.waiting);
         waiting.clear();
         let mut free = FREE.lock();
-        if waiting.try_reclaim(BUFFER) && waiting.capacity() <= FULL && free.len() < MOST_FREE {
+        if free.len() < MOST_FREE && waiting.try_reclaim(BUFFER) && waiting.capacity() <= 2 * BUFFER
+        {
             free.push(waiting);
         }
         Poll::Ready(Ok(()))
