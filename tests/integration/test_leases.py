@@ -333,6 +333,20 @@ def test_a_key_is_revoked_at_once(guarded: Live, admin: str) -> None:
     assert {told for began, told in hammer.told if began < revoked - 1} <= {2}
 
 
+def test_who_may_not_use_a_model_is_not_answered_for_another_who_may(
+    guarded: Live, admin: str
+) -> None:
+    _, other = make_key(guarded, admin, models=["elsewhere"])
+    for i in range(20):
+        assert predict(guarded, TABLE[i], key=admin).predictions
+        with pytest.raises(grpc.RpcError) as caught:
+            predict(guarded, TABLE[i], key=other)
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        with pytest.raises(grpc.RpcError) as caught:
+            predict(guarded, TABLE[i])
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_new_limits_hold_at_once(guarded: Live, admin: str) -> None:
     key_id, key = make_key(guarded, admin)
     with Hammer(guarded, key) as hammer:

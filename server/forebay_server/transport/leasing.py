@@ -84,7 +84,7 @@ class Leasing:
         self._measuring = measuring
         self._access_log = access_log
         self._server: forebay_native.Server | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._leases: dict[_Key, _Lease] = {}
         self._seen: OrderedDict[_Key, None] = OrderedDict()
         #: Counts changes: an offer that began before one comes to nothing.

@@ -1,6 +1,5 @@
 //! The module `forebay_native`, as Python sees it. `forebay_native.pyi` has its types.
 
-use std::any::Any;
 use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,13 +7,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ::http::{HeaderName, HeaderValue, StatusCode};
-use bytes::Bytes;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyDict, PyString};
+use pyo3::types::{PyBytes, PyDict};
 
-use crate::call::{Call, Caller, Outcome};
+use crate::call::{Call, Outcome};
 use crate::http1;
 use crate::inbox::{Bounds, Gone};
 use crate::metadata;
@@ -23,58 +21,13 @@ use crate::shed::Holds;
 use crate::status::{self, Code, Refusal};
 use crate::tls;
 
+use calls::{Arrival, PyCall, arrival, payload};
 use leases::{PyLease, PyRecipe};
 
+mod calls;
 mod http;
 mod leases;
 mod records;
-
-/// From this size on, an answer's bytes go to the socket from Python's own memory.
-const COPY_BELOW: usize = 8 << 10;
-
-#[pyclass(frozen, name = "Call", module = "forebay_native")]
-struct PyCall {
-    call: Arc<Call>,
-}
-
-#[pymethods]
-impl PyCall {
-    /// What `take` names when this call is gone.
-    fn set_owner(&self, owner: Py<PyAny>) {
-        *self.call.owner.lock() = Some(Box::new(owner));
-    }
-}
-
-impl Drop for PyCall {
-    fn drop(&mut self) {
-        // Python forgot it: the client must not wait for ever.
-        let error = Refusal::new(Code::Unavailable, "the server lost this call");
-        self.call.end(Outcome::new(None, error.trailers()));
-    }
-}
-
-/// The bytes of a Python object. Immutable, and at one place as long as the object is held.
-struct Held(#[allow(dead_code)] Py<PyBytes>, *const u8, usize);
-
-// SAFETY: `bytes` objects never change; only the reference count needs the interpreter, and PyO3
-// defers that to a thread that has it.
-unsafe impl Send for Held {}
-unsafe impl Sync for Held {}
-
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: pointer and length are those of the object that is held.
-        unsafe { std::slice::from_raw_parts(self.1, self.2) }
-    }
-}
-
-fn payload(data: &Bound<'_, PyBytes>) -> Bytes {
-    let bytes = data.as_bytes();
-    if bytes.len() < COPY_BELOW {
-        return Bytes::copy_from_slice(bytes);
-    }
-    Bytes::from_owner(Held(data.clone().unbind(), bytes.as_ptr(), bytes.len()))
-}
 
 #[pyclass(frozen, name = "Server", module = "forebay_native")]
 struct PyServer {
@@ -95,52 +48,8 @@ type HttpAnswer<'py> = (
     Vec<(String, String)>,
 );
 type Leavers = Vec<(Py<PyAny>, &'static str)>;
-/// Call, method, message, metadata, peer, seconds since it was there, seconds that are left, what the
-/// places of its route say.
-type Arrival<'py> = (
-    Py<PyCall>,
-    u32,
-    Bound<'py, PyBytes>,
-    Py<PyDict>,
-    Py<PyString>,
-    f64,
-    Option<f64>,
-    Vec<String>,
-);
 /// Contents of PEM files: certificate chain, key, authority of client certificates.
 type PyPem = (Vec<u8>, Vec<u8>, Option<Vec<u8>>);
-/// Python's form of a `Caller`.
-type PyCaller = (Py<PyDict>, Py<PyString>);
-
-/// Made once for a caller.
-fn known<'a>(py: Python<'_>, caller: &'a Caller) -> &'a PyCaller {
-    let make = || -> Box<dyn Any + Send + Sync> {
-        let dict = PyDict::new(py);
-        for (name, value) in &caller.pairs {
-            // Nothing is left to go wrong: both are strings.
-            let _ = dict.set_item(PyString::intern(py, name), value);
-        }
-        let known: PyCaller = (dict.unbind(), PyString::new(py, &caller.peer).unbind());
-        Box::new(known)
-    };
-    let known = caller.python.get_or_init(make);
-    known.downcast_ref::<PyCaller>().expect("made above")
-}
-
-fn arrival(py: Python<'_>, call: Arc<Call>, now: Instant) -> PyResult<Arrival<'_>> {
-    let (metadata, peer) = known(py, &call.caller);
-    let (metadata, peer) = (metadata.clone_ref(py), peer.clone_ref(py));
-    let left = call.deadline.map(|d| match d.checked_duration_since(now) {
-        Some(left) => left.as_secs_f64(),
-        None => -now.duration_since(d).as_secs_f64(),
-    });
-    let waited = now.duration_since(call.received).as_secs_f64();
-    let message = PyBytes::new(py, &call.message);
-    let (method, places) = (call.method, call.places.clone());
-    let call = Py::new(py, PyCall { call })?;
-    Ok((call, method, message, metadata, peer, waited, left, places))
-}
-
 #[pymethods]
 impl PyServer {
     #[new]
@@ -413,8 +322,10 @@ impl PyServer {
     /// The file that what leases answer is counted in. Without one, or where it cannot be opened, they
     /// answer nothing.
     fn set_journal(&self, path: Option<PathBuf>) {
+        let leases = &self.server.shared.leases;
+        leases.write(); // what is not written yet was answered while the one before was in force
         let open = |path| OpenOptions::new().append(true).open(path).ok();
-        self.server.shared.leases.journal.set(path.and_then(open));
+        leases.journal.set(path.and_then(open));
     }
 
     /// Whether the journal was written to, and whether a line was left without an end; since the last time.
