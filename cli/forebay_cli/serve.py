@@ -109,19 +109,21 @@ def run(settings: Settings, supervised: bool = False) -> int:
         starting = asyncio.create_task(server.start())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            return 0
-        try:
-            await starting
-        except (OSError, SettingsError, SchemaError, ForebayError) as e:
-            log.error("%s", e)
-            return 1
-        await stopping
+        if starting.done():
+            try:
+                await starting
+            except (OSError, SettingsError, SchemaError, ForebayError) as e:
+                log.error("%s", e)
+                return 1
+            await stopping
         for number, then in ends.items():
             loop.remove_signal_handler(number)
             signal.signal(number, then)
-        await server.stop()
+        if starting.done():
+            await server.stop()
+        else:
+            starting.cancel()
+            await asyncio.wait({starting})  # it listens already, and has calls to answer
         return 0
 
     try:

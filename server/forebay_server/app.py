@@ -86,19 +86,35 @@ class Server:
         self._http = http
         self.metrics = Metrics()
         self.metrics_port = 0
+        self._listens = False
+        #: Ends what has been opened, the newest first.
+        self._opened = contextlib.AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
         self._health: Any = cast(Any, health).aio.HealthServicer()
 
     async def start(self) -> None:
-        """Open state, load models, listen. Ready (health SERVING) when the models are."""
-        s = self.settings
+        """Open state, listen, load models. Ready (health SERVING) when the models are.
+
+        Whatever ends it before, a cancellation too: what was opened until then is closed as by `stop`.
+        Calls may have been answered by then.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
+        s, opened = self.settings, self._opened
         Path(s.home).mkdir(parents=True, exist_ok=True, mode=0o700)
         s.models_root.mkdir(parents=True, exist_ok=True)
         self._database = await Database.open(s.database_url)
+        opened.push_async_callback(self._database.close)
         self.keys = KeyStore(self._database, s.keys_required)
         await self.keys.reload()
         self.ledger = UsageLedger(self._database, s.home / "usage")
         await self.ledger.start()
+        opened.push_async_callback(self.ledger.close)
         self.repository = ModelRepository(
             s.models_root,
             Defaults(
@@ -118,6 +134,7 @@ class Server:
             s.models.memory_budget_bytes,
             self.metrics.batches.observer,
         )
+        opened.push_async_callback(self.repository.close)
         self.metrics.watch_models(
             lambda: [(m, v, x.memory_bytes) for (m, v), x in self.repository.pool.loaded.items()]
         )
@@ -130,6 +147,7 @@ class Server:
         )
         self.budgets = Budgets(self.keys.limits, self.ledger, loop=asyncio.get_running_loop())
         self._tracer = Tracer(s.observability.otlp_endpoint)
+        opened.callback(self._tracer.close)
         limiter = self._limiter()
         self._admission = Admission(self.keys, limiter, self.budgets)
         pipeline = Pipeline(
@@ -139,8 +157,13 @@ class Server:
         )
         validator = Validator()
         self._resume = ThreadPoolExecutor(RESUME_THREADS, "resume")
+        opened.callback(self._resume.shutdown, wait=False)
         registered = handlers(self._services(validator))
+        if self._retrieval is not None:
+            opened.push_async_callback(self._retrieval.close)
         self._idempotency = IdempotencyStore(self._database)
+        opened.push_async_callback(self._idempotency.drain)
+        opened.push_async_callback(self._deferred.close)
         self.lanes = Lanes(
             s.grpc,
             registered,
@@ -152,6 +175,7 @@ class Server:
             self.metrics.http.ended,
             self._leases(limiter),
         )
+        self._listens = True
         await self._listen()
         await self.repository.start()
         if self._retrieval is not None:
@@ -167,6 +191,7 @@ class Server:
         ]
         if isinstance(limiter, RedisLimiter):
             self._background.append(asyncio.create_task(limiter.keep()))
+        opened.push_async_callback(self._end_background)
         log.info("serving gRPC on %s:%d by the %s lane", s.grpc.host, self.port, self.lanes.lane)
 
     @property
@@ -273,6 +298,7 @@ class Server:
             self.metrics_port = await self._metrics_listener.start(
                 self.settings.observability.metrics_port
             )
+            self._opened.push_async_callback(self._metrics_listener.stop)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         names = {m.service for m in forebay.methods.methods().values()}
@@ -291,22 +317,16 @@ class Server:
 
     async def stop(self) -> None:
         """Say NOT_SERVING, let running calls end, then close everything."""
-        await self.leave()
-        await self.lanes.stop()
+        if self._listens:
+            await self.leave()
+            await self.lanes.stop()
+        await self._opened.aclose()
+        if self._listens:
+            log.info("stopped")
+
+    async def _end_background(self) -> None:
         for task in self._background:
             task.cancel()
         for task in self._background:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await self._deferred.close()
-        await self._idempotency.drain()
-        if self._retrieval is not None:
-            await self._retrieval.close()
-        await self.repository.close()
-        if self.settings.observability.metrics_port >= 0:
-            await self._metrics_listener.stop()
-        await self.ledger.close()
-        self._resume.shutdown(wait=False)
-        self._tracer.close()
-        await self._database.close()
-        log.info("stopped")

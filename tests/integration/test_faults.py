@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +18,9 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from forebay.settings import Settings, load_settings
 from forebay.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
+from forebay_server.app import Server
 
 from tests.conftest import Live, Start, copy_models
 
@@ -195,8 +200,8 @@ def test_kill_9_of_an_engine_process_loses_only_its_running_calls(
     assert engine.info()["pid"] not in (0, pid)
 
 
-def serve(home: Path, models: Path, port: int) -> subprocess.Popen[bytes]:
-    """A server in a process of its own, ready."""
+def serve(home: Path, models: Path, port: int, *names: str) -> subprocess.Popen[bytes]:
+    """A server in a process of its own, that has loaded all models, or those of these names."""
     env = {
         **os.environ,
         "FOREBAY_HOME": str(home),
@@ -210,8 +215,9 @@ def serve(home: Path, models: Path, port: int) -> subprocess.Popen[bytes]:
         stub = model_pb2_grpc.ModelServiceStub(channel)
         while True:
             try:
-                models_ = stub.ListModels(model_pb2.ListModelsRequest(), timeout=1).models
-                if all(v.state == 3 for m in models_ for v in m.versions):
+                found = stub.ListModels(model_pb2.ListModelsRequest(), timeout=1).models
+                asked = [m for m in found if not names or m.name in names]
+                if asked and all(v.state == 3 for m in asked for v in m.versions):
                     return process
             except grpc.RpcError:
                 pass  # it does not listen yet
@@ -251,6 +257,65 @@ def test_a_signal_under_load_ends_after_every_accepted_call(
     assert done_before < 200
     assert codes == [grpc.StatusCode.OK] * 200
     assert process.wait(20) == 0
+
+
+def test_a_signal_before_all_models_are_loaded_ends_after_every_accepted_call(
+    starters: Path, tmp_path: Path
+) -> None:
+    yaml = "engine_options: {base_s: 0.25}\nbatching: {max_batch_size: 1}\n"
+    models = deterministic(tmp_path / "m", starters, "det", yaml)
+    copy_models(starters, models, "minilm")  # it is loaded after `det`, and takes longer
+    port = free_port()
+    process = serve(tmp_path / "home", models, port, "det")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        request = embedding_pb2.EmbedRequest(model="det", texts=["a"])
+        futures = [stub.Embed.future(request) for _ in range(10)]
+        while not any(f.done() for f in futures):
+            time.sleep(0.01)
+        process.terminate()
+        codes = [f.code() for f in futures]
+    assert codes == [grpc.StatusCode.OK] * 10
+    assert process.wait(20) == 0
+
+
+def test_a_start_that_is_cut_off_leaves_nothing_open(tmp_path: Path) -> None:
+    """Wherever: the port is free, no thread is left, and the home can be used again."""
+
+    async def cut(settings: Settings, after_s: float) -> bool:
+        """Whether it had not been ready by then."""
+        server = Server(settings)
+        starting = asyncio.create_task(server.start())
+        if (await asyncio.wait({starting}, timeout=after_s))[0]:
+            await server.stop()
+            return False
+        starting.cancel()
+        await asyncio.wait({starting}, timeout=20)
+        assert starting.cancelled()
+        return True
+
+    async def cuts(settings: Settings) -> float:
+        def threads() -> set[str]:
+            """All but those of the loop's own pool, and grpc.aio's, which stay."""
+            names = {t.name for t in threading.enumerate()}
+            return {n for n in names if not n.startswith("asyncio_") and "_poll_wrapper" not in n}
+
+        before = threads()
+        after_s = 0.001
+        while await cut(settings, after_s):
+            with socket.create_server(("127.0.0.1", settings.grpc.port)):
+                pass
+            deadline = time.monotonic() + 10
+            while threads() - before:
+                assert time.monotonic() < deadline, threads() - before
+                await asyncio.sleep(0.01)
+            after_s *= 1.2
+        return after_s
+
+    (tmp_path / "m").mkdir()
+    values = {"home": tmp_path / "home", "models.root": tmp_path / "m", "grpc.port": free_port()}
+    settings = load_settings(values, environ={}).settings
+    assert asyncio.run(cuts(settings)) > 0.01
 
 
 @pytest.mark.usefixtures("hang_ups")

@@ -267,7 +267,6 @@ def test_watchers_see_loads_and_unloads(starters: Path, start: Start, tmp_path: 
     stream = stub.WatchModels(pb.WatchModelsRequest())
     events = iter(stream)
     assert next(events).event == "current"
-    time.sleep(0.2)  # the watcher is registered once its first messages are out
     stub.UnloadModel(pb.UnloadModelRequest(model="iris"))
     assert next(events).event == "unloaded"
     stub.LoadModel(pb.LoadModelRequest(model="iris"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -27,13 +28,13 @@ class Events:
         #: Is called, on the loop, as soon as the versions that calls reach have changed.
         self.on_change: Callable[[], None] = lambda: None
 
-    async def watch(self) -> AsyncIterator[Event]:
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[asyncio.Queue[Event]]:
         """Changes from now on. A watcher that falls 1000 behind loses the oldest."""
         queue: asyncio.Queue[Event] = asyncio.Queue(1000)
         self._watchers.add(queue)
         try:
-            while True:
-                yield await queue.get()
+            yield queue
         finally:
             self._watchers.discard(queue)
 

@@ -190,21 +190,23 @@ class ModelService(Service):
     async def watch_models(self, call: Call) -> AsyncIterator[pb.WatchModelsResponse]:
         """WatchModels."""
         request = cast(pb.WatchModelsRequest, call.request)
-        events = self._repository.events.watch()
-        if request.model:
-            yield pb.WatchModelsResponse(event="current", model=self._model(call, request.model))
-        else:
-            for view in self._registry.views(call.principal):
-                yield pb.WatchModelsResponse(event="current", model=message(view))
-        async for event in events:
-            if request.model in ("", event.model):
-                yield pb.WatchModelsResponse(
-                    event=event.event,
-                    model=self._model(call, event.model),
-                    version=event.version,
-                    reason=self._registry.reason(event.reason, call.principal),
-                    time=timestamp(event.time),
-                )
+        with self._repository.events.watch() as events:  # first: what changes meanwhile is told too
+            if request.model:
+                model = self._model(call, request.model)
+                yield pb.WatchModelsResponse(event="current", model=model)
+            else:
+                for view in self._registry.views(call.principal):
+                    yield pb.WatchModelsResponse(event="current", model=message(view))
+            while True:
+                event = await events.get()
+                if request.model in ("", event.model):
+                    yield pb.WatchModelsResponse(
+                        event=event.event,
+                        model=self._model(call, event.model),
+                        version=event.version,
+                        reason=self._registry.reason(event.reason, call.principal),
+                        time=timestamp(event.time),
+                    )
 
     def _model(self, call: Call, name: str) -> pb.Model:
         return message(self._registry.view(name, call.principal))

@@ -72,7 +72,7 @@ class Database:
             await engine.dispose()
             await asyncio.sleep(0.05)  # SQLite's driver has a thread that ends by this loop
             raise OSError(f"the database cannot be used: {e.orig}") from None
-        except Exception as e:
+        except BaseException as e:  # a start that is cut off, too
             await engine.dispose()
             # What asyncpg says while it connects, and the system's word to it.
             if isinstance(e, OSError) or type(e).__module__.startswith("asyncpg."):

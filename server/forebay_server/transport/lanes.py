@@ -130,16 +130,16 @@ class Lanes:
             self._fast.leave()
 
     async def stop(self) -> None:
-        """Refuse new calls, answer those that were accepted, close."""
-        assert self._grpc is not None
+        """Refuse new calls, answer those that were accepted, close. Also what a start that failed has opened."""
         drain_s = self._settings.drain_s
         if self._fast is not None:
             # First: the ordinary lane still serves what the fast lane's connections bring.
             await asyncio.to_thread(self._fast.drain, drain_s)
             await self._fast.streams.close()  # those that are open still hear of the end
+            assert self._grpc is not None
             await self._grpc.stop(0.2)
             await asyncio.to_thread(self._fast.close)
-        else:
+        elif self._grpc is not None:
             await self._grpc.stop(drain_s)
         await asyncio.to_thread(self._inbox.close)
         if self._folder is not None:
