@@ -313,12 +313,13 @@ class Server:
         """Say NOT_SERVING, for good, and serve gRPC on: balancers take their calls elsewhere meanwhile.
         HTTP is closed to new requests: the gateway that most of them need drains now."""
         await self._health.enter_graceful_shutdown()
-        self.lanes.leave()
+        if self._listens:
+            self.lanes.leave()
 
     async def stop(self) -> None:
         """Say NOT_SERVING, let running calls end, then close everything."""
+        await self.leave()
         if self._listens:
-            await self.leave()
             await self.lanes.stop()
         await self._opened.aclose()
         if self._listens:
