@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from forebay.methods import methods
 from forebay.oip import open_inference_pb2 as oip
 from forebay.oip import open_inference_pb2_grpc as oip_grpc
 from forebay.v1 import (
@@ -19,6 +21,9 @@ from forebay.v1 import (
     tabular_pb2_grpc,
 )
 from forebay.v1 import model_pb2 as pb
+from forebay_server.core.call import Call
+from forebay_server.dataplane.registry import Registry
+from forebay_server.services.model import ModelService
 from google.protobuf import json_format
 
 from tests.conftest import Live, Start, copy_models
@@ -272,6 +277,26 @@ def test_watchers_see_loads_and_unloads(starters: Path, start: Start, tmp_path: 
     stub.LoadModel(pb.LoadModelRequest(model="iris"))
     assert [next(events).event for _ in range(2)] == ["loading", "loaded"]
     stream.cancel()
+
+
+def test_what_changes_while_the_current_state_is_told_is_told_too(
+    starters: Path, start: Start, tmp_path: Path
+) -> None:
+    """A reader may be slow: between the first message and its taking anything may happen."""
+    live = start(copy_models(starters, tmp_path / "models", "iris"))
+    repository = live.server.repository
+    method = methods()["/forebay.v1.ModelService/WatchModels"]
+    call = Call(method, {}, started=0.0, on_end=lambda _: None)
+    call.request = pb.WatchModelsRequest()
+
+    async def watched() -> list[str]:
+        answers = ModelService(Registry(repository), repository).watch_models(call)
+        seen = [(await anext(answers)).event]
+        repository.events.publish("unloaded", "iris", 1)
+        seen.append((await asyncio.wait_for(anext(answers), 5)).event)
+        return seen
+
+    assert live.run(watched()) == ["current", "unloaded"]
 
 
 def test_an_onnx_file_alone_is_served_without_configuration(
