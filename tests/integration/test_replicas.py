@@ -198,9 +198,8 @@ def test_events_pass_as_they_come_and_a_killed_server_ends_them_with_an_error(
     short = body | {"stream": False, "max_tokens": 4}
     asked = httpx.post(f"{url}/v1/chat/completions", json=short, headers=page)
     assert asked.status_code == 200, asked.text
-    for (
-        replica
-    ) in replicas:  # an engine's first call takes long: the other's streams would end before
+    # An engine's first call takes long: the streams of the other would end before.
+    for replica in replicas:
         path = f"http://127.0.0.1:{replica.http}/v1/chat/completions"
         assert httpx.post(path, json=short, timeout=60).status_code == 200
     begun = threading.Barrier(AT_ONCE + 1)
